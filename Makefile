@@ -1,0 +1,61 @@
+# Everything that development needs, in .venv. Needs Python 3.10 or newer with its venv module, and nothing else.
+#
+#   make install PYTHON=python3.12         another Python
+#   make install DEVICE=cpu                leave the GPUs of this machine alone (or DEVICE=gpu)
+#   make install TORCH_INDEX=URL           take torch from another package index than pip's default
+#   make quickstart ARGS="data=folder data.root=PATH"
+#   make test ARGS="tests/data -k order"
+
+PYTHON ?= python3
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/installed-$(DEVICE)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt
+SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+
+install: $(STAMP) ## make .venv with everything that development, tests and the quickstart need
+
+# torch goes first and alone, so that no other package's wishes decide which build of it comes.
+$(STAMP): pyproject.toml constraints/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "ldmscale needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1): make install PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) comes without venv (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable '.[dev,quickstart,s3$(if $(filter gpu,$(DEVICE)),$(comma)gpu)]'
+	$(BIN)/python -m pip check
+	touch $@
+
+quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in about 12 minutes
+	$(BIN)/ldmscale quickstart $(ARGS)
+
+test: $(STAMP) ## run all tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## lint, formatting, types, shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+format: $(STAMP) ## format the code, mend what the linter can mend
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and all caches; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+comma := ,

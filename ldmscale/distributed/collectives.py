@@ -1,0 +1,115 @@
+"""Small agreements between ranks: flags, numbers, lists, objects and single tensors, never a network's
+weights.
+
+Every function is collective: all ranks call it at the same point. With one rank, or before torch.distributed
+is initialised, each is trivial. Values travel through host memory (a gloo group beside NCCL), so that no call
+waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+# The gloo group beside an NCCL world, and the world it was made for (a process may leave one world and join
+# another).
+_side: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+
+
+def barrier() -> None:
+    """Return when all ranks have come here."""
+    if _alone():
+        return
+    dist.barrier(group=_host_group())
+
+
+def any_true(flag: bool) -> bool:
+    """True on all ranks if `flag` is true on any."""
+    return max_over_ranks(float(flag)) > 0
+
+
+def sum_over_ranks(value: float) -> float:
+    """Sum of `value` over ranks in double precision, the same on all; exact for whole numbers below 2**53."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(value: float) -> float:
+    """Largest `value` of any rank, the same on all."""
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Mean of each value over the ranks that have its key, the same on all ranks; ranks may have different
+    keys.
+    """
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for key, value in gather_lists(list(values.items())):
+        sums[key] = sums.get(key, 0.0) + value
+        counts[key] = counts.get(key, 0) + 1
+    return {key: total / counts[key] for key, total in sums.items()}
+
+
+def mean_tensor_over_ranks(tensor: Tensor) -> Tensor:
+    """Mean of a floating-point tensor over ranks, the same on all; travels on the tensor's own device."""
+    if _alone():
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def gather_lists(items: Sequence[T]) -> list[T]:
+    """The items of all ranks in the order of ranks, on every rank. Items must pickle and be small."""
+    if _alone():
+        return list(items)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(items), group=_host_group())
+    return [item for part in gathered for item in part]
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value on every rank; what the other ranks pass is ignored.
+
+    The value must pickle and be small.
+    """
+    if _alone():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, group=_host_group())
+    result: T = box[0]
+    return result
+
+
+def _alone() -> bool:
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def _reduced(value: float, operation: dist.ReduceOp.RedOpType) -> float:
+    if _alone():
+        return float(value)
+    box = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(box, op=operation, group=_host_group())
+    return float(box.item())
+
+
+def _host_group() -> dist.ProcessGroup | None:
+    """A group that carries host tensors; None (the world itself) under gloo.
+
+    Made at the first collective call.
+    """
+    global _side
+    if dist.get_backend() == "gloo":
+        return None
+    world = dist.group.WORLD
+    assert world is not None
+    if _side is None or _side[0] is not world:
+        group = dist.new_group(backend="gloo")
+        _side = (world, group)
+    return _side[1]

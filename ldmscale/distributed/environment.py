@@ -1,0 +1,189 @@
+"""Which rank is this process? Read without torch from the variables of torchrun, our launcher, or Slurm.
+
+Slurm is believed only inside a job step (one task a rank, started by `srun`): the shell of a batch script and
+the interactive shell of `salloc` also carry SLURM_PROCID and SLURM_NTASKS, but there a command is one
+process, not a rank.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from ldmscale.errors import ConfigError
+
+# Slurm numbers the steps that are no real steps (interactive 0xfffffffa, batch 0xfffffffb, extern 0xfffffffc)
+# from here on.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_PORT_BASE, _PORT_RANGE = 20_000, 10_000  # below the range from which the kernel hands out ports
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process: `rank` of `size` in the whole job, `local_rank` of `local_size` on node number `node`."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    node: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which alone writes what exists once."""
+        return self.rank == 0
+
+
+def in_slurm_step(env: Mapping[str, str] = os.environ) -> bool:
+    """True for a task that `srun` started; False in a batch script, in an interactive shell, and without
+    Slurm.
+    """
+    step = env.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in env and step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def read_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
+    """Ranks from RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, else from Slurm's variables, else one
+    rank.
+
+    Raises ConfigError, with all faults, if variables are missing, are no numbers or contradict each other.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _from_torchrun(env)
+    if in_slurm_step(env):
+        return _from_slurm(env)
+    return Ranks()
+
+
+def rendezvous(ranks: Ranks, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables by which torch.distributed finds rank 0: what `env` already has is kept, Slurm gives the
+    rest.
+
+    Raises ConfigError if there are several ranks and no way to know where rank 0 is.
+    """
+    variables = {
+        "RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.size),
+        "LOCAL_RANK": str(ranks.local_rank),
+        "LOCAL_WORLD_SIZE": str(ranks.local_size),
+    }
+    slurm = in_slurm_step(env)
+    missing = []
+    if "MASTER_ADDR" in env:
+        variables["MASTER_ADDR"] = env["MASTER_ADDR"]
+    elif ranks.size == ranks.local_size:
+        variables["MASTER_ADDR"] = "127.0.0.1"
+    elif slurm and (hosts := env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")):
+        variables["MASTER_ADDR"] = first_host(hosts)
+    else:
+        missing.append("MASTER_ADDR is not set: set it to the host name of the node of rank 0.")
+    if "MASTER_PORT" in env:
+        variables["MASTER_PORT"] = env["MASTER_PORT"]
+    elif slurm and env.get("SLURM_JOB_ID", "").isdigit():
+        # Another port for every job on a shared node, and for every step of a job.
+        number = int(env["SLURM_JOB_ID"]) + 1000 * int(env["SLURM_STEP_ID"])
+        variables["MASTER_PORT"] = str(_PORT_BASE + number % _PORT_RANGE)
+    elif ranks.size > 1:
+        missing.append("MASTER_PORT is not set: set it to a port that is free on the node of rank 0.")
+    if missing:
+        raise ConfigError(
+            [*missing, "Or start the job by launch/local.sh, torchrun or srun, which set both."]
+        )
+    return variables
+
+
+def export_rendezvous(ranks: Ranks, env: MutableMapping[str, str] = os.environ) -> None:
+    """Write `rendezvous(ranks, env)` into `env`, where torch.distributed and DeepSpeed look for it."""
+    env.update(rendezvous(ranks, env))
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a Slurm node list: "gpu[007-009,12],login" gives "gpu007".
+
+    Raises ConfigError if there is none.
+    """
+    match = re.match(r"[^,\[\]]*(\[[^\[\]]*\][^,\[\]]*)*(?=,|$)", nodelist.strip())
+    first = match.group(0) if match else ""
+    # A bracket holds numbers and ranges, the first of which counts; its leading zeros belong to the name.
+    host = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    if not host or "[" in host:
+        raise ConfigError(
+            f"SLURM_JOB_NODELIST is {nodelist!r}, which is no list of hosts such as 'gpu[007-009,12]': "
+            "set MASTER_ADDR to the host name of the node of rank 0."
+        )
+    return host
+
+
+def tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """Tasks on node number `node` by Slurm's short form: "2(x3),1" stands for 2, 2, 2, 1.
+
+    Raises ConfigError if the text is not of that form or has fewer nodes.
+    """
+    counts: list[int] = []
+    for part in tasks_per_node.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ConfigError(
+                f"SLURM_STEP_TASKS_PER_NODE is {tasks_per_node!r}; expected a form such as '2(x3),1'."
+            )
+        counts += [int(match.group(1))] * int(match.group(2) or 1)
+    if not 0 <= node < len(counts):
+        raise ConfigError(
+            f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r} is for {len(counts)}."
+        )
+    return counts[node]
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Ranks:
+    rank, size, local_rank = _numbers(env, "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    (local_size,) = _numbers(env, "torchrun", "LOCAL_WORLD_SIZE")
+    default_node = rank // local_size if local_size > 0 else 0
+    node = _numbers(env, "torchrun", "GROUP_RANK")[0] if "GROUP_RANK" in env else default_node
+    return _checked(Ranks(rank, size, local_rank, local_size, node), "RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def _from_slurm(env: Mapping[str, str]) -> Ranks:
+    size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    rank, size, local_rank = _numbers(env, "srun", "SLURM_PROCID", size_name, "SLURM_LOCALID")
+    node = _numbers(env, "srun", "SLURM_NODEID")[0] if "SLURM_NODEID" in env else 0
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
+    local_size = tasks_on_node(tasks, node) if tasks else size
+    return _checked(
+        Ranks(rank, size, local_rank, local_size, node), "SLURM_PROCID", size_name, "SLURM_LOCALID"
+    )
+
+
+def _numbers(env: Mapping[str, str], starter: str, *names: str) -> list[int]:
+    faults = []
+    for name in names:
+        value = env.get(name)
+        if value is None:
+            faults.append(
+                f"{name} is not set, though other variables of {starter} are: start all ranks by {starter}."
+            )
+        elif not value.isdigit():
+            faults.append(f"{name} is {value!r}, expected a whole number: start all ranks by {starter}.")
+    if faults:
+        raise ConfigError(faults)
+    return [int(env[name]) for name in names]
+
+
+def _checked(ranks: Ranks, rank_name: str, size_name: str, local_name: str) -> Ranks:
+    faults = []
+    if not ranks.rank < ranks.size:
+        faults.append(f"{rank_name}={ranks.rank} must be below {size_name}={ranks.size}.")
+    if not ranks.local_rank < ranks.local_size:
+        faults.append(
+            f"{local_name}={ranks.local_rank} must be below the ranks of this node, {ranks.local_size}."
+        )
+    if ranks.local_size > ranks.size:
+        faults.append(f"This node has {ranks.local_size} ranks, but {size_name}={ranks.size}.")
+    if ranks.local_rank > ranks.rank:
+        faults.append(f"{local_name}={ranks.local_rank} is above {rank_name}={ranks.rank}.")
+    if faults:
+        raise ConfigError(
+            [*faults, f"Unset {rank_name} and {size_name} to run as one process, or start all ranks anew."]
+        )
+    return ranks
