@@ -1,0 +1,5 @@
+"""Shards, index, order, decoding, captions, the latents format, and the loader."""
+
+from ldmscale.data.stream import ShardStream
+
+__all__ = ["ShardStream"]

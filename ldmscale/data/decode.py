@@ -1,0 +1,197 @@
+"""Bytes of images and latents to arrays. Of images the header comes first, then the pixels.
+
+The header is read before anything is decoded, so that a small file that unpacks to gigabytes is refused at
+the price of a few bytes. Whatever a decoder raises becomes a `DataError` with the reason; the loader replaces
+such a sample.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ldmscale.errors import DataError
+
+MAX_PIXELS = 89_000_000
+"""Largest image that is decoded unless the configuration says otherwise."""
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+"""Member names that count as a sample's image."""
+
+LATENT = "latent.npy"
+"""Member name of a latent."""
+
+_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageHeader(NamedTuple):
+    width: int
+    height: int
+    format: str  # as Pillow names it: "JPEG", "PNG", "WEBP" ...
+
+
+def image_member(members: dict[str, bytes]) -> tuple[str, bytes]:
+    """Returns (extension, bytes) of a sample's image.
+
+    Raises:
+        DataError: if it has none.
+    """
+    for extension in EXTENSIONS:
+        if extension in members:
+            return extension, members[extension]
+    raise DataError(
+        f"has no image (members: {', '.join(sorted(members)) or 'none'}; images end with "
+        f"{', '.join(EXTENSIONS)})"
+    )
+
+
+def image_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Reads an image's size and format without decoding it.
+
+    Raises:
+        DataError: if it is empty, no image of a known format, or larger than `max_pixels`.
+    """
+    image = _opened(data, max_pixels)
+    # Phones write several pictures into one JPEG; Pillow has a name of its own for those.
+    return ImageHeader(image.width, image.height, (image.format or "").replace("MPO", "JPEG"))
+
+
+def format_of(extension: str) -> str:
+    """The format that an extension promises, as Pillow names it."""
+    return _FORMATS[extension]
+
+
+def verify_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Decodes every pixel and throws them away.
+
+    Raises:
+        DataError: if that fails.
+    """
+    image = _opened(data, max_pixels)
+    try:
+        image.load()
+    except Exception as error:  # decoders raise anything
+        raise DataError(f"the image cannot be decoded: {error}") from error
+
+
+def decode_image(
+    data: bytes,
+    *,
+    size: int,
+    crop: str = "center",
+    flip: bool = False,
+    generator: np.random.Generator | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Decodes an image, scales its short side to `size` (antialiased bicubic) and crops a square.
+
+    Transparent pixels are laid over white, the EXIF orientation is applied, the first frame of an animation
+    counts, and 16-bit grey is scaled to 8 bits. The crop is cut in the source and scaled once.
+
+    Args:
+        size: side of the result in pixels.
+        crop: "center", or "random" along the longer side.
+        flip: mirror every second image left to right (by the generator).
+        generator: gives the crop's place, then the flip; needed for `crop="random"` and `flip`.
+        max_pixels: refuse larger images before decoding them.
+
+    Returns:
+        uint8 [3, size, size].
+
+    Raises:
+        DataError: if the bytes are no image that can be decoded, or too large.
+        ValueError: if `crop` is unknown or a generator is missing.
+    """
+    if crop not in ("center", "random"):
+        raise ValueError(f"crop must be 'center' or 'random', got {crop!r}")
+    if (crop == "random" or flip) and generator is None:
+        raise ValueError("a random crop or flip needs the sample's generator")
+    image = _opened(data, max_pixels)
+    try:
+        # JPEG can be decoded at 1/2, 1/4 or 1/8: twice the wanted size is left to the antialiased filter.
+        image.draft("RGB", (2 * size, 2 * size))
+        pixels = _upright(_rgb(image), image)
+    except Exception as error:  # decoders raise anything
+        raise DataError(f"the image cannot be decoded: {error}") from error
+    side = min(pixels.width, pixels.height)
+    spare = max(pixels.width, pixels.height) - side
+    place = generator.random() if crop == "random" and generator is not None else 0.5
+    left, top = (spare * place, 0.0) if pixels.width > side else (0.0, spare * place)
+    if crop == "center":
+        left, top = float(int(left)), float(int(top))
+    box = (left, top, left + side, top + side)
+    pixels = pixels.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    array = np.asarray(pixels, dtype=np.uint8)  # [S, S, 3]
+    if flip and generator is not None and generator.random() < 0.5:
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array.transpose(2, 0, 1))  # [3, S, S]
+
+
+def decode_array(data: bytes) -> np.ndarray:
+    """Parses the bytes of a .npy file of finite floats; never unpickles.
+
+    Raises:
+        DataError: if they are none.
+    """
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy raises several kinds
+        raise DataError(f"the latent is no array that can be read: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise DataError("the latent is no array of finite floats")
+    return array
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise DataError("the image is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large images; the limit below is ours.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=sorted(set(_FORMATS.values())))
+    except Image.DecompressionBombError as error:
+        raise DataError(f"the image is too large: {error}; raise data.max_pixels if it is meant") from error
+    except Exception as error:  # decoders raise anything
+        raise DataError(
+            f"the {len(data)} bytes are no image of a known format "
+            f"({', '.join(sorted(set(_FORMATS.values())))})"
+        ) from error
+    if image.width * image.height > max_pixels:
+        raise DataError(
+            f"the image is too large: {image.width}x{image.height} is more than {max_pixels} pixels; raise "
+            "data.max_pixels if it is meant"
+        )
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float32)
+        scale = 255.0 / 65535.0 if image.mode != "F" else 255.0
+        image = Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layered).convert("RGB")
+    image.load()
+    return image.convert("RGB")
+
+
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return pixels.transpose(turn) if turn is not None else pixels

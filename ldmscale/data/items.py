@@ -1,0 +1,86 @@
+"""Samples to what a network trains on: `make_item` functions for the loader, as picklable values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldmscale.data.captions import caption_of
+from ldmscale.data.decode import MAX_PIXELS, decode_image, image_member
+from ldmscale.data.latents import LatentFormat, read_latent
+from ldmscale.data.samples import Sample
+from ldmscale.data.tokens import Tokenizer
+from ldmscale.distributed.seeds import generator
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """Makes {"image": uint8 [3, size, size]} of a sample, with "caption" and "tokens" if asked for.
+
+    Attributes:
+        size: side of the square in pixels.
+        seed: the run's seed; with the position it gives crop and flip.
+        crop, flip, max_pixels: as `decode.decode_image`.
+        caption_source: "txt" or "json:KEY"; None leaves captions out (an autoencoder needs none).
+        tokenizer: adds "tokens" int64 [max_tokens].
+    """
+
+    size: int
+    seed: int
+    crop: str = "center"
+    flip: bool = False
+    max_pixels: int = MAX_PIXELS
+    caption_source: str | None = None
+    tokenizer: Tokenizer | None = None
+
+    def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
+        """Makes the item.
+
+        Raises:
+            DataError: if the image or the caption cannot be used.
+        """
+        item = _text(sample, self.caption_source, self.tokenizer)
+        _, data = image_member(sample.members)
+        draws = generator(self.seed, position, "crop") if self.crop == "random" or self.flip else None
+        item["image"] = decode_image(
+            data, size=self.size, crop=self.crop, flip=self.flip, generator=draws, max_pixels=self.max_pixels
+        )
+        return item
+
+
+@dataclass(frozen=True)
+class LatentItem:
+    """Makes {"latent": float32 [stored_shape]} of a latent sample, with "caption" and "tokens" if asked for.
+
+    Attributes:
+        format: of the set; its `kind` says whether "latent" holds moments.
+        caption_source: "txt" or "json:KEY"; None leaves captions out.
+        tokenizer: adds "tokens" int64 [max_tokens].
+    """
+
+    format: LatentFormat
+    caption_source: str | None = "txt"
+    tokenizer: Tokenizer | None = None
+
+    def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
+        """Makes the item.
+
+        Raises:
+            DataError: if the latent or the caption cannot be used.
+        """
+        item = _text(sample, self.caption_source, self.tokenizer)
+        item["latent"] = read_latent(sample.members, self.format)
+        return item
+
+
+def _text(
+    sample: Sample, source: str | None, tokenizer: Tokenizer | None
+) -> dict[str, np.ndarray | str | int]:
+    if source is None:
+        return {}
+    caption = caption_of(sample.members, source)
+    item: dict[str, np.ndarray | str | int] = {"caption": caption}
+    if tokenizer is not None:
+        item["tokens"] = tokenizer.encode([caption])[0]
+    return item

@@ -1,0 +1,66 @@
+"""The ledger of data that a run did not use: a json line for every sample skipped, with shard and reason."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """Appends to `data_ledger.jsonl`.
+
+    Every line is one `write` to a file opened with O_APPEND, so ranks and their workers may share a file on a
+    local disk. (NFS does not promise that appends of several nodes do not overwrite each other; lines are far
+    apart in time.) A resume repeats the lines of samples that it reads again; `position` tells them apart.
+
+    Args:
+        path: the file, made when the first line comes; None only logs.
+        rank: the rank that reads.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, rank: int = 0) -> None:
+        self.path = None if path is None else Path(path)
+        self.rank = rank
+
+    def record(self, *, shard: str, key: str, reason: str, position: int | None) -> None:
+        """Writes down a sample (or, with an empty key, a shard) that was skipped, and why."""
+        log.warning("skipped %s of %s: %s", key or "all", shard, reason)
+        if self.path is None:
+            return
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        entry = {
+            "shard": shard,
+            "key": key,
+            "reason": reason,
+            "position": position,
+            "rank": self.rank,
+            "time": now,
+        }
+        line = (json.dumps(entry) + "\n").encode("utf-8")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line)
+        finally:
+            os.close(handle)
+
+
+def read_ledger(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the ledger's entries, oldest first. An absent file has none; a line cut short is left out."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    entries = []
+    for line in text.splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            log.warning("%s has a line that is no json: %.80s", path, line)
+    return entries

@@ -1,0 +1,215 @@
+"""Micro-batches of torch tensors, in an order that the number of workers cannot change.
+
+The dataset is keyed by position and a batch sampler names the positions, so torch's DataLoader gives batches
+back in the sampler's order whichever worker made them. Nothing about workers needs to be saved: the data
+state is `position`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ldmscale.data.fetch import Fetcher
+from ldmscale.data.index import ShardIndex
+from ldmscale.data.ledger import Ledger
+from ldmscale.data.order import Order
+from ldmscale.data.samples import Sample
+from ldmscale.data.shards import is_local
+from ldmscale.data.stream import check_batch, rank_positions
+from ldmscale.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+Item = Mapping[str, "np.ndarray | str | int"]
+MakeItem = Callable[[Sample, int], Item]
+"""Makes the item of (sample, position). Raises DataError for a sample that cannot be used."""
+
+Batch = dict[str, Any]
+
+_SKIPPED = "skipped"
+_FREE_FAULTS = 20  # samples that may be bad before their share counts
+
+
+class Loader:
+    """Yields micro-batches for ever.
+
+    A batch has "position" int64 [b], "key" list[str], and what `make_item` gave: arrays stacked to tensors
+    [b, ...] of their dtype, integers to int64 [b], strings as list[str].
+
+    Args:
+        index: the shards' index.
+        make_item: makes the item of (sample, position); must be picklable where shards are remote.
+        seed: the run's seed; gives the order.
+        rank: this rank.
+        world: number of ranks.
+        global_batch: samples a step of all ranks and micro-batches together.
+        rank_micro_batch: samples a micro-batch of one rank; global_batch / (world * rank_micro_batch) make a
+            step.
+        position: samples consumed by all ranks before.
+        workers: loading processes; 0 loads in this one.
+        ledger: takes down samples that cannot be used.
+        block_shards: shards whose samples are shuffled together.
+        max_bad_share: share of samples that may be replaced, on this rank and since the start, before it
+            stops. The first 20 are free.
+        pin_memory: give batches in page-locked memory, for copies to a GPU that do not block.
+
+    Raises:
+        ConfigError: if the batches do not divide.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        make_item: MakeItem,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        global_batch: int,
+        rank_micro_batch: int,
+        position: int = 0,
+        workers: int = 0,
+        ledger: Ledger | None = None,
+        block_shards: int = 16,
+        max_bad_share: float = 1.0,
+        pin_memory: bool = False,
+    ) -> None:
+        check_batch(rank=rank, world=world, global_batch=global_batch, position=position)
+        if rank_micro_batch < 1 or (global_batch // world) % rank_micro_batch:
+            raise ConfigError(
+                f"train.global_batch={global_batch} on {world} ranks is {global_batch // world} samples a "
+                "rank, which "
+                f"train.rank_micro_batch={rank_micro_batch} does not divide"
+            )
+        order = Order(index.counts, seed, block_shards)
+        self.index = index
+        self.accumulation = global_batch // (world * rank_micro_batch)
+        self.replaced = 0  # samples of this rank that were passed over so far
+        self.wait_seconds = 0.0
+        self._fetcher = Fetcher(index, order, make_item, seed=seed, ledger=ledger or Ledger(None, rank))
+        self._rank, self._world, self._global_batch, self._micro = rank, world, global_batch, rank_micro_batch
+        self._position, self._handed_out = position, 0
+        self._workers, self._pin_memory, self._max_bad_share = workers, pin_memory, max_bad_share
+        self._iterator: Iterator[Batch] | None = None
+
+    @property
+    def position(self) -> int:
+        """Samples consumed by all ranks in the steps whose micro-batches were all handed out."""
+        return self._position + self._handed_out // self.accumulation * self._global_batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Goes on where the last iteration stopped: there is one sequence, however often it is asked for."""
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        if self._iterator is None:
+            self._iterator = self._start()
+        try:
+            batch = next(self._iterator)
+        except BaseException:
+            self.close()
+            raise
+        self.wait_seconds += time.perf_counter() - began
+        self._handed_out += 1
+        self._count(int(batch.pop(_SKIPPED).sum()))
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers. What they had prepared is made again if the loader is asked for more."""
+        # Torch stops workers when the last reference goes; after an error the traceback keeps one, and
+        # workers forked later would inherit it. So they are stopped by name where torch lets us.
+        stop = getattr(self._iterator, "_shutdown_workers", None)
+        self._iterator = None
+        if stop is not None:
+            stop()
+
+    def _start(self) -> Iterator[Batch]:
+        remote = any(not is_local(url) for url in self.index.shards)
+        # fsspec's asynchronous stores have a thread of their own, which does not survive a fork.
+        context = None if not self._workers else "forkserver" if remote else "fork"
+        loader: DataLoader[Batch] = DataLoader(
+            _Positions(self._fetcher),
+            batch_sampler=self._micro_batches(),
+            num_workers=self._workers,
+            collate_fn=_collate,
+            pin_memory=self._pin_memory,
+            prefetch_factor=4 if self._workers else None,
+            multiprocessing_context=context,
+            worker_init_fn=_calm_worker if self._workers else None,
+            # Draws of torch's own, from the global generator, would make the training's draws depend on the
+            # loader.
+            generator=torch.Generator().manual_seed(0),
+        )
+        return iter(loader)
+
+    def _micro_batches(self) -> Iterator[list[int]]:
+        start, number = self._position, self._handed_out
+        while True:
+            step, part = divmod(number, self.accumulation)
+            mine = rank_positions(
+                start, step, rank=self._rank, world=self._world, global_batch=self._global_batch
+            )
+            yield list(mine[part * self._micro : (part + 1) * self._micro])
+            number += 1
+
+    def _count(self, skipped: int) -> None:
+        self.replaced += skipped
+        read = self._handed_out * self._micro + self.replaced
+        if self.replaced > _FREE_FAULTS and self.replaced > self._max_bad_share * read:
+            raise DataError(
+                f"{self.replaced} of the {read} samples that rank {self._rank} read cannot be used, more "
+                "than "
+                f"data.max_bad_share={self._max_bad_share}; data_ledger.jsonl names them; `ldmscale index "
+                "data.check=decode "
+                "data.shards=...` looks through all"
+            )
+
+
+class _Positions(Dataset[dict[str, Any]]):
+    def __init__(self, fetcher: Fetcher[Item]) -> None:
+        self.fetcher = fetcher
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        fetched = self.fetcher.fetch(position)
+        return {**fetched.item, "position": position, "key": fetched.key, _SKIPPED: fetched.skipped}
+
+
+def _collate(items: list[dict[str, Any]]) -> Batch:
+    batch: Batch = {}
+    for name, first in items[0].items():
+        values = [item[name] for item in items]
+        if isinstance(first, np.ndarray):
+            batch[name] = torch.from_numpy(np.stack(values))  # [b, ...]
+        elif isinstance(first, str):
+            batch[name] = values
+        else:
+            batch[name] = torch.tensor(values, dtype=torch.int64)  # [b]
+    return batch
+
+
+def _calm_worker(number: int) -> None:
+    """Leaves signals to the training process, which decides when to stop.
+
+    Slurm and terminals signal every process of a job; a worker that died of it would make the training
+    process fail before it has saved. TERM is obeyed the second time, for torch ends stuck workers with it.
+    """
+    seen: list[int] = []
+
+    def on_term(signum: int, frame: object) -> None:
+        seen.append(signum)
+        if len(seen) > 1:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_term)

@@ -1,0 +1,235 @@
+"""Names of shards: brace patterns, globs and lists become a list of URLs, and URLs become sizes and versions.
+
+`pipe:` URLs run a shell command, so they are refused unless the user allows them. An allowed command is run
+once into the cache, its exit status counts, and the copy is read like any local shard (an index needs random
+access, a pipe has none).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+import fsspec
+
+from ldmscale.data.files import cache_folder, finished_file
+from ldmscale.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_LISTED_FAULTS = 20
+
+
+def expand(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> list[str]:
+    """Expands patterns to the list of shards, in the order given (matches of a glob are sorted).
+
+    Args:
+        patterns: one pattern or several: `shards/{00000..00041}.tar`, `shards/*.tar`, a plain path, or any of
+            these as an fsspec URL (`s3://bucket/{000..999}.tar`). A folder stands for the tar files in it.
+        allow_pipe: run `pipe:COMMAND` with a shell and use its output as a shard.
+
+    Raises:
+        DataError: with every fault: no match, file missing (local files only; remote ones are looked up by
+            the index), a shard named twice, `pipe:` without leave, nothing given.
+    """
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    faults: list[str] = []
+    found: list[str] = []
+    if not given or not any(pattern.strip() for pattern in given):
+        raise DataError(
+            "data.shards names no shard; give a pattern such as data.shards='shards/{00000..00009}.tar'"
+        )
+    for pattern in given:
+        for name in _braces(pattern, faults):
+            found.extend(_matches(name, allow_pipe, faults))
+    seen: set[str] = set()
+    for url in found:
+        if url in seen:
+            faults.append(f"shard {url} is named twice in data.shards; every shard may be named once")
+        seen.add(url)
+    if faults:
+        more = len(faults) - _LISTED_FAULTS
+        raise DataError(
+            [*faults[:_LISTED_FAULTS], *([f"... and {more} more faults in data.shards"] if more > 0 else [])]
+        )
+    return found
+
+
+def _braces(pattern: str, faults: list[str]) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        faults.append(
+            f"data.shards pattern {pattern!r} has unbalanced braces ({error}); write for example "
+            f"{{00000..00009}}"
+        )
+        return []
+
+
+def _matches(name: str, allow_pipe: bool, faults: list[str]) -> list[str]:
+    if name.startswith("pipe:"):
+        if not allow_pipe:
+            faults.append(
+                f"{name!r} would run a shell command; set data.allow_pipe=true if you trust it, or use an "
+                "s3:// or http URL"
+            )
+            return []
+        return [str(run_pipe(name))]
+    if is_local(name):
+        path = local_path(name)
+        if os.path.isdir(path):
+            matches = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+            if not matches:
+                faults.append(f"folder {path} has no .tar file; data.shards must name WebDataset shards")
+            return matches
+        if glob.has_magic(path):
+            matches = sorted(glob.glob(path, recursive=True))
+            if not matches:
+                faults.append(
+                    f"pattern {path} matches no file; check the folder, or quote the pattern so that the "
+                    "shell leaves it alone"
+                )
+            return matches
+        if not os.path.exists(path):
+            faults.append(f"shard {path} does not exist; check data.shards")
+            return []
+        return [path]
+    if glob.has_magic(name.split("://", 1)[-1].split("?", 1)[0]) and not name.startswith(
+        ("http://", "https://")
+    ):
+        fs, path = fsspec.core.url_to_fs(name)
+        try:
+            matches = sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
+        except Exception as error:  # every backend raises its own kinds
+            faults.append(
+                f"cannot list {name}: {type(error).__name__}: {error}; check the credentials and the "
+                "endpoint of the store"
+            )
+            return []
+        if not matches:
+            faults.append(f"pattern {name} matches no object")
+        return matches
+    return [name]
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def local_path(url: str) -> str:
+    """Returns the absolute path of a local shard, whatever way it was written."""
+    path = url.split("://", 1)[1] if "://" in url else url
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def shard_name(url: str) -> str:
+    """The last part of a shard's path: `00012.tar`."""
+    return url.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
+
+
+def run_pipe(url: str) -> Path:
+    """Runs the command of a `pipe:` URL into the cache (once) and returns the copy.
+
+    Raises:
+        DataError: if the command ends with a status other than 0: its output may be cut, so none of it is
+            used.
+    """
+    command = url[len("pipe:") :]
+    path = cache_folder("pipes") / (hashlib.sha256(command.encode()).hexdigest()[:24] + ".tar")
+    if path.exists():
+        return path
+    log.warning("running the shell command of %s", url)
+    with finished_file(path) as temporary, open(temporary, "wb") as stream:
+        done = subprocess.run(command, shell=True, stdout=stream, stderr=subprocess.PIPE, check=False)
+        if done.returncode != 0:
+            last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
+            raise DataError(
+                f"{url!r} ended with status {done.returncode} ({last[0]}); its output was thrown away"
+            )
+    return path
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """Tells one version of a shard from another: bytes, and the ETag (remote) or the mtime in ns (local)."""
+
+    size: int
+    version: str
+
+
+def shard_states(urls: Sequence[str]) -> list[ShardState | str]:
+    """Looks every shard up; a shard that cannot be found gives the reason as a string instead.
+
+    Remote shards are looked up by one listing a folder where the store can list, otherwise one by one in 16
+    threads.
+    """
+    states: list[ShardState | str] = [_local_state(url) if is_local(url) else "" for url in urls]
+    remote = [number for number, url in enumerate(urls) if not is_local(url)]
+    if remote:
+        listings = {
+            folder: _listing(folder) for folder in sorted({urls[n].rsplit("/", 1)[0] for n in remote})
+        }
+
+        def look_up(number: int) -> ShardState | str:
+            url = urls[number]
+            known = listings[url.rsplit("/", 1)[0]].get(shard_name(url))
+            return known if known is not None else _remote_state(url)
+
+        with ThreadPoolExecutor(16) as pool:
+            for number, state in zip(remote, pool.map(look_up, remote), strict=True):
+                states[number] = state
+    return states
+
+
+def _local_state(url: str) -> ShardState | str:
+    try:
+        status = os.stat(local_path(url))
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return ShardState(status.st_size, str(status.st_mtime_ns))
+
+
+def _listing(folder: str) -> dict[str, ShardState]:
+    if folder.startswith(("http://", "https://")):
+        return {}
+    try:
+        fs, path = fsspec.core.url_to_fs(folder)
+        fs.invalidate_cache()
+        return {
+            shard_name(entry["name"]): _state_of(entry)
+            for entry in fs.ls(path, detail=True)
+            if entry["type"] == "file"
+        }
+    except Exception as error:  # a store that cannot list is asked object by object
+        log.debug("cannot list %s: %s", folder, error)
+        return {}
+
+
+def _remote_state(url: str) -> ShardState | str:
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        return _state_of(fs.info(path))
+    except FileNotFoundError:
+        return "no such object"
+    except Exception as error:  # every backend raises its own kinds
+        return f"{type(error).__name__}: {error}"
+
+
+def _state_of(entry: dict[str, Any]) -> ShardState:
+    version = (
+        entry.get("ETag")
+        or entry.get("etag")
+        or entry.get("LastModified")
+        or entry.get("mtime")
+        or entry.get("created")
+    )
+    return ShardState(int(entry.get("size") or 0), str(version or "").strip('"'))
