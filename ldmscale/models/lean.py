@@ -1,0 +1,89 @@
+"""Two operations that keep only their inputs for the backward pass and compute the rest once more there.
+
+Autograd would also keep the normalised map (in fp32, beside an fp32 copy of its input) and the activated
+gate. Measured on the 35 M U-Net and the 21 M autoencoder of our CPU benchmark: kept activations 0.83 and 0.77
+of autograd's in fp32, 0.77 and 0.60 in bf16, in the same time within the noise. Neither can be differentiated
+twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """silu(group_norm(x)), computed in fp32 at least, in the type of x. x [B, C, H, W] -> [B, C, H, W]."""
+    result: Tensor = _NormSiLU.apply(x, weight, bias, groups, eps)  # type: ignore[no-untyped-call]
+    return result
+
+
+def geglu(x: Tensor) -> Tensor:
+    """value * gelu(gate), x = [value, gate] (Shazeer 2020, with the erf GELU). x [..., 2 D] -> [..., D]."""
+    result: Tensor = _Geglu.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    """Contiguous in the layout that group norm's kernels take: on CPUs channels-last stays so."""
+    return x.contiguous(memory_format=_layout(like))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.device.type == "cpu" and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not x.is_contiguous() else torch.contiguous_format
+
+
+class _NormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x = _dense(x, x)
+        n, c, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+        ctx.groups = groups
+        out, mean, rstd = torch.native_group_norm(
+            x.to(wide), weight.to(wide), bias.to(wide), n, c, positions, groups, eps
+        )
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return F.silu(out, inplace=True).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        wide = mean.dtype
+        n, c, positions = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+        # The norm again, as one scale and one shift for every channel of every sample.
+        scale = rstd.repeat_interleave(c // ctx.groups, dim=1) * weight.to(wide)  # [B, C]
+        shift = bias.to(wide) - mean.repeat_interleave(c // ctx.groups, dim=1) * scale  # [B, C]
+        wide_x = x.to(wide)
+        out = torch.addcmul(shift[:, :, None, None], wide_x, scale[:, :, None, None])  # [B, C, H, W]
+        grad = _dense(torch.ops.aten.silu_backward(grad.to(wide), out), x)  # [B, C, H, W]
+        grads = torch.ops.aten.native_group_norm_backward(
+            grad, wide_x, mean, rstd, weight.to(wide), n, c, positions, ctx.groups, ctx.needs_input_grad[:3]
+        )
+        cast = [None if g is None else g.to(p.dtype) for g, p in zip(grads, (x, weight, bias), strict=True)]
+        return (*cast, None, None)
+
+
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        ctx.save_for_backward(x)
+        return F.gelu(gate).mul_(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        value, gate = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        for_value, for_gate = out.chunk(2, dim=-1)
+        torch.mul(grad, F.gelu(gate), out=for_value)
+        for_gate.copy_(torch.ops.aten.gelu_backward(grad * value, gate))
+        return out

@@ -1,0 +1,125 @@
+"""Attention over the positions of a feature map: spatial transformer (with a context), plain block (without).
+
+Rombach et al. 2022, appendix E.2.1. The 1x1 projections are linear layers on tokens: the same arithmetic as
+1x1 convolutions.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ldmscale.models.attention import MultiHeadAttention, attention
+from ldmscale.models.layers import GroupNorm, LayerNorm, ZeroLinear, dropout_layer
+from ldmscale.models.lean import geglu
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H W, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def map_of(tokens: Tensor, height: int, width: int) -> Tensor:
+    """[B, H W, C] -> [B, C, H, W]."""
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
+
+
+class GatedFeedForward(nn.Module):
+    """Widens four-fold with GEGLU (Shazeer 2020, erf GELU, value first and gate second) and comes back."""
+
+    def __init__(self, width: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(width, 8 * width)
+        self.dropout = dropout_layer(dropout)
+        self.proj_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = geglu(self.proj_in(x))  # [B, L, 4C]
+        result: Tensor = self.proj_out(self.dropout(inner))  # [B, L, C]
+        return result
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each normalised first and added to its input."""
+
+    def __init__(
+        self, width: int, *, heads: int, head_channels: int, context_dim: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn1 = MultiHeadAttention(width, heads=heads, head_channels=head_channels, dropout=dropout)
+        self.norm2 = LayerNorm(width)
+        self.attn2 = MultiHeadAttention(
+            width, heads=heads, head_channels=head_channels, context_width=context_dim, dropout=dropout
+        )
+        self.norm3 = LayerNorm(width)
+        self.ff = GatedFeedForward(width, dropout=dropout)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x [B, L, C], context [B, M, K] -> [B, L, C]."""
+        x = x + self.attn1(self.norm1(x))  # [B, L, C]
+        x = x + self.attn2(self.norm2(x), context)  # [B, L, C]
+        x = x + self.ff(self.norm3(x))  # [B, L, C]
+        return x
+
+
+class SpatialTransformer(nn.Module):
+    """`depth` transformer blocks over the positions of a feature map, added to it; starts as the identity."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        head_channels: int,
+        context_dim: int,
+        depth: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner = heads * head_channels
+        self.norm = GroupNorm(channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(
+                inner, heads=heads, head_channels=head_channels, context_dim=context_dim, dropout=dropout
+            )
+            for _ in range(depth)
+        )
+        self.proj_out = ZeroLinear(inner, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], context [B, M, K] -> [B, C, H, W]."""
+        if context is None:
+            raise ValueError("this network was built with context_dim and was called without a context")
+        tokens = self.proj_in(tokens_of(self.norm(x)))  # [B, H W, inner]
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)  # [B, H W, inner]
+        return x + map_of(self.proj_out(tokens), x.shape[2], x.shape[3])  # [B, C, H, W]
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over the positions of a feature map, added to it.
+
+    The attention of unconditional U-Nets (`eps` 1e-5, `zero_last`) and of the autoencoders (one head, `eps`
+    1e-6).
+    """
+
+    def __init__(self, channels: int, *, heads: int, eps: float, zero_last: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.group_norm = GroupNorm(channels, eps=eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = ZeroLinear(channels, channels) if zero_last else nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H, W]. A context is refused: there is nothing here that reads it."""
+        if context is not None:
+            raise ValueError("this network was built without context_dim and was called with a context")
+        tokens = tokens_of(self.group_norm(x))  # [B, H W, C]
+        q = self.to_q(tokens).unflatten(-1, (self.heads, -1))  # [B, H W, heads, D]
+        k = self.to_k(tokens).unflatten(-1, (self.heads, -1))  # [B, H W, heads, D]
+        v = self.to_v(tokens).unflatten(-1, (self.heads, -1))  # [B, H W, heads, D]
+        out = self.to_out(attention(q, k, v).flatten(2))  # [B, H W, C]
+        return x + map_of(out, x.shape[2], x.shape[3])  # [B, C, H, W]

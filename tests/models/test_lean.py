@@ -1,0 +1,75 @@
+"""The operations that keep less for the backward pass give the values and gradients of the plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import draw
+from torch import Tensor
+
+from ldmscale.models.lean import geglu, norm_silu
+
+
+def plain_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+
+def plain_geglu(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+def kept_bytes(result: Tensor) -> int:
+    node = result.grad_fn
+    assert node is not None
+    return sum(t.nbytes for t in node.saved_tensors)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_norm_silu_has_exact_gradients(layout: torch.memory_format) -> None:
+    x = draw(2, 8, 3, 4).contiguous(memory_format=layout).requires_grad_(True)
+    weight, bias = draw(8, seed=2).requires_grad_(True), draw(8, seed=3).requires_grad_(True)
+    out = norm_silu(x, weight, bias, 4, 1e-6)
+    assert out.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(out, plain_norm_silu(x, weight, bias, 4, 1e-6))
+    assert torch.autograd.gradcheck(lambda *p: norm_silu(*p, 4, 1e-6), (x, weight, bias))
+
+
+def test_norm_silu_takes_strided_inputs_and_gradients() -> None:
+    found, expected = (draw(2, 3, 4, 16).transpose(1, 3).requires_grad_(True) for _ in range(2))
+    weight, bias = draw(16, seed=2), draw(16, seed=3)
+    upstream = draw(2, 3, 4, 16, seed=4).transpose(1, 3)
+    norm_silu(found, weight, bias, 4, 1e-6).backward(upstream)
+    plain_norm_silu(expected, weight, bias, 4, 1e-6).backward(upstream)
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_norm_silu_of_bf16_computes_in_fp32_and_keeps_bf16() -> None:
+    x = draw(2, 32, 16, 16).bfloat16().requires_grad_(True)
+    weight, bias = (p.bfloat16().requires_grad_(True) for p in (draw(32, seed=2), draw(32, seed=3)))
+    out = norm_silu(x, weight, bias, 4, 1e-6)
+    exact = plain_norm_silu(x.float(), weight.float(), bias.float(), 4, 1e-6)
+    assert torch.equal(out, exact.bfloat16())
+    assert kept_bytes(out) < 1.1 * x.nbytes
+    upstream = draw(2, 32, 16, 16, seed=4).bfloat16()
+    found = torch.autograd.grad(out, (x, weight, bias), upstream)
+    expected = torch.autograd.grad(exact, (x, weight, bias), upstream.float())
+    for f, e in zip(found, expected, strict=True):
+        assert f.dtype == torch.bfloat16
+        torch.testing.assert_close(f, e)
+
+
+def test_geglu_has_exact_gradients_and_keeps_its_input_only() -> None:
+    x = draw(3, 5, 12).requires_grad_(True)
+    out = geglu(x)
+    torch.testing.assert_close(out, plain_geglu(x))
+    assert torch.autograd.gradcheck(geglu, (x,))
+    assert kept_bytes(out) == x.nbytes
+
+
+def test_differentiating_twice_is_refused_and_not_silently_wrong() -> None:
+    x = draw(3, 12).requires_grad_(True)
+    (first,) = torch.autograd.grad(geglu(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
