@@ -1,0 +1,1 @@
+"""The mathematics of diffusion as functions: noise schedule, forward process, guidance and samplers."""

@@ -1,0 +1,60 @@
+"""The forward process, what the network predicts, and the loss of one sample (Ho et al. 2020; Salimans and Ho 2022).
+
+Everywhere x0 and noise are [B,C,H,W] and t is int64 [B]; v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ldmscale.diffusion.schedule import NoiseSchedule
+
+
+def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t of Ho et al. 2020, eq. 4: [B,C,H,W]."""
+    return schedule.signal(t) * x0 + schedule.noise(t) * noise
+
+
+def target(schedule: NoiseSchedule, prediction: str, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the network should answer: [B,C,H,W]. `prediction` is "eps", "v" or "x0"."""
+    if prediction == "eps":
+        return noise
+    if prediction == "x0":
+        return x0
+    if prediction == "v":
+        return schedule.signal(t) * noise - schedule.noise(t) * x0
+    raise ValueError(f"prediction {prediction!r}: expected eps, v or x0")
+
+
+def split(
+    schedule: NoiseSchedule, prediction: str, output: Tensor, x_t: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The (x0, noise) that a network's output means at x_t, each [B,C,H,W]."""
+    signal, noise_level = schedule.signal(t), schedule.noise(t)
+    if prediction == "eps":
+        return (x_t - noise_level * output) / signal, output
+    if prediction == "x0":
+        return output, (x_t - signal * output) / noise_level
+    if prediction == "v":
+        return signal * x_t - noise_level * output, noise_level * x_t + signal * output
+    raise ValueError(f"prediction {prediction!r}: expected eps, v or x0")
+
+
+def loss_per_sample(output: Tensor, wanted: Tensor, kind: str) -> Tensor:
+    """Mean squared ("l2") or absolute ("l1") error of each sample: float32 [B]."""
+    error = output.float() - wanted.float()
+    if kind == "l2":
+        return error.square().flatten(1).mean(1)
+    if kind == "l1":
+        return error.abs().flatten(1).mean(1)
+    raise ValueError(f"loss {kind!r}: expected l2 or l1")
+
+
+def uniform_timesteps(uniform: Tensor, timesteps: int) -> Tensor:
+    """int64 [B] in 0..timesteps-1 from float64 numbers in [0,1)."""
+    return (uniform * timesteps).long().clamp(max=timesteps - 1)
+
+
+def drop_mask(uniform: Tensor, rate: float) -> Tensor:
+    """bool [B]: which samples lose their condition, from numbers in [0,1)."""
+    return uniform < rate

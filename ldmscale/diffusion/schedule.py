@@ -1,0 +1,46 @@
+"""Noise schedules: how much signal is left at each timestep (Ho et al. 2020, section 2; Nichol and Dhariwal 2021, eq. 17)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """`alphas_bar[t]` is the share of the signal's variance that is left at timestep t, float64 [T] on the CPU."""
+
+    alphas_bar: Tensor
+
+    @classmethod
+    def make(cls, kind: str, timesteps: int, beta_start: float, beta_end: float) -> NoiseSchedule:
+        """Build `kind`: "linear" (in beta), "scaled_linear" (in sqrt(beta), which CompVis calls linear) or "cosine".
+
+        The cosine schedule has no use for the betas. Raises ValueError for another kind.
+        """
+        if kind == "linear":
+            betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+        elif kind == "scaled_linear":
+            betas = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64) ** 2
+        elif kind == "cosine":
+            time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+            signal = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+        else:
+            raise ValueError(f"schedule {kind!r}: expected linear, scaled_linear or cosine")
+        return cls(torch.cumprod(1 - betas, dim=0))
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.alphas_bar)
+
+    def signal(self, t: Tensor) -> Tensor:
+        """sqrt(alpha_bar_t), float32 [B,1,1,1] on t's device, for t int64 [B]."""
+        return self.alphas_bar[t.cpu()].sqrt().float().to(t.device)[:, None, None, None]
+
+    def noise(self, t: Tensor) -> Tensor:
+        """sqrt(1 - alpha_bar_t), float32 [B,1,1,1] on t's device, for t int64 [B]."""
+        return (1 - self.alphas_bar[t.cpu()]).sqrt().float().to(t.device)[:, None, None, None]

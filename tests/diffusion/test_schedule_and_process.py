@@ -1,0 +1,146 @@
+"""The schedule against closed forms, the process against its own inverse, both against diffusers where it has them."""
+
+import math
+
+import diffusers
+import pytest
+import torch
+
+from ldmscale.diffusion import process
+from ldmscale.diffusion.guidance import guided
+from ldmscale.diffusion.samplers import ddim, ddim_timesteps
+from ldmscale.diffusion.schedule import NoiseSchedule
+
+
+def published() -> NoiseSchedule:
+    return NoiseSchedule.make("scaled_linear", 1000, 0.00085, 0.012)
+
+
+def test_the_published_text_to_image_schedule_has_its_measured_values():
+    """reference values of the released 1.45B configuration: alpha-bar at 0, 499 and 999."""
+    bars = published().alphas_bar
+    assert bars[0] == pytest.approx(0.99915, abs=1e-8)
+    assert bars[499] == pytest.approx(0.27766965, rel=2e-6)
+    assert bars[999] == pytest.approx(4.6600985e-3, rel=2e-6)
+
+
+def test_a_linear_schedule_is_the_product_of_its_closed_form():
+    bars = NoiseSchedule.make("linear", 100, 1e-4, 2e-2).alphas_bar
+    product = 1.0
+    for t in range(100):
+        product *= 1 - (1e-4 + (2e-2 - 1e-4) * t / 99)
+        assert bars[t] == pytest.approx(product, rel=1e-12)
+
+
+def test_the_cosine_schedule_follows_its_signal_until_the_clip():
+    bars = NoiseSchedule.make("cosine", 1000, 0.0, 0.0).alphas_bar
+
+    def signal(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0, 100, 500, 900):
+        assert bars[t] == pytest.approx(signal((t + 1) / 1000) / signal(0), rel=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_the_target_inverts_to_image_and_noise(prediction):
+    schedule = published()
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 6, 4, 8, 8, generator=generator)
+    t = torch.tensor([0, 1, 250, 500, 750, 999])
+    x_t = process.add_noise(schedule, x0, noise, t)
+    answer = process.target(schedule, prediction, x0, noise, t)
+    found_x0, found_noise = process.split(schedule, prediction, answer, x_t, t)
+    torch.testing.assert_close(found_x0, x0, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(found_noise, noise, atol=2e-3, rtol=1e-3)
+
+
+def test_noise_and_velocity_are_those_of_diffusers():
+    schedule = published()
+    theirs = diffusers.DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False)
+    x0, noise = torch.randn(2, 5, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0, 3, 333, 777, 999])
+    torch.testing.assert_close(
+        process.add_noise(schedule, x0, noise, t), theirs.add_noise(x0, noise, t), atol=2e-6, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        process.target(schedule, "v", x0, noise, t), theirs.get_velocity(x0, noise, t), atol=2e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_ddim_follows_the_path_of_diffusers(prediction, steps):
+    schedule = published()
+    theirs = diffusers.DDIMScheduler(
+        1000,
+        0.00085,
+        0.012,
+        "scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction],
+    )
+    theirs.set_timesteps(steps)
+    assert theirs.timesteps.tolist() == ddim_timesteps(1000, steps)
+    weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(2)) / 6
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(torch.nn.functional.conv2d(x, weight, padding=1) + t[:, None, None, None] / 1000)
+
+    x = start = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    for t in theirs.timesteps:
+        x = theirs.step(network(x, t.expand(3)), t, x).prev_sample
+    ours = ddim(network, start, schedule, steps, prediction=prediction)
+    assert (ours - x).abs().max() <= 2e-5 * max(1.0, float(x.abs().max()))
+
+
+def test_ddim_recovers_the_only_image_there_is():
+    """Where all data are one latent the perfect noise prediction is known, and sampling must end at that latent."""
+    schedule = published()
+    only = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(4))
+
+    def perfect(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (x - schedule.signal(t) * only) / schedule.noise(t)
+
+    found = ddim(perfect, torch.randn(2, 4, 4, 4), schedule, 20)
+    # The path ends at alpha_bar_0 = 0.99915, not at 1: a little noise is left.
+    assert (found - only).abs().max() < 0.15
+
+
+def test_a_stochastic_sampler_needs_its_noise():
+    with pytest.raises(ValueError, match="fresh_noise"):
+        ddim(lambda x, t: x, torch.zeros(1, 1, 2, 2), published(), 5, eta=1.0)
+
+
+def test_timesteps_are_the_published_ones():
+    assert ddim_timesteps(1000, 50)[0] == 981 and ddim_timesteps(1000, 50)[-1] == 1
+    assert len(ddim_timesteps(1000, 30)) == 30
+    with pytest.raises(ValueError, match="1 to 999"):
+        ddim_timesteps(1000, 1000)
+
+
+def test_guidance_moves_away_from_the_unconditional_prediction():
+    context, null = torch.ones(2, 3, 5), torch.zeros(2, 3, 5)
+    calls = []
+
+    def denoise(x, t, condition):
+        calls.append(len(x))
+        return x + condition.mean((1, 2))[:, None, None, None]
+
+    x, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+    assert guided(denoise, context, null, 4.0)(x, t).unique().tolist() == [4.0]
+    assert guided(denoise, context, null, 1.0)(x, t).unique().tolist() == [1.0]
+    assert calls == [4, 2]  # both halves as one batch; the condition alone at scale 1
+
+
+def test_uniform_timesteps_cover_all_and_no_other():
+    t = process.uniform_timesteps(torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1], 1000)
+    assert t.unique().tolist() == list(range(1000))
+
+
+def test_loss_is_a_mean_over_each_sample():
+    output = torch.tensor([[[[1.0, 3.0]]], [[[0.0, 0.0]]]])
+    assert process.loss_per_sample(output, torch.zeros_like(output), "l2").tolist() == [5.0, 0.0]
+    assert process.loss_per_sample(output, torch.zeros_like(output), "l1").tolist() == [2.0, 0.0]
