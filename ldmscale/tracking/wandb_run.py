@@ -1,0 +1,156 @@
+"""The W&B run of a run folder: optional, on rank 0 only, offline by itself where there is no key or no
+network.
+
+Nothing here raises into training: whatever W&B does wrong is logged once, and the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+_SERVER_SECONDS = 3.0  # how long "auto" waits for the server before it chooses offline
+_INIT_SECONDS = 60.0
+_FINISH_SECONDS = 120.0
+
+
+class WandbRun:
+    """An open W&B run.
+
+    Every method logs failures instead of raising; after the first one the run is given up.
+    """
+
+    def __init__(self, run: Any, mode: Literal["online", "offline"]) -> None:
+        self._run = run
+        self.mode = mode
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send one dictionary of metrics.
+
+        The step is a metric of its own: W&B's internal one cannot go back on resume.
+        """
+        self._guarded("log metrics", lambda: self._run.log({"step": step, **metrics}))
+
+    def log_image(self, step: int, name: str, image: NDArray[np.uint8], caption: str | None = None) -> None:
+        """Send one picture, uint8 [H, W, 3]."""
+        import wandb
+
+        self._guarded(
+            "log a picture", lambda: self._run.log({"step": step, name: wandb.Image(image, caption=caption)})
+        )
+
+    def close(self, status: Literal["finished", "stopped", "failed"]) -> None:
+        """End the run. A stopped run is marked preempting: W&B then expects it to come back."""
+        if status == "stopped":
+            self._guarded("mark the run preempting", lambda: self._run.mark_preempting())
+        self._guarded(
+            "finish", lambda: self._run.finish(exit_code={"finished": 0, "stopped": 75, "failed": 1}[status])
+        )
+        self._run = None
+
+    def _guarded(self, what: str, action: Callable[[], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:  # any failure of a tracker must leave the training alone
+            log.warning(
+                "W&B could not %s (%s); the run goes on without W&B, metrics.jsonl has everything",
+                what,
+                error,
+            )
+            self._run = None
+
+
+def start_wandb(
+    folder: Path,
+    mode: Literal["auto", "off", "offline", "online"],
+    *,
+    run_id: str | None,
+    name: str,
+    project: str,
+    entity: str | None = None,
+    tags: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> WandbRun | None:
+    """Open the W&B run `run_id` with its files in folder/wandb, or go on with it; None if it is off or cannot
+    be opened.
+
+    "auto" is online if a key is configured and the server answers within seconds, else offline.
+    """
+    if mode == "off":
+        return None
+    try:
+        import wandb
+
+        settings = wandb.Settings(
+            console="off",  # W&B would wrap the streams that the progress bar draws on
+            silent=True,
+            disable_git=True,
+            save_code=False,
+            init_timeout=_INIT_SECONDS,
+            finish_timeout=_FINISH_SECONDS,
+        )
+        chosen = _choose_mode(mode, settings.base_url)
+        folder.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(
+            dir=str(folder),
+            mode=chosen,
+            id=run_id,
+            resume="allow" if chosen == "online" and run_id else None,  # means nothing to an offline run
+            name=name,
+            project=project,
+            entity=entity,
+            tags=list(tags),
+            config=dict(config or {}),
+            settings=settings,
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+    except Exception as error:  # see WandbRun._guarded
+        log.warning(
+            "W&B cannot be used (%s); the run goes on without it, metrics.jsonl has everything", error
+        )
+        return None
+    log.info("W&B is %s in %s", chosen, folder / "wandb")
+    return WandbRun(run, chosen)
+
+
+def _choose_mode(mode: Literal["auto", "offline", "online"], base_url: str) -> Literal["online", "offline"]:
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE") in ("offline", "online"):
+        return "online" if os.environ["WANDB_MODE"] == "online" else "offline"
+    return "online" if _has_key(base_url) and _answers(base_url) else "offline"
+
+
+def _has_key(base_url: str) -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        entries = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return entries.authenticators(urlsplit(base_url).netloc) is not None
+
+
+def _answers(base_url: str) -> bool:
+    """Does the server (or the proxy before it) accept a connection?"""
+    parts = urlsplit(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or base_url)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        with socket.create_connection((parts.hostname or "", port), timeout=_SERVER_SECONDS):
+            return True
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,79 @@
+"""Means over micro-batches, and the clock of the loop. Two ranks: tests/distributed."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ldmscale.tracking.metrics import MetricSums
+from ldmscale.tracking.throughput import Throughput, peak_flops
+
+CPU = torch.device("cpu")
+
+
+def test_means_are_weighted_and_start_anew():
+    sums = MetricSums()
+    sums.add({"loss/total": torch.tensor(1.0), "lr": 0.5}, weight=1)
+    sums.add({"loss/total": torch.tensor([4.0], requires_grad=True)}, weight=3)
+    assert sums.mean() == {"loss/total": pytest.approx(13 / 4), "lr": 0.5}
+    assert sums.mean() == {}
+
+
+def test_many_bf16_losses_are_summed_in_full_precision():
+    sums = MetricSums()
+    for _ in range(1000):
+        sums.add({"loss/total": torch.tensor(1.0, dtype=torch.bfloat16)})
+    # a bf16 sum would stop growing at 256
+    assert sums.mean() == {"loss/total": 1.0}
+
+
+def test_adding_keeps_no_graph_alive():
+    sums = MetricSums()
+    weight = torch.ones(3, requires_grad=True)
+    sums.add({"loss/total": (weight * 2).sum()})
+    assert all(not total.requires_grad for total in sums._sums.values())
+
+
+def test_throughput_counts_the_images_of_all_ranks_and_leaves_pauses_out():
+    clock = Throughput(CPU, ranks=2, flops_per_image=10.0, device_peak_flops=1000.0)
+    for _ in range(4):
+        time.sleep(0.02)
+        clock.step(images=5, data_wait=0.01)
+    with clock.paused():
+        time.sleep(0.2)
+    found = clock.report()
+    assert found["time/paused_seconds"] >= 0.2
+    assert 0.02 <= found["time/step_seconds"] < 0.07
+    assert found["throughput/images_per_second"] == pytest.approx(5 / found["time/step_seconds"])
+    assert found["time/data_wait_share"] == pytest.approx(0.01 / found["time/step_seconds"])
+    assert found["throughput/mfu"] == pytest.approx(found["throughput/images_per_second"] * 10 / 2000)
+
+
+def test_a_report_without_steps_has_no_rates():
+    clock = Throughput(CPU)
+    assert set(clock.report()) == {"memory/peak_gib"}
+
+
+def test_mfu_is_absent_where_the_peak_is_not_known():
+    clock = Throughput(CPU, flops_per_image=10.0, device_peak_flops=peak_flops(CPU, "bf16"))
+    clock.step(1, 0.0)
+    assert "throughput/mfu" not in clock.report()
+
+
+GROW = """
+import torch
+from ldmscale.tracking.throughput import memory_peaks
+before = memory_peaks(torch.device("cpu"))["memory/peak_gib"]
+block = bytearray(2**28)
+block[::4096] = b"x" * len(block[::4096])
+print(before, memory_peaks(torch.device("cpu"))["memory/peak_gib"])
+"""
+
+
+def test_memory_is_that_of_this_process():
+    done = subprocess.run([sys.executable, "-c", GROW], capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert 0.05 < before < 2
+    assert 0.2 < after - before < 0.4
