@@ -9,11 +9,15 @@ from collections.abc import Sequence
 
 
 class LdmscaleError(Exception):
-    """Base of all errors that ldmscale raises on purpose."""
+    """Base of all errors that ldmscale raises on purpose. `shared`: every rank raises it, and rank 0 tells it."""
+
+    shared = False
 
 
 class ConfigError(LdmscaleError):
     """The configuration cannot work. Carries every fault that was found, each with its remedy."""
+
+    shared = True  # ranks read the same configuration
 
     def __init__(self, faults: str | Sequence[str]) -> None:
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)

@@ -8,12 +8,14 @@ waits for the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ldmscale.errors import ConfigError, LdmscaleError
 
 T = TypeVar("T")
 
@@ -85,6 +87,26 @@ def broadcast_object(value: T) -> T:
     dist.broadcast_object_list(box, src=0, group=_host_group())
     result: T = box[0]
     return result
+
+
+def from_main_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on every rank; the others do not run it.
+
+    An error that a user can cause is raised on every rank, so that all end alike. The value must pickle.
+    """
+    outcome: tuple[T | None, LdmscaleError | None] = (None, None)
+    if _alone() or dist.get_rank() == 0:
+        try:
+            outcome = (work(), None)
+        except LdmscaleError as fault:
+            outcome = (None, fault)
+        except OSError as fault:
+            outcome = (None, ConfigError(f"rank 0 cannot read or write what the job needs: {fault}"))
+    value, error = broadcast_object(outcome)
+    if error is not None:
+        error.shared = True
+        raise error
+    return cast(T, value)
 
 
 def _alone() -> bool:

@@ -50,13 +50,14 @@ def choose_device(ranks: Ranks, env: Mapping[str, str] = os.environ) -> torch.de
     if env.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
-    if ranks.local_rank < visible:
+    if ranks.local_size <= visible:
         return torch.device("cuda", ranks.local_rank)
     if visible == 1 and in_slurm_step(env):
         return torch.device("cuda", 0)
+    # Every rank of the node says so, not only those for which no GPU is left: the others would wait for them.
     raise ConfigError(
-        f"Rank {ranks.rank} is number {ranks.local_rank} on its node, which shows {visible} GPU(s): start at "
-        f"most {visible} ranks a node, or set DS_ACCELERATOR=cpu to train on the CPU."
+        f"This node has {ranks.local_size} ranks and shows {visible} GPU(s): start at most {visible} ranks a "
+        "node, or set DS_ACCELERATOR=cpu to train on the CPU."
     )
 
 
