@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldmscale.models.bottleneck import Codes, Posterior, VectorQuantizer
 from ldmscale.models.layers import (
+    NORM_GROUPS,
     Checkpointing,
     Downsample,
     NormSiLU,
@@ -39,16 +40,24 @@ class Blocks(nn.Module):
         attention_after: int,
         resample: nn.Module | None,
         dropout: float,
+        norm_groups: int,
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
         self.checkpointing: Checkpointing = checkpointing
         self.resnets = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else out_channels, out_channels, eps=EPS, dropout=dropout)
+            ResnetBlock(
+                in_channels if i == 0 else out_channels,
+                out_channels,
+                eps=EPS,
+                norm_groups=norm_groups,
+                dropout=dropout,
+            )
             for i in range(count)
         )
         self.attentions = nn.ModuleList(
-            SpatialAttention(out_channels, heads=1, eps=EPS) for _ in range(attention_after)
+            SpatialAttention(out_channels, heads=1, eps=EPS, norm_groups=norm_groups)
+            for _ in range(attention_after)
         )
         self.resample = resample
 
@@ -75,6 +84,7 @@ class Encoder(nn.Module):
         attention_levels: Sequence[int],
         mid_attention: bool,
         dropout: float,
+        norm_groups: int,
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
@@ -92,6 +102,7 @@ class Encoder(nn.Module):
                     attention_after=blocks_per_level if level in attention_levels else 0,
                     resample=None if last else Downsample(size, one_sided=True),
                     dropout=dropout,
+                    norm_groups=norm_groups,
                     checkpointing=checkpointing,
                 )
             )
@@ -103,9 +114,10 @@ class Encoder(nn.Module):
             attention_after=int(mid_attention),
             resample=None,
             dropout=dropout,
+            norm_groups=norm_groups,
             checkpointing=checkpointing,
         )
-        self.conv_norm_out = NormSiLU(current, eps=EPS)
+        self.conv_norm_out = NormSiLU(current, eps=EPS, groups=norm_groups)
         self.conv_out = nn.Conv2d(current, out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -137,6 +149,7 @@ class Decoder(nn.Module):
         attention_levels: Sequence[int],
         mid_attention: bool,
         dropout: float,
+        norm_groups: int,
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
@@ -150,6 +163,7 @@ class Decoder(nn.Module):
             attention_after=int(mid_attention),
             resample=None,
             dropout=dropout,
+            norm_groups=norm_groups,
             checkpointing=checkpointing,
         )
         self.up_blocks = nn.ModuleList()
@@ -163,11 +177,12 @@ class Decoder(nn.Module):
                     attention_after=blocks_per_level + 1 if level in attention_levels else 0,
                     resample=Upsample(size) if level > 0 else None,
                     dropout=dropout,
+                    norm_groups=norm_groups,
                     checkpointing=checkpointing,
                 )
             )
             current = size
-        self.conv_norm_out = NormSiLU(current, eps=EPS)
+        self.conv_norm_out = NormSiLU(current, eps=EPS, groups=norm_groups)
         self.conv_out = nn.Conv2d(current, image_channels, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -188,6 +203,7 @@ class KLAutoencoder(nn.Module):
             level.
         attention_levels: levels (0 = image resolution) with attention after every residual block.
         mid_attention: attention at the lowest resolution.
+        norm_groups: of every normalisation; 32 in the published models.
         checkpointing: "full" keeps only the inputs of the blocks for the backward pass.
     """
 
@@ -202,6 +218,7 @@ class KLAutoencoder(nn.Module):
         attention_levels: Sequence[int] = (),
         mid_attention: bool = True,
         dropout: float = 0.0,
+        norm_groups: int = NORM_GROUPS,
         checkpointing: Checkpointing = "off",
     ) -> None:
         super().__init__()
@@ -217,6 +234,7 @@ class KLAutoencoder(nn.Module):
             attention_levels=attention_levels,
             mid_attention=mid_attention,
             dropout=dropout,
+            norm_groups=norm_groups,
             checkpointing=checkpointing,
         )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
@@ -230,6 +248,7 @@ class KLAutoencoder(nn.Module):
             attention_levels=attention_levels,
             mid_attention=mid_attention,
             dropout=dropout,
+            norm_groups=norm_groups,
             checkpointing=checkpointing,
         )
 
@@ -278,6 +297,7 @@ class VQAutoencoder(nn.Module):
         attention_levels: Sequence[int] = (),
         mid_attention: bool = True,
         dropout: float = 0.0,
+        norm_groups: int = NORM_GROUPS,
         checkpointing: Checkpointing = "off",
     ) -> None:
         super().__init__()
@@ -294,6 +314,7 @@ class VQAutoencoder(nn.Module):
             attention_levels=attention_levels,
             mid_attention=mid_attention,
             dropout=dropout,
+            norm_groups=norm_groups,
             checkpointing=checkpointing,
         )
         self.quant_conv = nn.Conv2d(latent_channels, codebook_dim, 1)
@@ -308,6 +329,7 @@ class VQAutoencoder(nn.Module):
             attention_levels=attention_levels,
             mid_attention=mid_attention,
             dropout=dropout,
+            norm_groups=norm_groups,
             checkpointing=checkpointing,
         )
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldmscale.models.lean import norm_silu
 
-NORM_GROUPS = 32
+NORM_GROUPS = 32  # of every published network; narrow ones need fewer, or a group is a single channel
 
 Checkpointing = Literal["off", "full"]
 
@@ -30,13 +30,13 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 class GroupNorm(nn.GroupNorm):
     """Group normalisation that computes in fp32 at least and returns the type it got."""
 
-    def __init__(self, channels: int, *, eps: float) -> None:
-        if channels % NORM_GROUPS:
+    def __init__(self, channels: int, *, eps: float, groups: int = NORM_GROUPS) -> None:
+        if channels % groups:
             raise ValueError(
-                f"a normalised layer has {channels} channels, which {NORM_GROUPS} groups do not divide: "
-                f"choose channels that are multiples of {NORM_GROUPS}"
+                f"a normalised layer has {channels} channels, which {groups} groups do not divide: "
+                f"choose channels that are multiples of norm_groups"
             )
-        super().__init__(NORM_GROUPS, channels, eps=eps)
+        super().__init__(groups, channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
@@ -176,6 +176,7 @@ class ResnetBlock(nn.Module):
 
     Args:
         time_channels: width of the activated time vector; None for blocks without time (autoencoders).
+        norm_groups: of both norms.
         eps: of both norms: 1e-5 in the released U-Nets, 1e-6 in the released autoencoders.
         scale_shift: the time vector scales and shifts the second norm instead of being added before it (ADM).
         zero_last: start the second convolution at zero (U-Net).
@@ -187,6 +188,7 @@ class ResnetBlock(nn.Module):
         out_channels: int,
         *,
         eps: float,
+        norm_groups: int = NORM_GROUPS,
         time_channels: int | None = None,
         scale_shift: bool = False,
         dropout: float = 0.0,
@@ -195,13 +197,13 @@ class ResnetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
-        self.norm1 = NormSiLU(in_channels, eps=eps)
+        self.norm1 = NormSiLU(in_channels, eps=eps, groups=norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.scale_shift = scale_shift
         self.time_emb_proj: nn.Linear | None = None
         if time_channels is not None:
             self.time_emb_proj = nn.Linear(time_channels, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = (GroupNorm if scale_shift else NormSiLU)(out_channels, eps=eps)
+        self.norm2 = (GroupNorm if scale_shift else NormSiLU)(out_channels, eps=eps, groups=norm_groups)
         self.dropout = dropout_layer(dropout)
         last = ZeroConv2d if zero_last else nn.Conv2d
         self.conv2 = last(out_channels, out_channels, 3, padding=1)

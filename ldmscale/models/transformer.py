@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ldmscale.models.attention import MultiHeadAttention, attention
-from ldmscale.models.layers import GroupNorm, LayerNorm, ZeroLinear, dropout_layer
+from ldmscale.models.layers import NORM_GROUPS, GroupNorm, LayerNorm, ZeroLinear, dropout_layer
 from ldmscale.models.lean import geglu
 
 
@@ -74,10 +74,11 @@ class SpatialTransformer(nn.Module):
         context_dim: int,
         depth: int = 1,
         dropout: float = 0.0,
+        norm_groups: int = NORM_GROUPS,
     ) -> None:
         super().__init__()
         inner = heads * head_channels
-        self.norm = GroupNorm(channels, eps=1e-6)
+        self.norm = GroupNorm(channels, eps=1e-6, groups=norm_groups)
         self.proj_in = nn.Linear(channels, inner)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(
@@ -104,10 +105,18 @@ class SpatialAttention(nn.Module):
     1e-6).
     """
 
-    def __init__(self, channels: int, *, heads: int, eps: float, zero_last: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        eps: float,
+        zero_last: bool = False,
+        norm_groups: int = NORM_GROUPS,
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.group_norm = GroupNorm(channels, eps=eps)
+        self.group_norm = GroupNorm(channels, eps=eps, groups=norm_groups)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

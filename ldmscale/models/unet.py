@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmscale.models.layers import (
+    NORM_GROUPS,
     Checkpointing,
     Downsample,
     NormSiLU,
@@ -48,6 +49,7 @@ class UNet(nn.Module):
         transformer_depth: transformer blocks in one spatial transformer.
         residual_updown: change resolution by residual blocks instead of single convolutions.
         scale_shift_norm: time scales and shifts the second norm of a residual block instead of being added.
+        norm_groups: of every group normalisation; 32 in the published models.
         num_classes: adds a table of class vectors to the time vector; forward then needs `labels`.
         checkpointing: "full" keeps only the inputs of residual and attention blocks for the backward pass.
 
@@ -72,6 +74,7 @@ class UNet(nn.Module):
         scale_shift_norm: bool = False,
         num_classes: int | None = None,
         dropout: float = 0.0,
+        norm_groups: int = NORM_GROUPS,
         checkpointing: Checkpointing = "off",
     ) -> None:
         super().__init__()
@@ -92,6 +95,7 @@ class UNet(nn.Module):
                 inputs,
                 outputs,
                 eps=EPS,
+                norm_groups=norm_groups,
                 time_channels=time_channels,
                 scale_shift=scale_shift_norm,
                 dropout=dropout,
@@ -102,7 +106,7 @@ class UNet(nn.Module):
         def attention(size: int) -> nn.Module:
             count, width = heads_of(size, heads, head_channels)
             if context_dim is None:
-                return SpatialAttention(size, heads=count, eps=EPS, zero_last=True)
+                return SpatialAttention(size, heads=count, eps=EPS, zero_last=True, norm_groups=norm_groups)
             return SpatialTransformer(
                 size,
                 heads=count,
@@ -110,6 +114,7 @@ class UNet(nn.Module):
                 context_dim=context_dim,
                 depth=transformer_depth,
                 dropout=dropout,
+                norm_groups=norm_groups,
             )
 
         self.time_embedding = TimeEmbedding(channels, time_channels)
@@ -149,7 +154,7 @@ class UNet(nn.Module):
                 group.resample_by(resnet(size, size, "up") if residual_updown else Upsample(size))
             self.up_blocks.append(group)
 
-        self.conv_norm_out = NormSiLU(current, eps=EPS)
+        self.conv_norm_out = NormSiLU(current, eps=EPS, groups=norm_groups)
         self.conv_out = ZeroConv2d(current, out_channels, 3, padding=1)
 
     def forward(
