@@ -273,7 +273,9 @@ def write_shards(
 
 
 def _items(found: Sequence[tuple[str, bytes, str]]) -> list[Item]:
-    captions = unique_captions([caption or caption_of_path(path) for path, _, caption in found])
+    # Only captions that we made are told apart by numbers; what a user wrote is trained on as it is.
+    made = iter(unique_captions([caption_of_path(path) for path, _, caption in found if not caption]))
+    captions = [caption or next(made) for _, _, caption in found]
     items = []
     for (path, data, _), caption, key in zip(
         found, captions, _keys([path for path, _, _ in found]), strict=True

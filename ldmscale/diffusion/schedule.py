@@ -39,8 +39,12 @@ class NoiseSchedule:
 
     def signal(self, t: Tensor) -> Tensor:
         """sqrt(alpha_bar_t), float32 [B,1,1,1] on t's device, for t int64 [B]."""
-        return self.alphas_bar[t.cpu()].sqrt().float().to(t.device)[:, None, None, None]
+        return self._bar(t).sqrt().float()[:, None, None, None]
 
     def noise(self, t: Tensor) -> Tensor:
         """sqrt(1 - alpha_bar_t), float32 [B,1,1,1] on t's device, for t int64 [B]."""
-        return (1 - self.alphas_bar[t.cpu()]).sqrt().float().to(t.device)[:, None, None, None]
+        return (1 - self._bar(t)).sqrt().float()[:, None, None, None]
+
+    def _bar(self, t: Tensor) -> Tensor:
+        # The table goes to t's device: asking t back from a GPU would make the host wait for it.
+        return self.alphas_bar.to(t.device, non_blocking=True)[t]
