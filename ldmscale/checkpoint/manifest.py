@@ -1,0 +1,183 @@
+"""manifest.json: what a checkpoint is and where each element of each tensor lies in it.
+
+format       1; a reader refuses another one
+step, images_seen, world_size, libraries
+files        name, size, xxh3_128 of each rank's safetensors file
+keys         NETWORK/KIND/NAME -> dtype, shape, shards [[offset, numel, number of the file], ...]
+state        everything that is not a tensor, as plain JSON values
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ldmscale.checkpoint.files import FileRecord, write_text
+from ldmscale.errors import CheckpointError
+
+FORMAT = 1
+NAME = "manifest.json"
+_LIBRARIES = ("ldmscale", "torch", "deepspeed", "safetensors", "xxhash")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Elements [offset, offset + numel) of a tensor lie in file number `file`."""
+
+    offset: int
+    numel: int
+    file: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One whole tensor."""
+
+    dtype: str  # as torch names it: "float32"
+    shape: tuple[int, ...]
+    shards: tuple[Shard, ...]  # in order of offset, without holes
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    step: int
+    images_seen: int
+    world_size: int
+    libraries: dict[str, str]
+    files: tuple[FileRecord, ...]
+    keys: dict[str, Entry]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank wrote."""
+
+    rank: int
+    file: FileRecord
+    pieces: dict[str, tuple[str, tuple[int, ...], int, int]]  # key -> dtype, shape, offset, numel
+
+
+def write_part(path: Path, part: Part) -> None:
+    write_text(path, json.dumps(asdict(part)))
+
+
+def read_part(path: Path) -> Part:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    pieces = {
+        key: (dtype, tuple(shape), offset, numel)
+        for key, (dtype, shape, offset, numel) in raw["pieces"].items()
+    }
+    return Part(raw["rank"], FileRecord(**raw["file"]), pieces)
+
+
+def merge(parts: Sequence[Part], *, step: int, state: Mapping[str, Any]) -> Manifest:
+    """The manifest of a checkpoint from the descriptions of all its ranks.
+
+    Raises CheckpointError, with all faults, if ranks are missing or pieces leave holes, overlap or disagree.
+    """
+    parts = sorted(parts, key=lambda part: part.rank)
+    if [part.rank for part in parts] != list(range(len(parts))):
+        raise CheckpointError(
+            f"files of ranks {[part.rank for part in parts]}: expected each rank once, from 0"
+        )
+    found: dict[str, list[Shard]] = {}
+    kinds: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    for part in parts:
+        for key, (dtype, shape, offset, numel) in part.pieces.items():
+            found.setdefault(key, []).append(Shard(offset, numel, part.rank))
+            kinds.setdefault(key, set()).add((dtype, shape))
+    keys, faults = {}, []
+    for key, shards in found.items():
+        if len(kinds[key]) > 1:
+            faults.append(f"{key}: ranks disagree about its dtype and shape: {sorted(kinds[key])}")
+            continue
+        ((dtype, shape),) = kinds[key]
+        shards.sort(key=lambda shard: shard.offset)
+        entry = Entry(dtype, shape, tuple(shards))
+        starts = [shard.offset for shard in shards]
+        ends = [shard.offset + shard.numel for shard in shards]
+        if starts[0] != 0 or ends[-1] != entry.numel or starts[1:] != ends[:-1]:
+            ranges = ", ".join(f"{low}..{high}" for low, high in zip(starts, ends, strict=True))
+            faults.append(f"{key}: {entry.numel} elements, but the ranks wrote {ranges}")
+        keys[key] = entry
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    return Manifest(
+        step=step,
+        images_seen=int(state.get("images_seen", 0)),
+        world_size=len(parts),
+        libraries=library_versions(),
+        files=tuple(part.file for part in parts),
+        keys=keys,
+        state=dict(state),
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what wrote a checkpoint; absent libraries are left out."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Raises TypeError if the state is not made of JSON's values."""
+    raw = {"format": FORMAT, **asdict(manifest)}
+    raw["keys"] = {
+        key: {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "shards": [[shard.offset, shard.numel, shard.file] for shard in entry.shards],
+        }
+        for key, entry in manifest.keys.items()
+    }
+    write_text(folder / NAME, json.dumps(raw))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CheckpointError if there is none, or it is torn, or of another format."""
+    path = folder / NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: {folder} is not a complete checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): take an older checkpoint") from error
+    written = raw.get("format") if isinstance(raw, dict) else None
+    if written != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {written!r}, this version reads {FORMAT}: use the version that wrote it"
+        )
+    try:
+        keys = {
+            key: Entry(
+                entry["dtype"], tuple(entry["shape"]), tuple(Shard(*shard) for shard in entry["shards"])
+            )
+            for key, entry in raw["keys"].items()
+        }
+        return Manifest(
+            step=raw["step"],
+            images_seen=raw["images_seen"],
+            world_size=raw["world_size"],
+            libraries=raw["libraries"],
+            files=tuple(FileRecord(**file) for file in raw["files"]),
+            keys=keys,
+            state=raw["state"],
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} lacks a part ({error!r}): take an older checkpoint") from error

@@ -1,0 +1,383 @@
+"""The training engine: DeepSpeed behind a small typed surface. No other file of ldmscale imports deepspeed.
+
+DeepSpeed is imported inside functions, because its import takes seconds and fixes the accelerator for the
+process. Nothing here reads the run's configuration: `EngineOptions` holds plain values.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ldmscale.train.ema import ShardedEma
+from ldmscale.train.engine_options import EngineOptions, clips_itself, deepspeed_json
+from ldmscale.train.fragments import Fragment, Layout, layout_of, zero3_range
+from ldmscale.train.optim import parameter_groups
+
+__all__ = ["Engine", "EngineOptions", "connect", "deepspeed_json", "disconnect", "sharded_construction"]
+
+log = logging.getLogger(__name__)
+
+_EXCHANGE_ELEMENTS = 1 << 24  # weights change places with their average in pieces of 64 MiB
+
+
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    """DeepSpeed collects garbage several times while it is set up: let it look at its own objects only."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _takes_fused_adam(options: EngineOptions, device: torch.device) -> bool:
+    """Whether DeepSpeed's FusedAdam is to be used: on CUDA, under ZeRO, where its kernel can be built."""
+    if device.type != "cuda" or options.zero_stage == 0:
+        return False
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
+    try:
+        FusedAdamBuilder().load(verbose=False)
+    except Exception as error:  # no nvcc, another CUDA than torch's, no compiler: each is told in its own way
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        log.warning("DeepSpeed's FusedAdam cannot be built here (%s): torch's fused AdamW is used", reason)
+        return False
+    return True
+
+
+def _quieten() -> None:
+    """DeepSpeed's warnings go the way of our own, and what it and torch say at every start goes nowhere."""
+    chatter = logging.getLogger("DeepSpeed")
+    chatter.setLevel(logging.WARNING)
+    chatter.handlers.clear()  # it writes to stdout, past the run's log files and into the progress bars
+    chatter.propagate = True
+    for collective in (
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "_all_gather_base",
+        "_reduce_scatter_base",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{collective}.*", category=FutureWarning)
+
+
+def _import_muon_plainly() -> None:
+    """Spare every job seconds at its start: DeepSpeed imports Muon, which is not used here, and Muon's decorators
+    load all of torch's compiler."""
+
+    def plainly(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else plainly
+
+    compile_function = torch.compile
+    setattr(torch, "compile", plainly)  # noqa: B010, since mypy refuses the plain assignment
+    try:
+        with suppress(ImportError):
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        setattr(torch, "compile", compile_function)  # noqa: B010
+
+
+def connect(device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
+    """Make DeepSpeed ready for this process, with a process group: gloo on CPU, NCCL on CUDA.
+
+    A group that exists is used; else the one that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name is
+    joined; without them a group of one is made. `timeout_seconds` holds for every collective of a group made
+    here, and should be long, since the first steps compile, fetch and allocate.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in os.environ
+    if alone:  # DeepSpeed reads these here and there
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    # DeepSpeed decides this at its import, and would take any GPU that it sees.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # Before the group is made: DeepSpeed's default arguments would keep a group that exists alive for ever.
+    import deepspeed
+
+    _quieten()
+    _import_muon_plainly()
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # DeepSpeed takes LOCAL_RANK for the device's number, which it is not where each task sees one GPU.
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+    else:
+        # Otherwise DeepSpeed compiles a shared-memory extension: a minute in the first job, and a lock file
+        # that hangs every later job if this one is killed meanwhile. gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        if alone:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one. A process that is one of several ranks cannot connect again."""
+    if dist.is_initialized():
+        from deepspeed import comm
+
+        comm.destroy_process_group()
+        # gloo's threads may still hold tensors of the last collectives, and engines that live on hold the threads.
+        # A thread that lets go of a tensor while the interpreter shuts down aborts the process, after all is done.
+        time.sleep(0.2)
+
+
+@contextmanager
+def sharded_construction(options: EngineOptions) -> Iterator[None]:
+    """Build a trained network inside: at ZeRO-3 each layer is cut into shards as soon as it is built.
+
+    No rank ever holds the whole network. At other stages nothing happens. Frozen helpers are built outside.
+    The weights are the same as without ZeRO for the same seed: the layers are built in fp32, and the engine
+    casts the shards.
+    """
+    if options.zero_stage < 3:
+        yield
+        return
+    import deepspeed
+
+    config = deepspeed_json(replace(options, precision="fp32"), dist.get_world_size())
+    # The dtype comes from the configuration: as an argument it is ignored on CPU (DeepSpeed 0.19).
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        yield
+
+
+def _cast_shards(network: nn.Module, dtype: torch.dtype) -> None:
+    """Give the shards that `sharded_construction` made their dtype for training."""
+    for parameter in network.parameters():
+        shard = getattr(parameter, "ds_tensor", None)
+        if shard is not None:
+            shard.data = shard.data.to(dtype)
+            parameter.data = parameter.data.to(dtype)
+
+
+class Engine:
+    """One trained network with its optimiser, sharded over all ranks.
+
+    Several engines may live in one process. A network that another engine's loss passes through (the
+    discriminator in the generator's step) is called as `engine.network`, frozen meanwhile, and never through
+    the engine.
+    """
+
+    def __init__(self, name: str, network: nn.Module, options: EngineOptions, device: torch.device) -> None:
+        import deepspeed
+
+        self.name = name
+        self.options = options
+        self.device = device
+        for buffer in network.buffers():
+            # DeepSpeed moves a network that was built in shards nowhere, since its parameters are in place.
+            buffer.data = buffer.data.to(device)
+        self.updates = 0  # optimiser updates that happened
+        self.skipped_updates = 0  # windows thrown away because their gradient was not finite
+        self._averaged = False
+        self._norm: float | Tensor = 0.0
+        groups = parameter_groups(network, options.weight_decay, decay_vectors=options.decay_vectors)
+        _cast_shards(network, options.compute_dtype)
+        config = deepspeed_json(options, dist.get_world_size(), fused_adam=_takes_fused_adam(options, device))
+        # Some of DeepSpeed's optimisers print memory usage while they are made.
+        with redirect_stdout(io.StringIO()), _short_collections():
+            self._engine, *_ = deepspeed.initialize(
+                model=network, model_parameters=groups, config=config, dist_init_required=False
+            )
+        _quieten()
+        self.network: nn.Module = self._engine.module
+        self._persistent = frozenset(self.network.state_dict().keys())
+        if options.zero_stage == 0 and options.precision == "bf16":
+            self._undo_first_step()
+        self.layout: Layout = layout_of(self.network, self._engine.optimizer)
+
+    def _undo_first_step(self) -> None:
+        """Start from nothing at ZeRO-0 in bf16, as at the other stages.
+
+        There DeepSpeed's optimiser makes its states by an update with zero gradients, which decays the
+        masters once and leaves the update count at one.
+        """
+        optimizer = self._engine.optimizer
+        optimizer.optimizer.state.clear()
+        optimizer.refresh_fp32_params()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of weights in the forward pass; inputs must be cast to it."""
+        return self.options.compute_dtype
+
+    @property
+    def at_boundary(self) -> bool:
+        """True between accumulation windows: no gradient is waiting for an update."""
+        return bool(self._engine.micro_steps % self.options.accumulation_steps == 0)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate the mean loss of one micro-batch; it is divided by the accumulation steps here."""
+        self.refuse_averaged("backward")
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """Follows each backward. True when it closed an accumulation window and updated the weights.
+
+        A window with a non-finite gradient is thrown away on all ranks, counted in `skipped_updates`, and
+        gives False; `at_boundary` tells it from a window that goes on.
+        """
+        self.refuse_averaged("step")
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return False
+        updated = self._update()
+        if updated:
+            self.updates += 1
+        else:
+            self.skipped_updates += 1
+            self._norm = math.inf
+        self._share_buffers()
+        return updated
+
+    def _update(self) -> bool:
+        """The update at the end of a window; False if it was refused for a non-finite gradient."""
+        if clips_itself(self.options):
+            trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+            limit = self.options.gradient_clip_norm
+            self._norm = nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit)
+            if not math.isfinite(float(self._norm)):
+                self._engine.zero_grad()
+                self._engine.micro_steps += 1
+                return False
+        self._engine.step()
+        if not clips_itself(self.options):
+            self._norm = self._engine.get_global_grad_norm()
+        return bool(self._engine.was_step_applied())
+
+    @torch.no_grad()
+    def _share_buffers(self) -> None:
+        """Running statistics follow rank 0, as in DistributedDataParallel, so that all ranks have the same."""
+        buffers = [tensor for _, tensor in self.buffers()]
+        if not buffers or dist.get_world_size() == 1:
+            return
+        for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+            same = [buffer for buffer in buffers if buffer.dtype == dtype]
+            together = torch.cat([buffer.reshape(-1) for buffer in same])
+            dist.broadcast(together, 0)
+            values = torch.split(together, [buffer.numel() for buffer in same])
+            for buffer, value in zip(same, values, strict=True):
+                buffer.copy_(value.view_as(buffer))
+
+    def gradient_norm(self) -> float:
+        """Global 2-norm of the last window's mean gradient, before clipping; inf if it was thrown away."""
+        return float(self._norm)
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self.base_optimizer.param_groups:
+            group["lr"] = value
+
+    @property
+    def base_optimizer(self) -> Any:
+        """The AdamW that steps on the masters, inside whatever DeepSpeed wrapped around it."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """The fp32 tensors on this rank that the optimiser steps on."""
+        return self.layout.masters
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Which elements of which trained parameter lie where in `masters`."""
+        return iter(self.layout.fragments)
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Persistent buffers, whole on every rank."""
+        return ((name, b) for name, b in self.network.named_buffers() if name in self._persistent)
+
+    def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that are not trained; at ZeRO-3 they are sharded like the others."""
+        return ((name, p) for name, p in self.network.named_parameters() if not p.requires_grad)
+
+    def parameter_count(self) -> int:
+        """Parameters of the whole network, not of this rank's share."""
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.network.parameters())
+
+    def zero3_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Offset and number of the elements of a ZeRO-3 parameter (or frozen one) that lie on this rank."""
+        return zero3_range(self._engine.optimizer, parameter)
+
+    def resume_at(self, updates: int, skipped_updates: int) -> list[dict[str, Tensor]]:
+        """Set the counts of a saved run; returns AdamW's state of each master, to be filled.
+
+        Only between accumulation windows; how many micro-batches a window has may differ from the saved run.
+        """
+        if not self.at_boundary:
+            raise RuntimeError(
+                f"{self.name} holds gradients of a window that has not ended: go back after step()"
+            )
+        self.updates, self.skipped_updates = updates, skipped_updates
+        self._engine.global_steps = updates + skipped_updates
+        self._engine.skipped_steps = skipped_updates
+        self._engine.micro_steps = self._engine.global_steps * self.options.accumulation_steps
+        optimizer = self.base_optimizer
+        if updates == 0:
+            optimizer.state.clear()
+            return []
+        for master in self.masters:
+            state = optimizer.state[master]
+            state["step"] = updates  # as DeepSpeed's FusedAdam counts
+            if isinstance(optimizer, torch.optim.AdamW):
+                state["step"] = torch.tensor(float(updates), device=master.device)
+            for moment in ("exp_avg", "exp_avg_sq"):  # either makes them in its first update
+                if moment not in state:
+                    state[moment] = torch.zeros_like(master.detach())
+        return [optimizer.state[master] for master in self.masters]
+
+    @contextmanager
+    def averaged_weights(self, ema: ShardedEma | None) -> Iterator[None]:
+        """Inside, the forward pass uses the moving average; afterwards the raw weights again, bit for bit.
+
+        Collective under ZeRO: every rank enters and leaves, and calls the network equally often inside. While
+        inside the raw masters wait in the average's own tensors, so training, updating the average and saving
+        are refused. With None (a network without average) the raw weights stay.
+        """
+        self.refuse_averaged("averaged_weights")
+        if ema is None:
+            yield
+            return
+        self._averaged = True
+        _exchange(self.masters, ema.averages)
+        self.layout.publish()
+        try:
+            yield
+        finally:
+            _exchange(self.masters, ema.averages)
+            self.layout.publish()
+            self._averaged = False
+
+    def refuse_averaged(self, action: str) -> None:
+        """Raise RuntimeError inside `averaged_weights`, where masters and average have changed places."""
+        if self._averaged:
+            raise RuntimeError(f"{action} of {self.name} inside averaged_weights: leave that block first")
+
+
+@torch.no_grad()
+def _exchange(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Swap the contents of tensors pairwise, in place, through a small buffer."""
+    for one, other in zip(left, right, strict=True):
+        ones, others = one.detach().view(-1), other.view(-1)
+        halves = torch.split(ones, _EXCHANGE_ELEMENTS), torch.split(others, _EXCHANGE_ELEMENTS)
+        for a, b in zip(*halves, strict=True):
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)

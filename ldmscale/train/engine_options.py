@@ -1,0 +1,83 @@
+"""What the engine needs to know, and DeepSpeed's configuration made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine needs to know, as plain values."""
+
+    zero_stage: int  # 0..3
+    precision: str  # "bf16" (fp32 masters, states and gradient reduction) or "fp32"
+    rank_micro_batch: int  # samples a rank takes through one forward pass
+    accumulation_steps: int = 1  # forward passes an update
+    gradient_clip_norm: float | None = (
+        None  # global norm; None: no clipping, the norm is measured all the same
+    )
+    learning_rate: float = 1e-4  # of the first update, until set_learning_rate says otherwise
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    decay_vectors: bool = True  # False: biases and normalisation weights are not decayed
+    persistence_threshold: int = 100_000  # ZeRO-3: parameters of fewer elements stay whole on every rank
+    bucket_elements: int = 50_000_000  # elements reduced, or gathered, at a time
+    prefetch_elements: int = 50_000_000  # ZeRO-3: elements fetched ahead of use
+    overlap_communication: bool = False  # with the backward pass; needs CUDA streams to gain anything
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
+
+
+def deepspeed_json(options: EngineOptions, world_size: int, *, fused_adam: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration. The one place that knows its keys."""
+    half = options.precision == "bf16"
+    adam: dict[str, Any] = {
+        "lr": options.learning_rate,
+        "betas": list(options.betas),
+        "eps": options.eps,
+        "weight_decay": options.weight_decay,
+    }
+    if not fused_adam:
+        # torch's own fused AdamW: on flat partitions it is as fast as DeepSpeed's, on CPU it is the fast one.
+        # Without ZeRO DeepSpeed's FusedAdam would bring another wrapper with a memory layout of its own.
+        adam |= {"torch_adam": True, "fused": True}
+    config: dict[str, Any] = {
+        "train_batch_size": options.rank_micro_batch * options.accumulation_steps * world_size,
+        "train_micro_batch_size_per_gpu": options.rank_micro_batch,
+        "gradient_accumulation_steps": options.accumulation_steps,
+        # Without ZeRO in fp32 DeepSpeed clips but forgets the norm: there the engine clips by itself.
+        "gradient_clipping": 0.0 if clips_itself(options) else options.gradient_clip_norm or 0.0,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "bf16": {"enabled": half},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": options.zero_stage,
+            "overlap_comm": options.overlap_communication,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": options.bucket_elements,
+            "allgather_bucket_size": options.bucket_elements,
+        },
+    }
+    if options.zero_stage == 3:
+        config["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": options.persistence_threshold,
+            "stage3_prefetch_bucket_size": options.prefetch_elements,
+        }
+    if half:
+        config["communication_data_type"] = "fp32"
+        if options.zero_stage > 0:  # without ZeRO DeepSpeed accumulates in the dtype of the weights only
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def clips_itself(options: EngineOptions) -> bool:
+    """Whether clipping and the norm are the engine's own business."""
+    return options.zero_stage == 0 and options.precision == "fp32"

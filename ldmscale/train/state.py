@@ -1,0 +1,201 @@
+"""From engines to pieces of a checkpoint and back, at any number of ranks and any ZeRO stage.
+
+A snapshot needs no communication: each rank copies the elements that it owns. What all ranks hold alike is
+cut into equal slices, one a rank; buffers are rank 0's. A restore reads only the ranges that this rank owns.
+
+Kinds: "master" (fp32 weights), "exp_avg" and "exp_avg_sq" (AdamW's moments), "ema" or another average's name,
+"frozen" (parameters that are not trained), "buffer". The random state of each rank is "process/rng/...".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ldmscale.checkpoint.storage import Piece, Reader
+from ldmscale.errors import CheckpointError
+from ldmscale.train.ema import ShardedEma
+from ldmscale.train.engine import Engine
+from ldmscale.train.fragments import Fragment
+
+log = logging.getLogger(__name__)
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def snapshot(
+    engines: Mapping[str, Engine], averages: Mapping[str, ShardedEma]
+) -> tuple[list[Piece], dict[str, Any]]:
+    """Copy this rank's share of the training state to host memory, with what describes it as JSON's values.
+
+    Raises RuntimeError between accumulation boundaries and inside `averaged_weights`.
+    """
+    pieces: list[Piece] = []
+    networks: dict[str, Any] = {}
+    for name, engine in engines.items():
+        engine.refuse_averaged("snapshot")
+        if not engine.at_boundary:
+            raise RuntimeError(
+                f"snapshot of {name} inside an accumulation window: save after step() has updated"
+            )
+        found = [averages[name]] if name in averages else []
+        pieces += _pieces_of(name, engine, found)
+        networks[name] = {
+            "zero_stage": engine.options.zero_stage,
+            "precision": engine.options.precision,
+            "updates": engine.updates,
+            "skipped_updates": engine.skipped_updates,
+            "parameters": engine.parameter_count(),
+            "averages": {
+                average.kind: {"updates": average.updates, "decay": average.decay} for average in found
+            },
+        }
+    for key, state in _random_states().items():
+        pieces.append(Piece(key, tuple(state.shape), 0, state))
+    return pieces, {"networks": networks}
+
+
+def restore(
+    source: str | Path | Reader, engines: Mapping[str, Engine], averages: Mapping[str, ShardedEma]
+) -> dict[str, Any]:
+    """Bring engines and averages to a checkpoint's state; returns what was saved beside the tensors.
+
+    Collective under ZeRO. The random state of each rank comes back if the number of ranks is the one that
+    saved. An average that the checkpoint does not have starts from the restored weights. Raises
+    CheckpointError, before anything is changed, if a network is missing, or its parameters have other names
+    or shapes.
+    """
+    reader = source if isinstance(source, Reader) else Reader(source)
+    faults = [fault for name, engine in engines.items() for fault in _differences(reader, name, engine)]
+    if faults:
+        raise CheckpointError(f"{reader.folder} does not fit this model:\n" + "\n".join(faults))
+    for name, engine in engines.items():
+        _restore_engine(reader, name, engine)
+        if (average := averages.get(name)) is not None:
+            _restore_average(reader, name, engine, average)
+    if reader.manifest.world_size == dist.get_world_size():
+        _restore_random_states(reader)
+    return reader.state
+
+
+def _pieces_of(name: str, engine: Engine, averages: Sequence[ShardedEma]) -> Iterator[Piece]:
+    states = engine.base_optimizer.state
+    for fragment in engine.fragments():
+        master = engine.masters[fragment.flat]
+        yield from _piece(name, "master", fragment, fragment.of(master))
+        moments = states.get(master, {})
+        for kind in _MOMENTS:
+            if kind in moments:
+                yield from _piece(name, kind, fragment, fragment.of(moments[kind]))
+        for average in averages:
+            yield from _piece(name, average.kind, fragment, fragment.of(average.averages[fragment.flat]))
+    for fragment, values in _frozen(engine):
+        yield from _piece(name, "frozen", fragment, values)
+    if dist.get_rank() == 0:
+        for buffer_name, buffer in engine.buffers():
+            values = buffer.detach().reshape(-1).to("cpu", copy=True)
+            yield Piece(f"{name}/buffer/{buffer_name}", tuple(buffer.shape), 0, values)
+
+
+def _piece(network: str, kind: str, fragment: Fragment, values: Tensor) -> Iterator[Piece]:
+    offset = fragment.offset
+    if fragment.replicated:  # each rank writes its slice of what all hold
+        rank, world = dist.get_rank(), dist.get_world_size()
+        offset, end = fragment.numel * rank // world, fragment.numel * (rank + 1) // world
+        values = values[offset:end]
+    if values.numel():
+        yield Piece(f"{network}/{kind}/{fragment.name}", fragment.shape, offset, values.to("cpu", copy=True))
+
+
+def _frozen(engine: Engine) -> Iterator[tuple[Fragment, Tensor]]:
+    """Each frozen parameter's fragment on this rank, with a view of its elements."""
+    for name, parameter in engine.frozen():
+        shard: Tensor | None = getattr(parameter, "ds_tensor", None)
+        if shard is None:
+            fragment = Fragment(name, tuple(parameter.shape), 0, parameter.numel(), flat=-1, replicated=True)
+            yield fragment, parameter.detach().view(-1)
+        else:
+            offset, numel = engine.zero3_range(parameter)
+            fragment = Fragment(name, _whole_shape(parameter), offset, numel, flat=-1)
+            yield fragment, shard.detach().view(-1)[:numel]
+
+
+def _differences(reader: Reader, name: str, engine: Engine) -> list[str]:
+    """How the checkpoint's tensors of a network differ from the network's, in words."""
+    if name not in reader.networks():
+        return [f"it has no network {name!r}, only {reader.networks()}"]
+    wanted = {
+        f"{name}/{'master' if parameter.requires_grad else 'frozen'}/{key}": _whole_shape(parameter)
+        for key, parameter in engine.network.named_parameters()
+    } | {f"{name}/buffer/{key}": tuple(buffer.shape) for key, buffer in engine.buffers()}
+    found = {
+        f"{name}/{kind}/{key}": reader.entry(f"{name}/{kind}/{key}").shape
+        for kind in ("master", "frozen", "buffer")
+        for key in reader.names(name, kind)
+    }
+    faults = [f"{key} is missing from it" for key in wanted.keys() - found.keys()]
+    faults += [f"{key} is not in the model" for key in found.keys() - wanted.keys()]
+    faults += [
+        f"{key} has shape {list(found[key])}, the model's has {list(wanted[key])}"
+        for key in wanted.keys() & found.keys()
+        if found[key] != wanted[key]
+    ]
+    return sorted(faults)
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@torch.no_grad()
+def _restore_engine(reader: Reader, name: str, engine: Engine) -> None:
+    engine.refuse_averaged("restore")
+    saved = reader.state["networks"][name]
+    for fragment in engine.fragments():
+        key = f"{name}/master/{fragment.name}"
+        reader.fill(key, fragment.offset, fragment.of(engine.masters[fragment.flat]))
+    moments = engine.resume_at(saved["updates"], saved["skipped_updates"])
+    for fragment in engine.fragments() if saved["updates"] else ():
+        for kind in _MOMENTS:
+            key = f"{name}/{kind}/{fragment.name}"
+            reader.fill(key, fragment.offset, fragment.of(moments[fragment.flat][kind]))
+    for fragment, values in _frozen(engine):
+        reader.fill(f"{name}/frozen/{fragment.name}", fragment.offset, values)
+    for buffer_name, buffer in engine.buffers():
+        buffer.copy_(reader.tensor(f"{name}/buffer/{buffer_name}"))
+    engine.layout.publish()
+
+
+@torch.no_grad()
+def _restore_average(reader: Reader, name: str, engine: Engine, average: ShardedEma) -> None:
+    saved = reader.state["networks"][name]["averages"].get(average.kind)
+    if saved is None:
+        log.info("the checkpoint has no average %r of %s: it starts from the weights", average.kind, name)
+        average.reset()
+        return
+    average.updates = int(saved["updates"])
+    for fragment in engine.fragments():
+        key = f"{name}/{average.kind}/{fragment.name}"
+        reader.fill(key, fragment.offset, fragment.of(average.averages[fragment.flat]))
+
+
+def _random_states() -> dict[str, Tensor]:
+    rank = dist.get_rank()
+    states = {f"process/rng/cpu_{rank:05d}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"process/rng/cuda_{rank:05d}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(reader: Reader) -> None:
+    rank = dist.get_rank()
+    torch.set_rng_state(reader.tensor(f"process/rng/cpu_{rank:05d}"))
+    cuda = f"process/rng/cuda_{rank:05d}"
+    if torch.cuda.is_available() and cuda in reader.manifest.keys:
+        torch.cuda.set_rng_state(reader.tensor(cuda))
