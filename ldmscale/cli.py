@@ -1,0 +1,120 @@
+"""`ldmscale JOB [group=option] [key=value] ...`: finds the job and turns its outcome into an exit status.
+
+Imports nothing heavy until the job is known, so that --help answers at once. Exit status: 0 finished; 2 the
+configuration or the data cannot work; 75 stopped after a complete save, run me again; anything else failed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+JOB_SUMMARIES = {
+    "quickstart": "the whole pipeline, small, on this machine: shards, autoencoder, latents, diffusion, samples",
+    "index": "makes or checks the index of shards and lists what is damaged",
+    "autoencoder": "fits the KL or VQ autoencoder; ends by measuring the latent scale",
+    "latents": "encodes shards of images into shards of latents",
+    "diffusion": "trains the conditional model on latents, or online from images",
+    "sample": "draws images for prompts (a list, a file or standard input)",
+}
+USAGE = "usage: ldmscale JOB [group=option ...] [key=value ...] [--help | --cfg job | --multirun | --shell-completion ...]"
+FINISHED, FAULTY, FAILED = 0, 2, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one job and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _show(_help())
+        return FINISHED if arguments else FAULTY
+    if arguments[0] == "--version":
+        from ldmscale import __version__
+
+        _show(f"ldmscale {__version__}")
+        return FINISHED
+    job, *rest = arguments
+    if job not in JOB_SUMMARIES:
+        near = difflib.get_close_matches(job, JOB_SUMMARIES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return _tell([f"there is no job {job!r}: {hint}the jobs are {', '.join(JOB_SUMMARIES)}"])
+    return _run(job, rest)
+
+
+def _run(job: str, arguments: list[str]) -> int:
+    from ldmscale.compose import config_folder, quiet_hydra, settle_overrides
+    from ldmscale.errors import CheckpointError, ConfigError, DataError
+
+    arguments = settle_overrides(job, arguments)
+    try:
+        if any(argument.startswith("-") for argument in arguments):
+            quiet_hydra()
+            return _through_hydra(job, arguments, str(config_folder()))
+        return _job_function(job)(arguments)
+    except (ConfigError, DataError) as error:
+        return _tell(error.faults, shared=error.shared)
+    except CheckpointError as error:
+        _tell([str(error)], shared=error.shared)
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _job_function(job: str) -> Callable[[Sequence[str]], int]:
+    function: Callable[[Sequence[str]], int] = importlib.import_module(f"ldmscale.jobs.{job}").main
+    return function
+
+
+def _through_hydra(job: str, arguments: list[str], folder: str) -> int:
+    """Flags (--cfg, --multirun, --info, completion) are Hydra's own; jobs of a sweep come back to the job function."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ldmscale.errors import ConfigError
+
+    statuses: list[int] = []
+
+    def task(_: DictConfig) -> None:
+        statuses.append(_job_function(job)(list(HydraConfig.get().overrides.task)))
+
+    # Hydra takes the name of the program for usage messages and completion from argv.
+    before, sys.argv = sys.argv, [os.path.basename(sys.argv[0] or "ldmscale"), *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=folder, config_name=job)(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).strip().split("\n")[0]) from None
+    finally:
+        sys.argv = before
+    return max(statuses, default=FINISHED)
+
+
+def _help() -> str:
+    width = max(map(len, JOB_SUMMARIES))
+    jobs = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in JOB_SUMMARIES.items())
+    return f"{USAGE}\n\njobs:\n{jobs}\n\n`ldmscale JOB --help` shows a job's groups and settings; `--cfg job` its configuration."
+
+
+def _tell(faults: Sequence[str], *, shared: bool = True) -> int:
+    """Say every fault and return the status of work that cannot be done as asked.
+
+    Rank 0 speaks for all where they share the fault; a fault of one rank alone is told by that rank.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" or not shared:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        count += "" if rank == "0" else f" on rank {rank}"
+        _show(
+            "\n".join([f"ldmscale cannot do this, {count}:", *(f"  - {fault}" for fault in faults)]),
+            sys.stderr,
+        )
+    return FAULTY
+
+
+def _show(text: str, stream: object = None) -> None:
+    # The command line's own answers are its output, not log records.
+    (sys.stdout if stream is None else sys.stderr).write(text + "\n")

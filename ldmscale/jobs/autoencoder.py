@@ -1,0 +1,97 @@
+"""`ldmscale autoencoder`: fit the KL or VQ autoencoder; ends by measuring the latent scale."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from ldmscale.config import AutoencoderJob
+from ldmscale.distributed.environment import Ranks
+from ldmscale.distributed.stop import StopFlag
+from ldmscale.jobs.start import configured
+
+log = logging.getLogger(__name__)
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Train as configured; see `cli` for the exit status."""
+    config, ranks = configured(AutoencoderJob, overrides)
+    with StopFlag().install() as stop:  # before the slow imports: a signal may come at any time
+        return _run(config, ranks, stop)
+
+
+def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
+    import torch
+
+    from ldmscale.data.items import ImageItem
+    from ldmscale.data.loader import Batch
+    from ldmscale.jobs.training import (
+        already_finished,
+        engine_options,
+        make_loader,
+        open_run,
+        picture_batch,
+        rate_curve,
+        train,
+    )
+    from ldmscale.networks import build_autoencoder, build_discriminator, build_distance, choose_attention
+    from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms, RealAndFake
+    from ldmscale.train.ema import ShardedEma
+    from ldmscale.train.engine import Engine, sharded_construction
+
+    if already_finished(config, ranks):
+        return 0
+    run = open_run(config, ranks)
+    loss, data = config.loss, config.data
+    assert data.image_size is not None
+    options = engine_options(run, config.train, config.optim, config.zero)
+    discriminator_options = engine_options(
+        run, config.train, config.optim, config.zero, lr_scale=loss.discriminator_lr_scale
+    )
+    widest = config.autoencoder.channels * config.autoencoder.channel_mult[-1]
+    backend = choose_attention(config.train.attention, [widest], run.device, options.compute_dtype)
+    distance = build_distance(loss, run.device)
+    torch.manual_seed(config.seed)
+    with sharded_construction(options):
+        generator_network = build_autoencoder(config.autoencoder)
+        discriminator_network = RealAndFake(build_discriminator(loss))
+    generator = Engine("generator", generator_network, options, run.device)
+    discriminator = Engine("discriminator", discriminator_network, discriminator_options, run.device)
+    log.info("autoencoder of %s and discriminator of %s parameters, ZeRO-%d, %s, attention by %s",
+             f"{generator.parameter_count():,}", f"{discriminator.parameter_count():,}", config.zero.stage,
+             config.train.precision, backend)  # fmt: skip
+    reader = ImageItem(data.image_size, config.seed, data.crop, data.flip, data.max_pixels)
+
+    def measure_batches() -> Iterator[Batch]:
+        loader = make_loader(run, config, reader, 0, workers=0)
+        wanted = min(config.scale_samples, run.index.total)
+        for _ in range(-(-wanted // config.train.global_batch) * run.accumulation_steps):
+            yield next(loader)
+
+    stage = AutoencoderStage(
+        generator,
+        discriminator,
+        ShardedEma(generator.masters, config.ema.decay, warmup=config.ema.warmup)
+        if config.ema.enabled
+        else None,
+        distance,
+        LossTerms(
+            sum_over_image=loss.reduction == "sum",
+            pixel_weight=loss.pixel_weight,
+            perceptual_weight=loss.perceptual_weight,
+            kl_weight=loss.kl_weight,
+            codebook_weight=loss.codebook_weight,
+            gan=loss.gan,
+            gan_weight=loss.gan_weight,
+            gan_start_step=loss.gan_start_step,
+        ),
+        config.seed,
+        measure_batches,
+        picture_batch(run, config, reader),
+        run.device,
+    )
+    rates = {
+        "generator": rate_curve(config.optim, config.train.max_steps),
+        "discriminator": rate_curve(config.optim, config.train.max_steps, loss.discriminator_lr_scale),
+    }
+    return train(run, config, stage, reader, rates, stop, flops_per_image=None)

@@ -1,0 +1,84 @@
+"""`ldmscale diffusion`: train the conditional model on latents, or online from images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ldmscale.config import DiffusionJob
+from ldmscale.distributed.environment import Ranks
+from ldmscale.distributed.stop import StopFlag
+from ldmscale.jobs.start import configured
+
+log = logging.getLogger(__name__)
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Train as configured; see `cli` for the exit status."""
+    config, ranks = configured(DiffusionJob, overrides)
+    if config.first_stage.path is not None:
+        # Whoever loads this run later may stand in another folder.
+        found = replace(config.first_stage, path=str(Path(config.first_stage.path).absolute()))
+        config = replace(config, first_stage=found)
+    with StopFlag().install() as stop:  # before the slow imports: a signal may come at any time
+        return _run(config, ranks, stop)
+
+
+def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
+    import torch
+
+    from ldmscale.data.items import ImageItem, LatentItem
+    from ldmscale.jobs.first_stage import open_first_stage, preview_prompts
+    from ldmscale.jobs.text import settle_tokenizer
+    from ldmscale.jobs.training import already_finished, engine_options, open_run, rate_curve, train
+    from ldmscale.networks import build_denoiser, build_schedule, choose_attention, unet_head_channels
+    from ldmscale.stages.diffusion import DiffusionStage, Objective
+    from ldmscale.stages.drawing import SamplerOptions
+    from ldmscale.train.ema import ShardedEma
+    from ldmscale.train.engine import Engine, sharded_construction
+
+    if already_finished(config, ranks):
+        return 0
+    run = open_run(config, ranks)
+    tokenizer = settle_tokenizer(run, config)
+    options = engine_options(run, config.train, config.optim, config.zero)
+    backend = choose_attention(
+        config.train.attention, unet_head_channels(config.unet), run.device, options.compute_dtype
+    )
+    first_stage, latent_shape, stored = open_first_stage(config, run)
+    torch.manual_seed(config.seed)
+    null = torch.from_numpy(tokenizer.encode([""])[0])
+    with sharded_construction(options):
+        network = build_denoiser(config.unet, config.text_encoder, config.diffusion.null_condition, null)
+    engine = Engine("denoiser", network, options, run.device)
+    log.info("denoiser of %s parameters, ZeRO-%d, %s, attention by %s", f"{engine.parameter_count():,}",
+             config.zero.stage, config.train.precision, backend)  # fmt: skip
+    data = config.data
+    reader: ImageItem | LatentItem
+    if stored is not None:
+        reader = LatentItem(stored, data.caption, tokenizer)
+    else:
+        assert data.image_size is not None
+        reader = ImageItem(
+            data.image_size, config.seed, data.crop, data.flip, data.max_pixels, data.caption, tokenizer
+        )
+    preview = config.preview
+    stage = DiffusionStage(
+        engine,
+        ShardedEma(engine.masters, config.ema.decay, warmup=config.ema.warmup)
+        if config.ema.enabled
+        else None,
+        first_stage,
+        build_schedule(config.diffusion),
+        Objective(config.diffusion.prediction, config.diffusion.loss, config.diffusion.caption_dropout),
+        SamplerOptions(preview.sampler_steps, preview.guidance, prediction=config.diffusion.prediction),
+        preview_prompts(config, run, tokenizer) if preview.every_steps else None,
+        latent_shape,
+        config.seed,
+        ranks,
+        run.device,
+    )
+    rates = {"denoiser": rate_curve(config.optim, config.train.max_steps)}
+    return train(run, config, stage, reader, rates, stop, flops_per_image=None)

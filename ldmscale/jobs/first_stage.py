@@ -1,0 +1,102 @@
+"""Opening the frozen first stage of a diffusion run, and the prompts of its previews."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from ldmscale.config import DiffusionJob
+from ldmscale.data.captions import caption_of
+from ldmscale.data.index import ShardIndex
+from ldmscale.data.latents import LatentFormat, LatentManifest
+from ldmscale.data.samples import SampleReader
+from ldmscale.data.shards import expand, local_path
+from ldmscale.data.tokens import Tokenizer
+from ldmscale.errors import DataError
+from ldmscale.jobs.training import Run
+from ldmscale.parts import Parts, load
+from ldmscale.stages.diffusion import PreviewPrompts
+from ldmscale.stages.first_stage import FirstStage, digest
+from ldmscale.stages.latent_scale import LatentScale
+
+log = logging.getLogger(__name__)
+
+
+def open_first_stage(
+    config: DiffusionJob, run: Run
+) -> tuple[FirstStage, tuple[int, int, int], LatentFormat | None]:
+    """The autoencoder (None where latents are trained on without pictures), the latents' shape and stored format.
+
+    Raises DataError for latents that another autoencoder made.
+    """
+    chosen = config.first_stage
+    parts = load(chosen.path, chosen.average) if chosen.path is not None else Parts()
+    manifest = _manifest(run.shards) if config.data.kind == "latents" else None
+    if manifest is not None and parts.autoencoder is not None:
+        manifest.check_autoencoder(digest(parts.autoencoder), run.shards[0])
+    # The autoencoder's own statistics first: so precomputed latents and online encoding see the same scale.
+    statistics = parts.latent_statistics
+    if statistics is None:
+        if manifest is None:
+            raise DataError(
+                f"first_stage.path={chosen.path} has not measured its latent scale yet: let that run reach its last step"
+            )
+        statistics = {
+            "channel_mean": list(manifest.channel_mean),
+            "channel_std": list(manifest.channel_std),
+            "factor": manifest.scale_factor,
+        }
+    scale = LatentScale.of(statistics, chosen.scale, chosen.fixed_factor)
+    if manifest is not None:
+        shape = manifest.format.shape
+    else:
+        assert config.data.image_size is not None
+        side = config.data.image_size // config.autoencoder.factor
+        shape = (config.autoencoder.latent_channels, side, side)
+    return FirstStage(parts.autoencoder, scale, run.device), shape, manifest.format if manifest else None
+
+
+def preview_prompts(config: DiffusionJob, run: Run, tokenizer: Tokenizer) -> PreviewPrompts:
+    """The configured prompts, or captions spread over the held-out shards (else over the training shards)."""
+    prompts = config.preview.prompts or _some_captions(config, run)
+    return PreviewPrompts(
+        tuple(prompts), torch.from_numpy(tokenizer.encode(list(prompts))), config.preview.seed
+    )
+
+
+def _some_captions(config: DiffusionJob, run: Run) -> list[str]:
+    index = run.index
+    if config.data.heldout_shards is not None:
+        index = ShardIndex.open(
+            expand(config.data.heldout_shards, allow_pipe=config.data.allow_pipe), build_missing=True
+        )
+    reader = SampleReader(index)
+    chosen = []
+    for number in range(config.preview.images):
+        shard = number % len(index.shards)
+        at = (number // len(index.shards)) * max(1, int(index.counts[shard]) // config.preview.images)
+        if at < index.counts[shard]:
+            try:
+                chosen.append(caption_of(reader.read(shard, at).members, config.data.caption))
+            except DataError as error:
+                log.warning("a sample without a caption gives no prompt for the pictures: %s", error)
+    reader.close()
+    if not chosen:
+        raise DataError(
+            "no caption for the pictures was found: give preview.prompts=[...], or preview.every_steps=0"
+        )
+    return chosen
+
+
+def _manifest(shards: list[str]) -> LatentManifest:
+    folders = sorted({str(Path(local_path(shard)).parent) for shard in shards})
+    manifests = [LatentManifest.load(folder) for folder in folders]
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        if manifest.format != manifests[0].format:
+            raise DataError(
+                f"the latents in {folder} are {manifest.format}, those in {folders[0]} {manifests[0].format}: "
+                "train on sets that one autoencoder made in one way"
+            )
+    return manifests[0]

@@ -1,0 +1,63 @@
+"""`ldmscale index`: make or check the index of shards, and list what is damaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+from ldmscale.config import IndexJob
+from ldmscale.jobs.start import configured
+
+log = logging.getLogger(__name__)
+
+SHOWN = 50  # damages listed one by one on the console
+
+
+def main(overrides: Sequence[str]) -> int:
+    """Index as configured. 0 if every sample can be used, 2 if something is damaged."""
+    config, ranks = configured(IndexJob, overrides)
+    from ldmscale.data.index import IndexReport, ShardIndex, check_shards
+    from ldmscale.data.shards import expand
+    from ldmscale.distributed.collectives import barrier
+    from ldmscale.distributed.world import close_world, open_world
+    from ldmscale.tracking.logs import set_up_logging
+
+    set_up_logging(None, ranks)
+    if ranks.size > 1:
+        open_world(ranks, timeout_minutes=24 * 60)  # ranks end hours apart on a large set
+    data = config.data
+    shards = expand(data.shards, allow_pipe=data.allow_pipe)
+
+    def look(rank: int, world: int) -> IndexReport:
+        return check_shards(
+            shards,
+            data.check,
+            caption_source=data.caption,
+            max_pixels=data.max_pixels,
+            rank=rank,
+            world=world,
+        )
+
+    report = look(ranks.rank, ranks.size)
+    barrier()
+    if ranks.size > 1:
+        report = look(0, 1)  # every shard's record is there now
+        close_world()
+    if not ranks.is_main:
+        return 0
+    if report.samples:
+        ShardIndex.open(shards)
+    found = report.to_json()
+    for damage in found.pop("damage")[:SHOWN]:
+        log.warning("%(kind)s: %(shard)s %(key)s: %(detail)s", damage)
+    log.info("%s", json.dumps(found, indent=2))
+    if report.damaged:
+        log.error(
+            "%d damages in %d shards: training skips such samples and writes them to data_ledger.jsonl; make the "
+            "shards anew, or live with it",
+            report.damaged,
+            report.shards,
+        )
+        return 2
+    return 0

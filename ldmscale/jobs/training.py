@@ -1,0 +1,230 @@
+"""What the two training jobs share: opening the run, its data and its trainer, and closing it with an exit status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.checks import SYNTHETIC
+from ldmscale.config import OptimConfig, TrainConfig, TrainingJob, ZeroConfig
+from ldmscale.data.index import ShardIndex
+from ldmscale.data.ledger import Ledger
+from ldmscale.data.loader import Batch, Loader, MakeItem
+from ldmscale.data.shards import expand
+from ldmscale.distributed.collectives import barrier, from_main_rank
+from ldmscale.distributed.environment import Ranks, export_rendezvous
+from ldmscale.distributed.stop import EXIT_STOPPED, StopFlag
+from ldmscale.distributed.world import choose_device
+from ldmscale.jobs.synthetic import synthetic_shards
+from ldmscale.run_folder import RunFolder
+from ldmscale.tracking.logs import quiet_libraries, set_up_logging
+from ldmscale.tracking.throughput import Throughput, peak_flops
+from ldmscale.tracking.tracker import Tracker
+from ldmscale.train.engine import connect, disconnect
+from ldmscale.train.engine_options import EngineOptions
+from ldmscale.train.rates import learning_rate
+from ldmscale.train.stage import Stage
+from ldmscale.train.trainer import Schedule, Trainer
+from ldmscale.validate import plain
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run: where it lives, who takes part, and what it reads."""
+
+    folder: RunFolder
+    ranks: Ranks
+    device: torch.device
+    identity: Mapping[str, Any]
+    shards: list[str]
+    index: ShardIndex
+    accumulation_steps: int
+
+
+def open_run(config: TrainingJob, ranks: Ranks) -> Run:
+    """Join the process group, write down what runs, and open the index of the shards (made where it is missing)."""
+    folder = RunFolder(config.run.dir)
+    changes = folder.changes(plain(config))  # refuses before any device is touched
+    device = choose_device(ranks)
+    if ranks.size > 1:
+        export_rendezvous(ranks)
+    connect(device)
+    from_main_rank(lambda: folder.settle_config(plain(config)))
+    set_up_logging(folder.path, ranks)
+    quiet_libraries()
+    for change in changes:
+        log.info("resuming with a change: %s", change)
+    identity = from_main_rank(folder.begin_attempt)
+    shards = _shards(config, folder, ranks)
+    index = from_main_rank(lambda: ShardIndex.open(shards, build_missing=True))
+    log.info("%s samples in %d shards, %d ranks on %s", f"{index.total:,}", len(shards), ranks.size, device)
+    train = config.train
+    return Run(
+        folder,
+        ranks,
+        device,
+        identity,
+        shards,
+        index,
+        train.global_batch // (train.rank_micro_batch * ranks.size),
+    )
+
+
+def _shards(config: TrainingJob, folder: RunFolder, ranks: Ranks) -> list[str]:
+    data = config.data
+    if data.shards == SYNTHETIC:
+        latent, size = config.autoencoder, data.image_size or 32
+        from_main_rank(
+            lambda: synthetic_shards(
+                folder.path / "data", data.kind, size, latent.latent_channels, latent.factor
+            )
+        )
+        return expand(str(folder.path / "data" / "*.tar"))
+    return expand(data.shards, allow_pipe=data.allow_pipe)
+
+
+def make_loader(
+    run: Run, config: TrainingJob, reader: MakeItem, position: int, *, workers: int | None = None
+) -> Loader:
+    """The training loader from a position on."""
+    return Loader(
+        run.index,
+        reader,
+        seed=config.seed,
+        rank=run.ranks.rank,
+        world=run.ranks.size,
+        global_batch=config.train.global_batch,
+        rank_micro_batch=config.train.rank_micro_batch,
+        position=position,
+        workers=config.data.workers if workers is None else workers,
+        ledger=Ledger(run.folder.ledger, run.ranks.rank),
+        block_shards=config.data.shuffle_block_shards,
+        max_bad_share=config.data.max_bad_share,
+        pin_memory=run.device.type == "cuda",
+    )
+
+
+def picture_batch(run: Run, config: TrainingJob, reader: MakeItem) -> Batch:
+    """The fixed images of previews, the same on every rank: from the held-out shards, else the first of the order."""
+    index = run.index
+    if config.data.heldout_shards is not None:
+        shards = expand(config.data.heldout_shards, allow_pipe=config.data.allow_pipe)
+        index = from_main_rank(lambda: ShardIndex.open(shards, build_missing=True))
+    count = min(config.preview.images, index.total)
+    return next(Loader(index, reader, seed=0, rank=0, world=1, global_batch=count, rank_micro_batch=count))
+
+
+def engine_options(
+    run: Run, train: TrainConfig, optim: OptimConfig, zero: ZeroConfig, lr_scale: float = 1.0
+) -> EngineOptions:
+    """DeepSpeed's side of the configuration."""
+    return EngineOptions(
+        zero_stage=zero.stage,
+        precision=train.precision,
+        rank_micro_batch=train.rank_micro_batch,
+        accumulation_steps=run.accumulation_steps,
+        gradient_clip_norm=optim.gradient_clip_norm,
+        learning_rate=optim.lr * lr_scale,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        persistence_threshold=zero.persistence_threshold,
+        bucket_elements=zero.bucket_elements,
+        prefetch_elements=zero.prefetch_elements,
+        overlap_communication=zero.overlap_communication and run.device.type == "cuda",
+    )
+
+
+def rate_curve(optim: OptimConfig, max_steps: int, scale: float = 1.0) -> Callable[[int], float]:
+    """The learning rate as a function of the finished steps."""
+
+    def rate(step: int) -> float:
+        return learning_rate(
+            step,
+            base=optim.lr * scale,
+            curve=optim.curve,
+            warmup_steps=optim.warmup_steps,
+            total_steps=max_steps,
+            final_share=optim.final_lr_share,
+        )
+
+    return rate
+
+
+def train(
+    run: Run,
+    config: TrainingJob,
+    stage: Stage,
+    reader: MakeItem,
+    rates: Mapping[str, Callable[[int], float]],
+    stop: StopFlag,
+    flops_per_image: float | None,
+) -> int:
+    """Run the trainer to its end and return the exit status."""
+    tracker = Tracker(
+        run.folder.path,
+        run.ranks,
+        config.tracking,
+        config.train.max_steps,
+        name=config.run.name,
+        run_id=run.identity["wandb_id"],
+        config=plain(config),
+    )
+    trainer = Trainer(
+        stage,
+        lambda position: make_loader(run, config, reader, position),
+        run.index.fingerprint,
+        Schedule(
+            max_steps=config.train.max_steps,
+            accumulation_steps=run.accumulation_steps,
+            log_every_steps=config.train.log_every_steps,
+            save_every_steps=config.checkpoint.save_every_steps,
+            picture_every_steps=config.preview.every_steps,
+            garbage_every_steps=config.train.garbage_every_steps,
+        ),
+        rates,
+        CheckpointManager(run.folder.checkpoints, keep_last=config.checkpoint.keep_last),
+        tracker,
+        Throughput(
+            run.device,
+            ranks=run.ranks.size,
+            flops_per_image=flops_per_image,
+            device_peak_flops=peak_flops(run.device, config.train.precision),
+        ),
+        stop,
+    )
+    status: Any = "failed"
+    try:
+        trainer.resume()
+        finished = trainer.fit()
+        if finished:
+            trainer.finish()
+            if run.ranks.is_main:
+                run.folder.note({**run.identity, "finished_step": trainer.step})
+        status = "finished" if finished else "stopped"
+    finally:
+        tracker.close(status)
+    barrier()
+    disconnect()
+    return 0 if status == "finished" else EXIT_STOPPED
+
+
+def already_finished(config: TrainingJob, ranks: Ranks) -> bool:
+    """Whether the run in this folder has reached `train.max_steps`, which is then said."""
+    folder = RunFolder(config.run.dir)
+    folder.changes(plain(config))
+    step = folder.finished_step()
+    if step is None or step < config.train.max_steps:
+        return False
+    set_up_logging(None, ranks)
+    log.info(
+        "%s has finished: %d steps are done. A larger train.max_steps goes on with it", folder.path, step
+    )
+    return True

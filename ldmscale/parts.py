@@ -1,0 +1,164 @@
+"""`load` and `build`: a model as its parts, for notebooks, sampling and other tools."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmscale.checkpoint import Reader, newest_checkpoint
+from ldmscale.compose import compose_job, config_folder
+from ldmscale.config import AutoencoderJob, DiffusionJob
+from ldmscale.data.tokens import Tokenizer
+from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.errors import CheckpointError, ConfigError
+from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
+from ldmscale.models.denoiser import TextConditionedDenoiser
+from ldmscale.models.text_encoder import TextTransformer
+from ldmscale.models.unet import UNet
+from ldmscale.networks import build_autoencoder, build_denoiser, build_schedule
+from ldmscale.run_folder import RunFolder
+from ldmscale.stages.first_stage import digest
+from ldmscale.stages.latent_scale import LatentScale
+from ldmscale.validate import read
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Parts:
+    """A model taken apart. What a model does not have is None."""
+
+    unet: UNet | None = None
+    autoencoder: KLAutoencoder | VQAutoencoder | None = None
+    text_encoder: TextTransformer | None = None
+    tokenizer: Tokenizer | None = None
+    schedule: NoiseSchedule | None = None
+    denoiser: TextConditionedDenoiser | None = None  # U-Net, text encoder and null condition as one network
+    scale: LatentScale | None = None  # between the autoencoder's latents and those that the U-Net sees
+    latent_shape: tuple[int, int, int] | None = None  # [C,h,w] that the model was trained at
+    prediction: str = "eps"
+    latent_statistics: dict[str, Any] | None = None  # measured at the end of the autoencoder's training
+
+
+def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") -> Parts:
+    """The untrained parts of conf/experiment/<experiment>.yaml, on `device`.
+
+    Raises ConfigError where there is no such experiment, or where an override cannot be applied.
+    """
+    text = config_folder() / "experiment" / f"{experiment}.yaml"
+    jobs = [
+        job for job in ("diffusion", "autoencoder") if (text.parent / f"{experiment}_{job}.yaml").is_file()
+    ]
+    if text.is_file():
+        jobs = ["diffusion" if "/unet:" in text.read_text() else "autoencoder"]
+    if not jobs:
+        names = sorted(p.stem for p in text.parent.glob("*.yaml"))
+        raise ConfigError(f"there is no experiment {experiment!r}: choose one of {', '.join(names)}")
+    values = compose_job(jobs[0], [f"experiment={experiment}", *overrides])
+    with torch.device(device):
+        if jobs[0] == "autoencoder":
+            return Parts(autoencoder=build_autoencoder(read(AutoencoderJob, _lenient(values)).autoencoder))
+        config = read(DiffusionJob, _lenient(values))
+        null = torch.zeros(config.text_encoder.max_tokens, dtype=torch.int64)
+        denoiser = build_denoiser(config.unet, config.text_encoder, config.diffusion.null_condition, null)
+        return Parts(
+            unet=denoiser.unet,
+            autoencoder=build_autoencoder(config.autoencoder),
+            text_encoder=denoiser.text_encoder,
+            schedule=build_schedule(config.diffusion),
+            denoiser=denoiser,
+            prediction=config.diffusion.prediction,
+        )
+
+
+def load(path: str | Path, ema: bool = True, dtype: torch.dtype = torch.float32) -> Parts:
+    """The parts of a run folder, by its newest complete checkpoint, or of one checkpoint; on the CPU.
+
+    Args:
+        path: the folder of an autoencoder or diffusion run, or one of its checkpoints/step_*.
+        ema: averaged weights where the run kept them, raw ones otherwise.
+        dtype: of the weights; the autoencoder of a diffusion run stays in float32 (half precision blurs and overflows).
+
+    Raises:
+        ConfigError: the folder is no run.
+        CheckpointError: the run has no complete checkpoint, or it does not fit the configuration.
+    """
+    given = Path(path)
+    checkpoint = given if (given / "manifest.json").is_file() and given.name.startswith("step_") else None
+    folder = RunFolder(given if checkpoint is None else given.parent.parent)
+    values = folder.config()
+    checkpoint = checkpoint or newest_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder.path} has no complete checkpoint yet: wait for the run's first save")
+    reader = Reader(checkpoint)
+    if values["job"] == "autoencoder":
+        return _load_autoencoder(read(AutoencoderJob, values), reader, ema, dtype)
+    return _load_diffusion(read(DiffusionJob, values), folder, reader, ema, dtype)
+
+
+def _load_autoencoder(config: AutoencoderJob, reader: Reader, ema: bool, dtype: torch.dtype) -> Parts:
+    autoencoder = build_autoencoder(config.autoencoder)
+    _fill(autoencoder, _weights(reader, "generator", ema))
+    autoencoder.requires_grad_(False).eval().to(dtype)
+    return Parts(autoencoder=autoencoder, latent_statistics=reader.state["stage"]["latent_statistics"])
+
+
+def _load_diffusion(
+    config: DiffusionJob, folder: RunFolder, reader: Reader, ema: bool, dtype: torch.dtype
+) -> Parts:
+    null = torch.zeros(config.text_encoder.max_tokens, dtype=torch.int64)
+    denoiser = build_denoiser(config.unet, config.text_encoder, config.diffusion.null_condition, null)
+    _fill(denoiser, _weights(reader, "denoiser", ema))
+    denoiser.requires_grad_(False).eval().to(dtype)
+    stage = reader.state["stage"]
+    first_stage = (
+        load(config.first_stage.path, config.first_stage.average) if config.first_stage.path else Parts()
+    )
+    if first_stage.autoencoder is not None and digest(first_stage.autoencoder) != stage["autoencoder"]:
+        raise CheckpointError(
+            f"{folder.path} was trained behind the autoencoder {stage['autoencoder']}, and {config.first_stage.path} "
+            f"now holds {digest(first_stage.autoencoder)}: was it trained on? Give it back its checkpoint of then"
+        )
+    channels, height, width = stage["latent_shape"]
+    return Parts(
+        unet=denoiser.unet,
+        autoencoder=first_stage.autoencoder,
+        text_encoder=denoiser.text_encoder,
+        tokenizer=Tokenizer.load(folder.tokenizer, config.text_encoder.max_tokens),
+        schedule=build_schedule(config.diffusion),
+        denoiser=denoiser,
+        scale=LatentScale.from_plain(stage["latent_scale"]),
+        latent_shape=(channels, height, width),
+        prediction=config.diffusion.prediction,
+    )
+
+
+def _weights(reader: Reader, network: str, ema: bool) -> dict[str, Tensor]:
+    kind = "ema" if ema and "ema" in reader.kinds(network) else "master"
+    return reader.weights(network, kind=kind)
+
+
+def _fill(network: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    missing, unknown = network.load_state_dict(weights, strict=False)
+    if missing or unknown:
+        raise CheckpointError(
+            f"the checkpoint does not fit config.yaml: it lacks {missing[:3]} and has {unknown[:3]} besides; "
+            "was config.yaml changed by hand?"
+        )
+
+
+def _lenient(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the values that only a run needs (shards, weights of the perceptual network)."""
+    settled: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            settled[key] = _lenient(value)
+        else:
+            settled[key] = "" if value == "???" else value
+    return settled

@@ -1,0 +1,102 @@
+"""The folder in which one run lives: where its files are, its resolved configuration, and its identity."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from ldmscale.errors import ConfigError
+from ldmscale.validate import differences
+
+# Keys that a resume may change: how it runs, how long, and where its data lie (their fingerprint is checked).
+# A longer run stretches a decaying learning rate; that is said like every change.
+FREE_KEYS = (
+    "run.", "checkpoint.", "tracking.", "preview.", "zero.", "scale_samples",
+    "train.max_steps", "train.log_every_steps", "train.rank_micro_batch", "train.attention", "train.garbage_every_steps",
+    "data.shards", "data.heldout_shards", "data.workers", "data.max_bad_share", "data.allow_pipe", "first_stage.path",
+    "unet.checkpointing", "text_encoder.checkpointing", "autoencoder.checkpointing",
+)  # fmt: skip
+
+
+class RunFolder:
+    """Paths of one run, and the two small files that tell what it is: config.yaml and run.json."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder)
+        self.config_file = self.path / "config.yaml"
+        self.identity_file = self.path / "run.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.ledger = self.path / "data_ledger.jsonl"
+        self.tokenizer = self.path / "tokenizer"
+
+    def changes(self, config: Mapping[str, Any]) -> list[str]:
+        """What a resume with `config` changes that it may change, as sentences; nothing in a new run.
+
+        Raises ConfigError naming each key that must not change.
+        """
+        if not self.config_file.exists():
+            return []
+        changed = differences(self.config(), config)
+        fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS)}
+        if fixed:
+            raise ConfigError(
+                [
+                    f"{key}={new!r}, but {self.path} was started with {old!r}: give {key}={old} to go on with that run, "
+                    "or another run.name to start a new one"
+                    for key, (old, new) in fixed.items()
+                ]
+            )
+        return [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
+
+    def settle_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml in a new run; an old one keeps what it was started with."""
+        if not self.config_file.exists():
+            _write(self.config_file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def config(self) -> dict[str, Any]:
+        """The configuration that the run was started with. Raises ConfigError where the folder is no run."""
+        try:
+            return cast(dict[str, Any], yaml.safe_load(self.config_file.read_text()))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{self.path} is not a run folder: it has no config.yaml; give the folder of a run"
+            ) from None
+
+    def identity(self) -> dict[str, Any]:
+        """run.json: the W&B id, the number of attempts, and whether the run has finished."""
+        if not self.identity_file.exists():
+            return {"wandb_id": secrets.token_hex(4), "attempts": 0, "finished_step": None}
+        return cast(dict[str, Any], json.loads(self.identity_file.read_text()))
+
+    def begin_attempt(self) -> dict[str, Any]:
+        """Count one more start of this run, on rank 0 only, and return the identity."""
+        identity = self.identity()
+        identity |= {"attempts": identity["attempts"] + 1, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self.note(identity)
+        self.samples.mkdir(parents=True, exist_ok=True)
+        self.ledger.touch()
+        return identity
+
+    def note(self, identity: Mapping[str, Any]) -> None:
+        """Replace run.json as a whole, so that no reader meets half of it."""
+        _write(self.identity_file, json.dumps(dict(identity), indent=2) + "\n")
+
+    def finished_step(self) -> int | None:
+        """The step at which the run ended as asked, or None."""
+        step = self.identity().get("finished_step")
+        return int(step) if step is not None else None
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

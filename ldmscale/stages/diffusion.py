@@ -1,0 +1,153 @@
+"""Stage 3: train the U-Net and its text transformer to denoise latents of captioned images (paper, eq. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldmscale.diffusion import process
+from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.distributed.collectives import gather_lists
+from ldmscale.distributed.environment import Ranks
+from ldmscale.errors import CheckpointError
+from ldmscale.models.denoiser import TextConditionedDenoiser
+from ldmscale.stages import draws
+from ldmscale.stages.drawing import SamplerOptions, draw_latents, starting_noise
+from ldmscale.stages.first_stage import FirstStage
+from ldmscale.stages.pictures import to_uint8
+from ldmscale.train.ema import ShardedEma
+from ldmscale.train.engine import Engine
+from ldmscale.train.stage import Batch, Picture
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the network learns to predict, and how the error is measured."""
+
+    prediction: str  # "eps", "v" or "x0"
+    loss: str  # "l2" or "l1"
+    caption_dropout: float  # share of captions replaced by the null condition
+
+
+@dataclass(frozen=True)
+class PreviewPrompts:
+    """Fixed prompts and seeds of the pictures drawn while training."""
+
+    prompts: tuple[str, ...]
+    tokens: Tensor  # int64 [N,L]
+    first_seed: int
+
+
+class DiffusionStage:
+    """Trains "denoiser": U-Net and text transformer in one engine, so that one forward covers both."""
+
+    def __init__(
+        self,
+        denoiser: Engine,
+        average: ShardedEma | None,
+        first_stage: FirstStage,
+        schedule: NoiseSchedule,
+        objective: Objective,
+        sampler: SamplerOptions,
+        preview: PreviewPrompts | None,
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        self.engines = {"denoiser": denoiser}
+        self.averages = {"denoiser": average} if average is not None else {}
+        self.first_stage, self.schedule, self.objective = first_stage, schedule, objective
+        self.sampler, self.preview, self.latent_shape = sampler, preview, latent_shape
+        self.seed, self.ranks, self.device = seed, ranks, device
+
+    def active(self, step: int) -> Sequence[str]:
+        return ("denoiser",)
+
+    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        engine = self.engines["denoiser"]
+        positions = batch["position"].tolist()
+        x0 = self.first_stage.batch_latents(batch, self.seed)  # [B,C,h,w]
+        noise = draws.normal(self.seed, positions, "noise", x0.shape[1:]).to(self.device)
+        drawn = draws.uniform(self.seed, positions, "timestep")
+        timesteps = process.uniform_timesteps(drawn, self.schedule.timesteps)  # [B] on the host
+        t = timesteps.to(self.device, non_blocking=True)
+        drop = process.drop_mask(draws.uniform(self.seed, positions, "drop"), self.objective.caption_dropout)
+        x_t = process.add_noise(self.schedule, x0, noise, t)
+        token_ids = batch["tokens"].to(self.device, non_blocking=True)  # [B,L]
+        output = engine(x_t.to(engine.compute_dtype), t, token_ids, drop.to(self.device))
+        wanted = process.target(self.schedule, self.objective.prediction, x0, noise, t)
+        losses = process.loss_per_sample(output, wanted, self.objective.loss)  # [B]
+        loss = losses.mean()
+        engine.backward(loss)
+        return {
+            "loss/total": loss.detach(),
+            **self._by_noise_level(losses.detach(), timesteps),
+            "text/dropped": drop.float().mean(),
+        }
+
+    def pictures(self) -> Iterator[Picture]:
+        preview = self.preview
+        if preview is None:
+            return
+        engine = self.engines["denoiser"]
+        # Equal shares, padded with the last prompt: ranks that call a sharded network unequally often hang (pain 3).
+        count = len(preview.prompts)
+        share = -(-count // self.ranks.size)
+        mine = [min(self.ranks.rank * share + i, count - 1) for i in range(share)]
+        seeds = [preview.first_seed + i for i in mine]
+        denoiser = engine.network
+        assert isinstance(denoiser, TextConditionedDenoiser)
+        denoiser.eval()
+        with torch.no_grad(), engine.averaged_weights(self.averages.get("denoiser")):
+            latents = draw_latents(
+                denoiser,
+                preview.tokens[mine].to(self.device),
+                starting_noise(seeds, self.latent_shape).to(self.device),
+                self.schedule,
+                self.sampler,
+                engine.compute_dtype,
+                seeds,
+            )
+        denoiser.train()
+        images = gather_lists(list(to_uint8(self.first_stage.images(latents))))[:count]
+        yield Picture("samples", np.stack(images), preview.prompts)
+
+    def finish(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "latent_scale": self.first_stage.scale.plain(),
+            "latent_shape": list(self.latent_shape),
+            "autoencoder": self.first_stage.digest,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing is taken back; the first stage must be the one that the run began with.
+
+        Raises CheckpointError where it is another one.
+        """
+        if state["autoencoder"] != self.first_stage.digest:
+            raise CheckpointError(
+                f"the run began with the autoencoder {state['autoencoder']}, and first_stage.path now holds "
+                f"{self.first_stage.digest}: was it trained on? Give the autoencoder of before, or another run.name"
+            )
+
+    def _by_noise_level(self, losses: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+        """Mean loss of the samples in each quarter of the timesteps; a quarter without samples has no entry.
+
+        The timesteps are those on the host: choosing by them makes the host wait for no GPU.
+        """
+        quarter = timesteps * 4 // self.schedule.timesteps
+        members = {q: (quarter == q).nonzero().flatten() for q in range(4)}
+        return {
+            f"loss/quarter_{q + 1}": losses[chosen.to(losses.device, non_blocking=True)].mean()
+            for q, chosen in members.items()
+            if len(chosen)
+        }

@@ -1,0 +1,65 @@
+"""The trained autoencoder as the diffusion stage needs it: frozen, whole on each rank, outside every engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
+from ldmscale.models.bottleneck import Posterior
+from ldmscale.stages import draws
+from ldmscale.stages.latent_scale import LatentScale
+
+
+def digest(autoencoder: nn.Module) -> str:
+    """Identifies an autoencoder by its weights in float32: latents of one digest never meet a decoder of another."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+class FirstStage:
+    """Encodes images and stored moments to scaled latents, and decodes them. Works in float32 (pain 23)."""
+
+    def __init__(
+        self, autoencoder: KLAutoencoder | VQAutoencoder | None, scale: LatentScale, device: torch.device
+    ) -> None:
+        self.autoencoder = (
+            None if autoencoder is None else autoencoder.requires_grad_(False).eval().to(device)
+        )
+        self.scale, self.device = scale, device
+        self.digest = None if self.autoencoder is None else digest(self.autoencoder)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """uint8 [B,3,H,W] -> what a latent shard stores: mean and log-variance [B,2C,h,w], or VQ's vectors [B,C,h,w]."""
+        assert self.autoencoder is not None, "images can only be encoded by an autoencoder"
+        encoded = self.autoencoder.encode(images.to(self.device, non_blocking=True).float() / 127.5 - 1)
+        return encoded.moments() if isinstance(encoded, Posterior) else encoded.latent
+
+    def latents(self, moments: Tensor, positions: Sequence[int], seed: int) -> Tensor:
+        """Moments of a batch -> scaled latents [B,C,h,w]; the posterior's draw belongs to the sample's position."""
+        moments = moments.to(self.device, torch.float32, non_blocking=True)
+        channels = len(self.scale.factor)
+        if moments.shape[1] == channels:
+            return self.scale.scale(moments)
+        posterior = Posterior.from_moments(moments)
+        noise = draws.normal(seed, positions, "posterior", posterior.mean.shape[1:]).to(self.device)
+        return self.scale.scale(posterior.sample(noise))
+
+    @torch.no_grad()
+    def images(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B,C,h,w] -> images float32 [B,3,H,W] about [-1,1]."""
+        assert self.autoencoder is not None, "latents can only be decoded by an autoencoder"
+        return self.autoencoder.decode(self.scale.unscale(latents))
+
+    def batch_latents(self, batch: Mapping[str, Any], seed: int) -> Tensor:
+        """Scaled latents of a batch from either kind of shard."""
+        moments = batch["latent"] if "latent" in batch else self.moments(batch["image"])
+        return self.latents(moments, batch["position"].tolist(), seed)

@@ -1,0 +1,84 @@
+"""The scale of latents: what the diffusion model sees has mean 0 and variance 1 (paper, section G).
+
+Measured over all ranks from the moments of the posterior, by the law of total variance, so that it needs no draws:
+Var[z] = E[mean^2 + exp(logvar)] - E[mean]^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmscale.distributed.collectives import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """scaled = (latent - shift) * factor, each float32 [C]; the paper's single factor has shift 0 and equal entries."""
+
+    shift: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, statistics: Mapping[str, Any], kind: str, fixed_factor: float | None = None) -> LatentScale:
+        """From measured statistics: kind "factor" (one number, no shift) or "channel" (mean and std of each channel)."""
+        mean, std = torch.tensor(statistics["channel_mean"]), torch.tensor(statistics["channel_std"])
+        if fixed_factor is not None:
+            return cls(torch.zeros_like(mean), torch.full_like(mean, fixed_factor))
+        if kind == "channel":
+            return cls(mean, 1 / std)
+        return cls(torch.zeros_like(mean), torch.full_like(mean, float(statistics["factor"])))
+
+    def scale(self, latent: Tensor) -> Tensor:
+        """[B,C,H,W] as the autoencoder makes it -> as the diffusion model sees it."""
+        return (latent - self._wide(self.shift, latent)) * self._wide(self.factor, latent)
+
+    def unscale(self, latent: Tensor) -> Tensor:
+        """[B,C,H,W] as the diffusion model makes it -> as the decoder takes it."""
+        return latent / self._wide(self.factor, latent) + self._wide(self.shift, latent)
+
+    @staticmethod
+    def _wide(values: Tensor, like: Tensor) -> Tensor:
+        return values.to(like.device, torch.float32)[:, None, None]
+
+    def plain(self) -> dict[str, list[float]]:
+        return {"shift": self.shift.tolist(), "factor": self.factor.tolist()}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> LatentScale:
+        return cls(torch.tensor(values["shift"]), torch.tensor(values["factor"]))
+
+
+class ScaleMeter:
+    """Sums over the latents that this rank sees; `measured` adds up all ranks."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0  # latent positions
+        self.sums = torch.zeros(channels, dtype=torch.float64)
+        self.squares = torch.zeros(channels, dtype=torch.float64)
+
+    def add(self, mean: Tensor, logvar: Tensor | None) -> None:
+        """Posterior means [B,C,H,W] and log-variances of the same shape (None: a point, as VQ gives)."""
+        mean = mean.detach().double().cpu()
+        second = mean.square() if logvar is None else mean.square() + logvar.detach().double().cpu().exp()
+        self.count += mean.numel() // mean.shape[1]
+        self.sums += mean.sum((0, 2, 3))
+        self.squares += second.sum((0, 2, 3))
+
+    def measured(self) -> dict[str, Any]:
+        """Mean and std of each channel, the single factor 1/std of all values, and the count. Collective."""
+        count = sum_over_ranks(self.count)
+        mean = torch.tensor([sum_over_ranks(float(v)) for v in self.sums]) / count
+        second = torch.tensor([sum_over_ranks(float(v)) for v in self.squares]) / count
+        std = (second - mean.square()).clamp(min=0).sqrt()
+        overall = (second.mean() - mean.mean().square()).sqrt()
+        return {
+            "channel_mean": mean.tolist(),
+            "channel_std": std.tolist(),
+            "factor": 1 / float(overall),
+            "positions": int(count),
+        }

@@ -1,0 +1,173 @@
+"""The loop: when to fetch, step, log, draw, save and stop. What a step means is the stage's business."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.data.loader import Loader
+from ldmscale.distributed.stop import StopFlag
+from ldmscale.errors import DataError
+from ldmscale.tracking.metrics import MetricSums
+from ldmscale.tracking.throughput import Throughput
+from ldmscale.tracking.tracker import Tracker
+from ldmscale.train.stage import Stage
+from ldmscale.train.state import restore, snapshot
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen, in optimiser steps; 0 means never."""
+
+    max_steps: int
+    accumulation_steps: int
+    log_every_steps: int
+    save_every_steps: int
+    picture_every_steps: int
+    garbage_every_steps: int
+
+
+class Trainer:
+    """Runs one stage from its newest checkpoint to `max_steps`, or to a signal. Every rank runs the same loop.
+
+    `loader_from` makes the loader that starts at a position of the data that `data_fingerprint` names;
+    `learning_rates` gives each network's rate as a function of the finished steps.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        loader_from: Callable[[int], Loader],
+        data_fingerprint: str,
+        schedule: Schedule,
+        learning_rates: Mapping[str, Callable[[int], float]],
+        checkpoints: CheckpointManager,
+        tracker: Tracker,
+        throughput: Throughput,
+        stop: StopFlag,
+    ) -> None:
+        self.stage, self.schedule = stage, schedule
+        self.learning_rates, self.checkpoints = learning_rates, checkpoints
+        self.tracker, self.throughput, self.stop = tracker, throughput, stop
+        self.step = 0  # optimiser steps done
+        self.finished_step: int | None = None  # at which the stage has made its last measurements
+        self.position = 0
+        self._loader_from, self._data_fingerprint = loader_from, data_fingerprint
+
+    def resume(self) -> None:
+        """Go back to the newest complete checkpoint, if there is one."""
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            state = restore(newest, self.stage.engines, self.stage.averages)
+            if state["data"] != self._data_fingerprint:
+                raise DataError(
+                    f"the shards are not those that {newest} was trained on (some were added, removed or changed): "
+                    "give the data.shards of before, or another run.name to start a new run"
+                )
+            self.step = int(state["step"])
+            self.finished_step = self.step if state["finished"] else None
+            self.position = int(state["position"])
+            self.stage.restore(state["stage"])
+            log.info("resumed from %s: step %d, %d images seen", newest, self.step, self.position)
+        self.tracker.resume_from(self.step)
+
+    def fit(self) -> bool:
+        """Train. Returns whether `max_steps` was reached; False: a signal came, and all is saved."""
+        sums = MetricSums()
+        loader = self._loader_from(self.position)
+        # Python's collector runs on all ranks at the same steps, or some rank always keeps the others waiting.
+        gc.collect()
+        gc.disable()
+        try:
+            while self.step < self.schedule.max_steps:
+                self._one_step(loader, sums)
+                last = self.step == self.schedule.max_steps
+                stopping = self.stop.agreed()
+                if self._due(self.schedule.log_every_steps) or last or stopping:
+                    self._log(sums)
+                else:
+                    self.tracker.advance(self.step)
+                if self._due(self.schedule.picture_every_steps) and not stopping:
+                    self._draw()
+                if self._due(self.schedule.garbage_every_steps):
+                    gc.collect()
+                if stopping and not last:
+                    self._save()
+                    return False
+                if self._due(self.schedule.save_every_steps) and not last:
+                    self._save()
+        finally:
+            gc.enable()
+            loader.close()
+        return True
+
+    def finish(self) -> None:
+        """What comes after the last step: the stage's own measurements, last pictures, last save."""
+        if self.finished_step == self.step:
+            return  # it had ended before, and only its note of that was lost
+        if measured := self.stage.finish():
+            self.tracker.log(self.step, {"images_seen": self.position, **measured})
+        if self.schedule.picture_every_steps and not self._due(self.schedule.picture_every_steps):
+            self._draw()
+        self.finished_step = self.step
+        self._save()
+
+    def _one_step(self, loader: Loader, sums: MetricSums) -> None:
+        active = self.stage.active(self.step)
+        waited = loader.wait_seconds
+        for name in active:
+            self.stage.engines[name].set_learning_rate(self.learning_rates[name](self.step))
+        for _ in range(self.schedule.accumulation_steps):
+            metrics = self.stage.micro_step(next(loader), self.step)
+            sums.add(metrics)
+            for name in active:
+                if self.stage.engines[name].step() and name in self.stage.averages:
+                    self.stage.averages[name].update()
+        for name in active:
+            # Named after the network only where there are several.
+            prefix, engine = "" if len(self.stage.engines) == 1 else f"{name}/", self.stage.engines[name]
+            sums.add({f"{prefix}gradient_norm": engine.gradient_norm()})
+            if engine.skipped_updates:  # windows without a finite gradient, since the run began
+                sums.add({f"{prefix}skipped_updates": float(engine.skipped_updates)})
+        self.step += 1
+        self.throughput.step(loader.position - self.position, loader.wait_seconds - waited)
+        self.position = loader.position
+
+    def _log(self, sums: MetricSums) -> None:
+        rates = {
+            ("lr" if len(self.learning_rates) == 1 else f"{name}/lr"): rate(self.step - 1)
+            for name, rate in self.learning_rates.items()
+        }
+        self.tracker.log(
+            self.step, {"images_seen": self.position, **sums.mean(), **rates, **self.throughput.report()}
+        )
+
+    def _draw(self) -> None:
+        with self.throughput.paused():
+            for picture in self.stage.pictures():
+                self.tracker.images(self.step, picture.name, picture.pixels, picture.captions)
+
+    def _save(self) -> None:
+        with self.throughput.paused():
+            begun = time.perf_counter()
+            state: dict[str, Any] = {
+                "step": self.step,
+                "position": self.position,
+                "images_seen": self.position,
+                "data": self._data_fingerprint,
+                "finished": self.finished_step == self.step,
+                "stage": self.stage.state(),
+            }
+            pieces, description = snapshot(self.stage.engines, self.stage.averages)
+            self.checkpoints.save(self.step, pieces, description | state)
+            log.info("saved step %d in %.1f s", self.step, time.perf_counter() - begun)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0

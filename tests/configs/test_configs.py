@@ -1,0 +1,126 @@
+"""Every file in conf/ composes and validates, and every kind of bad configuration is refused with its remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from ldmscale.checks import check
+from ldmscale.compose import compose_job, config_folder
+from ldmscale.config import JOBS
+from ldmscale.errors import ConfigError
+from ldmscale.validate import read
+
+FILES = sorted(config_folder().glob("*/*.yaml"))
+# What a job must be told before it can run.
+NEEDED = {
+    "index": ["data.shards=x.tar"],
+    "autoencoder": ["data.shards=x.tar", "train.global_batch=8", "train.rank_micro_batch=4", "loss.perceptual_weights=a",
+                    "loss.perceptual_heads=b"],
+    "latents": ["data.shards=x.tar", "first_stage.path=a", "latents.path=b"],
+    "diffusion": ["data.shards=x.tar", "train.global_batch=8", "train.rank_micro_batch=4"],
+    "sample": ["sample.model=a", "sample.prompts=b"],
+    "quickstart": [],
+}  # fmt: skip
+# The job that a group's files belong to.
+GROUP_JOB = {
+    "autoencoder": "autoencoder", "loss": "autoencoder", "unet": "diffusion", "text_encoder": "diffusion",
+    "diffusion": "diffusion", "optim": "diffusion", "zero": "diffusion", "train": "diffusion", "preview": "diffusion",
+    "checkpoint": "diffusion", "tracking": "diffusion", "debug": "diffusion",
+}  # fmt: skip
+
+
+def job_of(path: Path) -> str:
+    if path.parent.name == "experiment":
+        return "diffusion" if "/unet:" in path.read_text() else "autoencoder"
+    if path.parent.name == "data":
+        return "quickstart" if "source:" in path.read_text() else "index"
+    return GROUP_JOB[path.parent.name]
+
+
+def composed(job: str, *overrides: str):
+    extra = [o for o in NEEDED[job] if not o.startswith("train.") or "experiment=" not in " ".join(overrides)]
+    return read(JOBS[job], compose_job(job, [*extra, *overrides]))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_file_composes_and_validates(path):
+    job = job_of(path)
+    extra = ["data.root=x"] if path.stem == "folder" else []
+    name = path.stem.removesuffix(f"_{job}") if path.parent.name == "experiment" else path.stem
+    config = composed(job, f"{path.parent.name}={name}", *extra)
+    assert config.job == job
+
+
+@pytest.mark.parametrize("job", sorted(JOBS))
+def test_every_job_composes_with_its_defaults(job):
+    assert composed(job).job == job
+
+
+def test_a_group_file_is_what_its_name_says():
+    config = composed("diffusion", "unet=text2img_1p45b", "zero=2")
+    assert (config.unet.channels, config.unet.channel_mult, config.zero.stage) == (320, (1, 2, 4, 4), 2)
+
+
+def test_the_published_text_to_image_run_validates_but_for_its_data(tmp_path):
+    config = composed("diffusion", "experiment=ldm_text2img_1p45b")
+    faults = check(config, world_size=8)
+    assert [fault.split(":")[0] for fault in faults] == [
+        "data.shards",
+        "first_stage.path is not set, but preview.every_steps asks for pictures, which the autoencoder decodes",
+    ]
+    assert config.train.global_batch == 680
+
+
+FAULTS = [
+    ("diffusion", ["train.global_batch=9"], 2, "give train.global_batch=8 or 16"),
+    ("diffusion", ["train.max_steps=0"], 1, "train.max_steps=0: expected at least 1"),
+    ("diffusion", ["unet.context_dim=64"], 1, "give unet.context_dim=1280"),
+    ("diffusion", ["unet.head_channels=32"], 1, "give exactly one of them"),
+    ("diffusion", ["unet.heads=7"], 1, "does not divide the 320 channels"),
+    ("diffusion", ["unet.attention_levels=[0,4]"], 1, "this U-Net's levels are 0 to 3"),
+    ("diffusion", ["unet.channels=100"], 1, "give unet.channels=96"),
+    ("diffusion", ["unet.out_channels=3"], 1, "give unet.in_channels=4 unet.out_channels=4"),
+    ("diffusion", ["data=shards"], 1, "images need an autoencoder"),
+    ("diffusion", ["data.flip=true"], 1, "latents are one view of an image"),
+    ("diffusion", ["preview.sampler_steps=1000"], 1, "expected 1 to 999"),
+    ("diffusion", ["data.caption=xml"], 1, "expected txt or json:KEY"),
+    ("diffusion", ["first_stage.path=nowhere"], 1, "nowhere is not a run folder"),
+    ("autoencoder", ["data.image_size=250"], 1, "give data.image_size=256"),
+    ("autoencoder", ["data.image_size=null"], 1, "give data.image_size=256"),
+    ("autoencoder", ["data.kind=latents"], 1, "this job reads images"),
+    ("autoencoder", ["autoencoder.kind=vq"], 1, "give autoencoder.codebook_size=8192"),
+    ("autoencoder", ["autoencoder.codebook_size=5"], 1, "a kl autoencoder has no codebook"),
+    ("autoencoder", [], 1, "give the path of the weights"),
+    ("autoencoder", ["loss.perceptual_weights=null"], 1, "or give loss.perceptual=efficientnet_lite0 or none"),
+    ("diffusion", ["unet.num_classes=10"], 1, "give unet.num_classes=null"),
+    ("diffusion", ["unet.in_channels=8"], 1, "give unet.in_channels=4 unet.out_channels=4"),
+    ("diffusion", ["run.dir=s3://bucket/run"], 1, "give a path without ://"),
+    ("autoencoder", ["autoencoder=vq_f4"], 1, "give loss=vq"),
+    ("autoencoder", ["autoencoder.attention_levels=[7]"], 1, "levels are 0 to 3"),
+    ("latents", ["data.crop=random"], 1, "give data.crop=center"),
+    ("index", ["data.shards=nothing_here_*.tar"], 1, "nothing_here_*.tar"),
+    ("index", ["data.shards='pipe:cat x.tar'"], 1, "allow_pipe"),
+    ("sample", [], 1, "is not a run folder"),
+    ("quickstart", ["data.root=/nowhere/at/all"], 1, "there is nothing there"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("job", "overrides", "ranks", "remedy"), FAULTS, ids=lambda value: str(value)[:60])
+def test_a_mixture_that_cannot_work_names_its_remedy(job, overrides, ranks, remedy):
+    faults = check(composed(job, *overrides), ranks)
+    assert any(remedy in fault for fault in faults), faults
+
+
+def test_a_mixture_that_can_work_has_no_fault():
+    config = read(JOBS["diffusion"], compose_job("diffusion", ["experiment=smoke"]))
+    assert check(config, 2) == []
+
+
+def test_missing_unknown_and_ill_typed_values_are_told_together():
+    values = compose_job("diffusion", ["train.max_steps=many", "+optim.momentum=0.9", "unet.dropout=0.1"])
+    with pytest.raises(ConfigError) as error:
+        read(JOBS["diffusion"], values)
+    said = "\n".join(error.value.faults)
+    assert "train.max_steps='many'" in said
+    assert "optim.momentum is unknown" in said
+    assert "data.shards is not set" in said and "train.global_batch is not set" in said

@@ -1,0 +1,251 @@
+"""The three stages on a few images by the real commands on two gloo ranks under ZeRO-3: they agree with themselves.
+
+One autoencoder and one set of latents serve all tests of this file, since each launch of ranks takes seconds.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldmscale as library
+from ldmscale.stages.first_stage import digest
+
+pytestmark = pytest.mark.distributed
+
+AUTOENCODER = [
+    "autoencoder", "experiment=smoke", "run.dir=ae", "train.max_steps=4", "loss.gan_start_step=2", "train.rank_micro_batch=2",
+    "preview.every_steps=4", "preview.images=4",
+]  # fmt: skip
+DIFFUSION = [
+    "diffusion", "experiment=smoke", "data=latents", "data.workers=0", "data.shards='latents/*.tar'", "first_stage.path=ae",
+    "preview.sampler_steps=2", "preview.images=3", "checkpoint.save_every_steps=3", "train.max_steps=6",
+]  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss/total"] for line in lines if "loss/total" in line]
+
+
+def finished(done, status: int = 0):
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, ldmscale) -> Path:
+    """A folder with an autoencoder, its latents, and one straight diffusion run of six steps on two ranks."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    finished(ldmscale(*AUTOENCODER, cwd=folder, ranks=2))
+    latents = [
+        "latents",
+        "data=shards",
+        "data.shards='ae/data/*.tar'",
+        "data.image_size=32",
+        "first_stage.path=ae",
+    ]
+    finished(ldmscale(*latents, "latents.path=latents", "latents.dtype=fp32", cwd=folder, ranks=2))
+    finished(ldmscale(*DIFFUSION, "run.dir=straight", "preview.every_steps=6", cwd=folder, ranks=2))
+    return folder
+
+
+def test_the_run_folder_has_what_scripts_rely_on(place):
+    run = place / "straight"
+    for name in ("config.yaml", "metrics.jsonl", "run.json", "data_ledger.jsonl", "checkpoints/latest",
+                 "logs/rank_00000.log", "logs/rank_00001.log", "samples/step_00000006.png",
+                 "tokenizer/tokenizer.json"):  # fmt: skip
+        assert (run / name).exists(), name
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000006"
+    assert sorted(p.name for p in (run / "checkpoints").glob("step_*/COMPLETE"))
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    for key in ("step", "images_seen", "loss/total", "lr", "gradient_norm", "throughput/images_per_second",
+                "time/data_wait_share", "memory/peak_gib"):  # fmt: skip
+        assert key in first
+    assert first["images_seen"] == 8
+
+
+def test_every_term_of_the_autoencoders_loss_is_measured(place):
+    lines = [json.loads(line) for line in (place / "ae" / "metrics.jsonl").read_text().splitlines()]
+    assert "gan/adaptive_weight" not in lines[1] and lines[3]["gan/adaptive_weight"] > 0
+    for key in ("loss/pixel", "loss/kl", "gan/discriminator", "gan/logit_real", "gan/logit_fake"):
+        assert np.isfinite(lines[3][key])
+    assert lines[4]["latent/factor"] > 0  # measured at the end
+    assert (place / "ae" / "samples" / "reconstruction_step_00000004.png").exists()
+
+
+def test_a_finished_run_says_so_and_does_not_train_again(place, ldmscale):
+    before = (place / "straight" / "metrics.jsonl").read_text()
+    done = finished(ldmscale(*DIFFUSION, "run.dir=straight", "preview.every_steps=6", cwd=place))
+    assert "has finished" in done.stderr
+    assert (place / "straight" / "metrics.jsonl").read_text() == before
+
+
+def test_interrupted_and_resumed_equals_straight(place, ldmscale):
+    finished(
+        ldmscale(
+            *DIFFUSION, "run.dir=resumed", "train.max_steps=3", "preview.every_steps=0", cwd=place, ranks=2
+        )
+    )
+    done = finished(ldmscale(*DIFFUSION, "run.dir=resumed", "preview.every_steps=0", cwd=place, ranks=2))
+    assert "resumed from" in done.stderr
+    assert losses(place / "resumed") == losses(place / "straight")
+    ours, theirs = (library.load(place / name).denoiser.state_dict() for name in ("resumed", "straight"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_one_rank_without_zero_follows_two_ranks_with_zero_3(place, ldmscale):
+    finished(
+        ldmscale(
+            *DIFFUSION,
+            "run.dir=one",
+            "zero=0",
+            "train.rank_micro_batch=4",
+            "preview.every_steps=0",
+            cwd=place,
+            ranks=1,
+        )
+    )
+    assert losses(place / "one") == pytest.approx(losses(place / "straight"), rel=2e-6)
+
+
+def test_precomputed_latents_give_the_losses_of_online_encoding(place, ldmscale):
+    online = [o for o in DIFFUSION if not o.startswith("data")]
+    finished(
+        ldmscale(
+            *online,
+            "data=shards",
+            "data.shards='ae/data/*.tar'",
+            "data.image_size=32",
+            "data.workers=0",
+            "run.dir=online",
+            "preview.every_steps=0",
+            cwd=place,
+            ranks=1,
+        )
+    )
+    assert losses(place / "online") == pytest.approx(losses(place / "straight"), rel=2e-5)
+
+
+def test_latents_of_another_autoencoder_are_refused(place, ldmscale):
+    other = [o.replace("run.dir=ae", "run.dir=other") for o in AUTOENCODER]
+    finished(ldmscale(*other, "seed=5", "train.max_steps=1", "preview.every_steps=0", cwd=place))
+    changed = [o.replace("first_stage.path=ae", "first_stage.path=other") for o in DIFFUSION]
+    done = finished(ldmscale(*changed, "run.dir=mixed", "preview.every_steps=0", cwd=place), status=2)
+    assert "were made by autoencoder" in done.stderr
+
+
+def test_a_changed_seed_is_refused_in_an_old_run(place, ldmscale):
+    done = finished(
+        ldmscale(*DIFFUSION, "run.dir=straight", "preview.every_steps=6", "seed=1", cwd=place), status=2
+    )
+    assert "seed=1" in done.stderr and "was started with 0" in done.stderr
+
+
+def test_averaged_weights_are_what_load_gives_and_differ_from_raw_ones(place):
+    averaged, raw = library.load(place / "straight", ema=True), library.load(place / "straight", ema=False)
+    a, b = averaged.denoiser.state_dict(), raw.denoiser.state_dict()
+    assert any(not torch.equal(a[key], b[key]) for key in a)
+    assert (
+        digest(averaged.autoencoder)
+        == json.loads((place / "latents" / "manifest.json").read_text())["format"]["autoencoder"]
+    )
+
+
+def test_a_prompt_gives_one_image_whatever_batch_and_ranks(place, ldmscale):
+    prompts = "sample.prompts=[red circle,blue square,green triangle,orange circle]"
+    common = ["sample", "sample.model=straight", prompts, "sample.steps=3"]
+    finished(ldmscale(*common, "sample.out=a", "sample.rank_batch=4", cwd=place))
+    finished(ldmscale(*common, "sample.out=b", "sample.rank_batch=1", cwd=place, ranks=2))
+    names = sorted(p.name for p in (place / "a").glob("0*.png"))
+    assert len(names) == 4 and (place / "b" / "grid.png").exists()
+    for name in names:
+        one, other = (np.asarray(Image.open(place / x / name)).astype(int) for x in "ab")
+        assert abs(one - other).max() <= 1
+    assert Image.open(place / "a" / names[0]).text["prompt"] == "red circle"
+    drawn = library.sample(library.load(place / "straight"), ["red circle"], steps=3, seeds=[0])
+    pixels = ((drawn[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy().astype(int)
+    assert abs(pixels - np.asarray(Image.open(place / "a" / names[0])).astype(int)).max() <= 1
+
+
+def test_a_signal_ends_with_75_after_a_save_and_the_same_command_goes_on(place, ldmscale):
+    checkout = Path(__file__).resolve().parents[2]
+    command = [str(checkout / "launch" / "local.sh"), "-n", "2", "--cpu", *DIFFUSION, "run.dir=signalled"]
+    command += ["train.max_steps=500", "checkpoint.save_every_steps=0", "preview.every_steps=0"]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    with open(place / "signalled.log", "w") as log:
+        running = subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
+    run, began = place / "signalled", time.monotonic()
+    while not (run / "metrics.jsonl").exists() or len(losses(run)) < 2:
+        assert running.poll() is None and time.monotonic() - began < 120, (
+            place / "signalled.log"
+        ).read_text()
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=60) == 75, (place / "signalled.log").read_text()[-4000:]
+    done = len(losses(run))
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{done:08d}"
+    again = [o for o in command[4:] if not o.startswith("train.max_steps")]
+    finished(ldmscale(*again, f"train.max_steps={done + 2}", cwd=place, ranks=2))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, done + 3))  # neither gap nor double
+
+
+def test_a_run_that_stopped_at_its_last_step_still_measures_the_latent_scale(place, ldmscale):
+    common = [o.replace("run.dir=ae", "run.dir=longer") for o in AUTOENCODER]
+    common += ["preview.every_steps=0", "checkpoint.save_every_steps=1"]
+    finished(ldmscale(*common, "train.max_steps=3", cwd=place))
+    identity = place / "longer" / "run.json"
+    # As if the run had been asked for more and was stopped at the save of step 2.
+    shutil.rmtree(place / "longer" / "checkpoints" / "step_00000003")
+    identity.write_text(json.dumps(json.loads(identity.read_text()) | {"finished_step": None}))
+    finished(ldmscale(*common, "train.max_steps=2", cwd=place))
+    assert library.load(place / "longer").latent_statistics["factor"] > 0
+
+
+def test_shards_that_changed_are_refused_by_all_ranks_with_one_message(place, ldmscale):
+    shutil.copytree(place / "ae" / "data", place / "kept", copy_function=shutil.copy2)
+    for tar in (place / "kept").glob("*.tar"):
+        os.utime(tar)
+    data = ["data=shards", "data.shards='kept/*.tar'", "data.image_size=32", "data.workers=0"]
+    done = ldmscale(*AUTOENCODER, *data, "run.dir=stale", cwd=place, ranks=2)
+    finished(done, status=2)
+    assert done.stderr.count("changed since it was indexed") == 2  # two shards, told by rank 0 alone
+
+
+def test_latents_pass_over_what_cannot_be_used_and_write_it_down(place, ldmscale):
+    import io
+
+    import webdataset
+
+    (place / "dirty").mkdir()
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(picture, "PNG")
+    with webdataset.TarWriter(str(place / "dirty" / "0.tar")) as tar:
+        for key in range(6):
+            png, text = picture.getvalue(), b"{}"
+            if key == 1:
+                png = png[:60]
+            if key == 3:
+                text = b"{not json"
+            tar.write({"__key__": f"{key}", "png": png, "txt": "red", "json": text})
+    command = [
+        "latents",
+        "data=shards",
+        "data.shards=dirty/0.tar",
+        "data.image_size=32",
+        "first_stage.path=ae",
+    ]
+    finished(ldmscale(*command, "latents.path=clean", cwd=place))
+    manifest = json.loads((place / "clean" / "manifest.json").read_text())
+    assert (manifest["samples"], manifest["skipped"]) == (4, 2)
+    assert len((place / "clean" / "data_ledger.jsonl").read_text().splitlines()) == 2
