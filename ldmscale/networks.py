@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldmscale.config import (
     AutoencoderConfig,
@@ -111,6 +112,25 @@ def choose_attention(
         backend = "sdpa"
     set_backend(cast(Any, backend))
     return backend
+
+
+def training_flops(unet: UNetConfig, text_encoder: TextEncoderConfig, latent_shape: Sequence[int]) -> int:
+    """Floating-point operations of forward and backward of one image with its caption, counted on the meta device.
+
+    Matrix products, convolutions and attention count, as in MFU (Chowdhery et al. 2022); recomputation does not.
+    """
+    with torch.device("meta"):
+        tokens = torch.zeros(1, text_encoder.max_tokens, dtype=torch.int64)
+        network = build_denoiser(
+            replace(unet, checkpointing="off"),
+            replace(text_encoder, checkpointing="off"),
+            "tokens",
+            tokens[0],
+        )
+        x, t = torch.empty(1, *latent_shape), torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        network(x, t, tokens).sum().backward()
+    return int(counter.get_total_flops())
 
 
 def _xformers_fault(head_channels: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:

@@ -33,9 +33,16 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.jobs.first_stage import open_first_stage, preview_prompts
     from ldmscale.jobs.text import settle_tokenizer
     from ldmscale.jobs.training import already_finished, engine_options, open_run, rate_curve, train
-    from ldmscale.networks import build_denoiser, build_schedule, choose_attention, unet_head_channels
+    from ldmscale.networks import (
+        build_denoiser,
+        build_schedule,
+        choose_attention,
+        training_flops,
+        unet_head_channels,
+    )
     from ldmscale.stages.diffusion import DiffusionStage, Objective
     from ldmscale.stages.drawing import SamplerOptions
+    from ldmscale.tracking.throughput import peak_flops
     from ldmscale.train.ema import ShardedEma
     from ldmscale.train.engine import Engine, sharded_construction
 
@@ -44,9 +51,8 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     run = open_run(config, ranks)
     tokenizer = settle_tokenizer(run, config)
     options = engine_options(run, config.train, config.optim, config.zero)
-    backend = choose_attention(
-        config.train.attention, unet_head_channels(config.unet), run.device, options.compute_dtype
-    )
+    head_sizes = [*unet_head_channels(config.unet), config.text_encoder.head_channels]
+    backend = choose_attention(config.train.attention, head_sizes, run.device, options.compute_dtype)
     first_stage, latent_shape, stored = open_first_stage(config, run)
     torch.manual_seed(config.seed)
     null = torch.from_numpy(tokenizer.encode([""])[0])
@@ -81,4 +87,9 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         run.device,
     )
     rates = {"denoiser": rate_curve(config.optim, config.train.max_steps)}
-    return train(run, config, stage, reader, rates, stop, flops_per_image=None)
+    flops = None
+    if (
+        peak_flops(run.device, config.train.precision) is not None
+    ):  # else there is nothing to compare them with
+        flops = training_flops(config.unet, config.text_encoder, latent_shape)
+    return train(run, config, stage, reader, rates, stop, flops_per_image=flops)

@@ -34,7 +34,7 @@ class GroupNorm(nn.GroupNorm):
         if channels % groups:
             raise ValueError(
                 f"a normalised layer has {channels} channels, which {groups} groups do not divide: "
-                f"choose channels that are multiples of norm_groups"
+                f"choose channels that are multiples of {groups}"
             )
         super().__init__(groups, channels, eps=eps)
 
