@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import yaml
 
 from ldmscale.errors import ConfigError
 from ldmscale.validate import differences
+
+log = logging.getLogger(__name__)
 
 # Keys that a resume may change: how it runs, how long, and where its data lie (their fingerprint is checked).
 # A longer run stretches a decaying learning rate; that is said like every change.
@@ -84,6 +89,30 @@ class RunFolder:
         self.samples.mkdir(parents=True, exist_ok=True)
         self.ledger.touch()
         return identity
+
+    def hold(self) -> IO[str]:
+        """Keep other starts of this run away while the returned file stays open; rank 0 only.
+
+        Raises ConfigError where another process holds the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = open(self.path / ".lock", "a+")  # noqa: SIM115 (it stays open as long as the run)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise ConfigError(
+                f"{self.path} is in use by {holder}: wait for it, end it, or give another run.name"
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): do not start this run twice at a time", self.path, error)
+        handle.truncate(0)
+        handle.write(
+            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        )
+        handle.flush()
+        return handle
 
     def note(self, identity: Mapping[str, Any]) -> None:
         """Replace run.json as a whole, so that no reader meets half of it."""

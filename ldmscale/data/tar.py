@@ -75,7 +75,7 @@ def members(read: Read, size: int) -> Iterator[Member]:
             elif kind == _PAX:
                 records = _pax(value)
                 name = _text(records[b"path"]) if b"path" in records else name
-                pax_size = int(records[b"size"]) if records.get(b"size", b"").isdigit() else pax_size
+                pax_size = int(records[b"size"][:20]) if records.get(b"size", b"").isdigit() else pax_size
             at = end
             continue
         if name is None:
@@ -87,11 +87,18 @@ def members(read: Read, size: int) -> Iterator[Member]:
                 "truncated",
                 f"{name}: the archive ends {data + length - size} bytes before the end of this member",
             )
+        # A tar that was cut within its last padding still has the whole member.
+        end_here = min(end, size)
         if kind in _REGULAR:
-            yield Member(name, start, data, length, end, _unsafe(name))
+            yield Member(name, start, data, length, end_here, _unsafe(name))
         elif kind != _FOLDER:
             yield Member(
-                name, start, data, length, end, f"is a link, device or special member (type {chr(kind)!r})"
+                name,
+                start,
+                data,
+                length,
+                end_here,
+                f"is a link, device or special member (type {chr(kind)!r})",
             )
         name, pax_size = None, None
         at = start = end

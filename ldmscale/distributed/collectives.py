@@ -102,6 +102,10 @@ def from_main_rank(work: Callable[[], T]) -> T:
             outcome = (None, fault)
         except OSError as fault:
             outcome = (None, ConfigError(f"rank 0 cannot read or write what the job needs: {fault}"))
+        except Exception as fault:
+            # The others wait in the broadcast: they must hear of it before this rank ends.
+            broadcast_object((None, LdmscaleError(f"rank 0 failed: {fault!r}")))
+            raise
     value, error = broadcast_object(outcome)
     if error is not None:
         error.shared = True

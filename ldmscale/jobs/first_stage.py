@@ -93,6 +93,16 @@ def _some_captions(config: DiffusionJob, run: Run) -> list[str]:
 def _manifest(shards: list[str]) -> LatentManifest:
     folders = sorted({str(Path(local_path(shard)).parent) for shard in shards})
     manifests = [LatentManifest.load(folder) for folder in folders]
+    listed = {
+        str(Path(folder) / name)
+        for folder, found in zip(folders, manifests, strict=True)
+        for name in found.shards
+    }
+    if unlisted := [shard for shard in shards if local_path(shard) not in listed]:
+        raise DataError(
+            f"{unlisted[0]} is not in the manifest.json beside it ({len(unlisted)} such shards): it is of another set; "
+            "give the shards that the manifest lists, or move the others away"
+        )
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         if manifest.format != manifests[0].format:
             raise DataError(

@@ -34,7 +34,6 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
-    from ldmscale.data.index import ShardIndex
     from ldmscale.data.items import ImageItem
     from ldmscale.data.latents import finish_set, is_finished
     from ldmscale.data.ledger import Ledger
@@ -42,6 +41,7 @@ def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.data.shards import expand
     from ldmscale.distributed.collectives import from_main_rank
     from ldmscale.distributed.world import close_world, open_world
+    from ldmscale.jobs.open_index import open_index
     from ldmscale.tracking.logs import set_up_logging
 
     world = open_world(ranks, timeout_minutes=24 * 60)  # ranks end hours apart on a large set
@@ -49,7 +49,7 @@ def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     set_up_logging(folder, ranks)
     data = config.data
     shards = expand(data.shards, allow_pipe=data.allow_pipe)
-    index = from_main_rank(lambda: ShardIndex.open(shards, build_missing=True))
+    index = open_index(shards, ranks)
     assert data.image_size is not None
     first_stage, stored = _open(config, world.device, data.image_size)
     reader = SampleReader(index)

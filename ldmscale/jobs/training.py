@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from ldmscale.distributed.collectives import barrier, from_main_rank
 from ldmscale.distributed.environment import Ranks, export_rendezvous
 from ldmscale.distributed.stop import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.world import choose_device
+from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.synthetic import synthetic_shards
 from ldmscale.run_folder import RunFolder
 from ldmscale.tracking.logs import quiet_libraries, set_up_logging
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 class Run:
     """An opened run: where it lives, who takes part, and what it reads."""
 
+    lock: list[IO[str]]  # kept open, and with it the folder
     folder: RunFolder
     ranks: Ranks
     device: torch.device
@@ -56,17 +58,24 @@ def open_run(config: TrainingJob, ranks: Ranks) -> Run:
     if ranks.size > 1:
         export_rendezvous(ranks)
     connect(device)
-    from_main_rank(lambda: folder.settle_config(plain(config)))
+    lock: list[IO[str]] = []  # rank 0 holds the folder until the process ends
+
+    def take_over() -> None:
+        lock.append(folder.hold())
+        folder.settle_config(plain(config))
+
+    from_main_rank(take_over)
     set_up_logging(folder.path, ranks)
     quiet_libraries()
     for change in changes:
         log.info("resuming with a change: %s", change)
     identity = from_main_rank(folder.begin_attempt)
     shards = _shards(config, folder, ranks)
-    index = from_main_rank(lambda: ShardIndex.open(shards, build_missing=True))
+    index = open_index(shards, ranks)
     log.info("%s samples in %d shards, %d ranks on %s", f"{index.total:,}", len(shards), ranks.size, device)
     train = config.train
     return Run(
+        lock,
         folder,
         ranks,
         device,
@@ -116,7 +125,7 @@ def picture_batch(run: Run, config: TrainingJob, reader: MakeItem) -> Batch:
     index = run.index
     if config.data.heldout_shards is not None:
         shards = expand(config.data.heldout_shards, allow_pipe=config.data.allow_pipe)
-        index = from_main_rank(lambda: ShardIndex.open(shards, build_missing=True))
+        index = open_index(shards, run.ranks)
     count = min(config.preview.images, index.total)
     return next(Loader(index, reader, seed=0, rank=0, world=1, global_batch=count, rank_micro_batch=count))
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ldmscale.distributed.collectives import any_true
 from ldmscale.train.ema import ShardedEma
 from ldmscale.train.engine_options import EngineOptions, clips_itself, deepspeed_json
 from ldmscale.train.fragments import Fragment, Layout, layout_of, zero3_range
@@ -51,11 +52,16 @@ def _takes_fused_adam(options: EngineOptions, device: torch.device) -> bool:
         return False
     from deepspeed.ops.op_builder import FusedAdamBuilder
 
+    reason = ""
     try:
         FusedAdamBuilder().load(verbose=False)
     except Exception as error:  # no nvcc, another CUDA than torch's, no compiler: each is told in its own way
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        log.warning("DeepSpeed's FusedAdam cannot be built here (%s): torch's fused AdamW is used", reason)
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    # One optimiser for all: a node that lacks a compiler must not step by other kernels than the rest.
+    if any_true(bool(reason)):
+        log.warning(
+            "DeepSpeed's FusedAdam cannot be built on every rank (%s): torch's fused AdamW is used", reason
+        )
         return False
     return True
 

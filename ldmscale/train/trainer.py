@@ -98,11 +98,11 @@ class Trainer:
                     self._draw()
                 if self._due(self.schedule.garbage_every_steps):
                     gc.collect()
-                if stopping and not last:
+                # Also before `finish`, which may take long or fail: nothing trained is ever lost to it.
+                if stopping or last or self._due(self.schedule.save_every_steps):
                     self._save()
+                if stopping:
                     return False
-                if self._due(self.schedule.save_every_steps) and not last:
-                    self._save()
         finally:
             gc.enable()
             loader.close()

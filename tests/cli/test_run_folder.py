@@ -1,0 +1,44 @@
+"""The run folder: what a resume may change, who holds it, and when a run counts as finished."""
+
+import pytest
+
+from ldmscale.errors import ConfigError
+from ldmscale.run_folder import RunFolder
+
+
+def test_a_resume_may_change_how_it_runs_but_not_what_is_learnt(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    config = {"seed": 0, "zero": {"stage": 3}, "optim": {"lr": 1e-4, "betas": [0.9, 0.99]}}
+    assert folder.changes(config) == []
+    folder.settle_config(config)
+    assert folder.changes(config) == []
+    assert folder.changes({**config, "zero": {"stage": 1}}) == ["zero.stage was 3, is 1"]
+    with pytest.raises(ConfigError) as error:
+        folder.changes({**config, "seed": 1, "optim": {"lr": 1e-3, "betas": [0.9, 0.99]}})
+    assert [fault.split(",")[0] for fault in error.value.faults] == ["optim.lr=0.001", "seed=1"]
+    folder.settle_config({**config, "seed": 1})
+    assert folder.config() == config  # written once
+
+
+def test_a_folder_is_held_by_one_start_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    held = folder.hold()
+    with pytest.raises(ConfigError, match=r"in use by process \d+ on .*: wait for it, end it"):
+        RunFolder(tmp_path / "run").hold()
+    held.close()
+    RunFolder(tmp_path / "run").hold().close()
+
+
+def test_attempts_are_counted_and_the_identity_stays(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    first, second = folder.begin_attempt(), folder.begin_attempt()
+    assert (first["attempts"], second["attempts"]) == (1, 2)
+    assert first["wandb_id"] == second["wandb_id"]
+    assert folder.finished_step() is None
+    folder.note({**second, "finished_step": 7})
+    assert folder.finished_step() == 7
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        RunFolder(tmp_path).config()
