@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from ldmscale.checks import check
 from ldmscale.compose import compose_valid
@@ -24,13 +25,53 @@ def configured(kind: type[_J], overrides: Sequence[str]) -> tuple[_J, Ranks]:
     ranks = read_ranks()
     values, faults = compose_valid(job, overrides)
     try:
-        config = read(kind, values) if values else None
+        config = read(kind, values)
     except ConfigError as error:
-        faults += error.faults
-        config = None
-    if config is not None:
-        faults += check(cast(Job, config), ranks.size)
+        typed = _keys(error.faults)
+        rest = _with_stand_ins(kind, job, values, typed)
+        mixture = [] if rest is None else check(cast(Job, rest), ranks.size)
+        # What the stand-ins themselves gave rise to is no fault of the user's.
+        mixture = [fault for fault in mixture if not any(key in fault for key in typed)]
+        raise ConfigError([*faults, *error.faults, *mixture]) from None
+    faults += check(cast(Job, config), ranks.size)
     if faults:
         raise ConfigError(faults)
-    assert config is not None
     return config, ranks
+
+
+def _keys(faults: Sequence[str]) -> list[str]:
+    """The dotted keys that faults of types and names begin with."""
+    return [match[0] for fault in faults if (match := re.match(r"[\w.]+", fault))]
+
+
+def _with_stand_ins(kind: type[_J], job: str, values: dict[str, Any], faulty: Sequence[str]) -> _J | None:
+    """The configuration with something harmless in place of its faulty values, so that the rest can be checked.
+
+    None where that does not make it readable.
+    """
+    composed, _ = compose_valid(job, [])
+    for key in faulty:
+        section, name = _section(values, key), key.rpartition(".")[2]
+        default = (_section(composed, key) or {}).get(name)
+        if section is None:
+            return None
+        for candidate in (default, 1, "stand-in"):
+            section[name] = candidate
+            try:
+                return read(kind, values)
+            except ConfigError as error:
+                left = _keys(error.faults)
+                if key not in left:
+                    break
+        else:
+            section.pop(name)  # no value will do: the key itself is unknown
+    try:
+        return read(kind, values)
+    except ConfigError:
+        return None
+
+
+def _section(values: Any, key: str) -> dict[str, Any] | None:
+    for part in key.split(".")[:-1]:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else None

@@ -100,6 +100,8 @@ def test_all_faults_of_a_command_line_are_told_at_once(capsys, tmp_path):
             "nonsense=1",
             "train.precision=fp8",
             "train.global_batch=7",
+            "unet.heads=7",
+            "+optim.momentum=0.9",
         ]
     )
     said = capsys.readouterr().err
@@ -108,4 +110,8 @@ def test_all_faults_of_a_command_line_are_told_at_once(capsys, tmp_path):
     assert "optim.lrr is unknown: did you mean optim.lr" in said
     assert "nonsense is unknown" in said
     assert "train.precision='fp8'" in said and "'bf16' or 'fp32'" in said
+    # Faults of the mixture are found although other values are faulty.
+    assert "unet.heads=7 does not divide" in said
+    assert "train.global_batch=7 is no multiple" in said
+    assert "optim.momentum is unknown" in said
     assert not (tmp_path / "run").exists()
