@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 	$(BIN)/python -m pip check
 	touch $@
 
-quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in about 12 minutes
+quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in about 10 minutes
 	$(BIN)/ldmscale quickstart $(ARGS)
 
 test: $(STAMP) ## run all tests
