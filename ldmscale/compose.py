@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -81,10 +82,9 @@ def compose_valid(job: str, overrides: Sequence[str]) -> tuple[dict[str, Any], l
     overrides = settle_overrides(job, overrides)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder()), version_base="1.3", job_name=job):
-        try:
+        # Where the whole fails, its overrides are tried one by one, to name each that is to blame.
+        with suppress(HydraException, OmegaConfBaseException, ValueError):
             return _composed(job, overrides), []
-        except (HydraException, OmegaConfBaseException, ValueError):
-            pass
         good, faults = _sorted_out(job, overrides)
         try:
             return _composed(job, good), faults

@@ -9,16 +9,16 @@ import torch
 
 from ldmscale.config import DiffusionJob
 from ldmscale.data.captions import caption_of
-from ldmscale.data.index import ShardIndex
 from ldmscale.data.latents import LatentFormat, LatentManifest
 from ldmscale.data.samples import SampleReader
 from ldmscale.data.shards import expand, local_path
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.errors import DataError
+from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.training import Run
 from ldmscale.parts import Parts, load
 from ldmscale.stages.diffusion import PreviewPrompts
-from ldmscale.stages.first_stage import FirstStage, digest
+from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latent_scale import LatentScale
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ def open_first_stage(
     chosen = config.first_stage
     parts = load(chosen.path, chosen.average) if chosen.path is not None else Parts()
     manifest = _manifest(run.shards) if config.data.kind == "latents" else None
-    if manifest is not None and parts.autoencoder is not None:
-        manifest.check_autoencoder(digest(parts.autoencoder), run.shards[0])
     # The autoencoder's own statistics first: so precomputed latents and online encoding see the same scale.
     statistics = parts.latent_statistics
     if statistics is None:
@@ -55,7 +53,10 @@ def open_first_stage(
         assert config.data.image_size is not None
         side = config.data.image_size // config.autoencoder.factor
         shape = (config.autoencoder.latent_channels, side, side)
-    return FirstStage(parts.autoencoder, scale, run.device), shape, manifest.format if manifest else None
+    first_stage = FirstStage(parts.autoencoder, scale, run.device)
+    if manifest is not None and first_stage.digest is not None:
+        manifest.check_autoencoder(first_stage.digest, run.shards[0])
+    return first_stage, shape, manifest.format if manifest else None
 
 
 def preview_prompts(config: DiffusionJob, run: Run, tokenizer: Tokenizer) -> PreviewPrompts:
@@ -69,9 +70,8 @@ def preview_prompts(config: DiffusionJob, run: Run, tokenizer: Tokenizer) -> Pre
 def _some_captions(config: DiffusionJob, run: Run) -> list[str]:
     index = run.index
     if config.data.heldout_shards is not None:
-        index = ShardIndex.open(
-            expand(config.data.heldout_shards, allow_pipe=config.data.allow_pipe), build_missing=True
-        )
+        shards = expand(config.data.heldout_shards, allow_pipe=config.data.allow_pipe)
+        index = open_index(shards, run.ranks)
     reader = SampleReader(index)
     chosen = []
     for number in range(config.preview.images):
