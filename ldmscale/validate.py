@@ -1,6 +1,6 @@
 """From composed values to the typed configuration and back, with every fault of types and names at once.
 
-Checks that need more than one key, or a look at the disk, are in `checks.py`.
+Checks that need more than one key, or a look at the disk, are in `checks/`.
 """
 
 from __future__ import annotations

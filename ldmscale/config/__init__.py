@@ -1,0 +1,63 @@
+"""The typed configuration: what every key of conf/ means, in which unit, and what it defaults to.
+
+Hydra composes plain YAML; `validate.read` turns it into these frozen dataclasses. Nothing here imports torch.
+"""
+
+from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
+from ldmscale.config.drawing import SampleConfig, ScoreConfig
+from ldmscale.config.jobs import (
+    JOBS,
+    AutoencoderJob,
+    DiffusionJob,
+    IndexJob,
+    Job,
+    LatentsJob,
+    QuickstartJob,
+    SampleJob,
+    StageOverrides,
+    TrainingJob,
+)
+from ldmscale.config.networks import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config.objectives import AutoencoderLossConfig, DiffusionConfig, FirstStageConfig
+from ldmscale.config.run import RunConfig, TrackingConfig
+from ldmscale.config.training import (
+    CheckpointConfig,
+    EmaConfig,
+    OptimConfig,
+    PreviewConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "JOBS",
+    "AutoencoderConfig",
+    "AutoencoderJob",
+    "AutoencoderLossConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DiffusionConfig",
+    "DiffusionJob",
+    "EmaConfig",
+    "EncoderConfig",
+    "FirstStageConfig",
+    "IndexJob",
+    "Job",
+    "LatentsConfig",
+    "LatentsJob",
+    "OptimConfig",
+    "PreviewConfig",
+    "QuickstartJob",
+    "RunConfig",
+    "SampleConfig",
+    "SampleJob",
+    "ScoreConfig",
+    "SourceConfig",
+    "StageOverrides",
+    "TextEncoderConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TrainingJob",
+    "UNetConfig",
+    "ZeroConfig",
+]

@@ -1,0 +1,113 @@
+"""The jobs: which settings each has."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
+from ldmscale.config.drawing import SampleConfig, ScoreConfig
+from ldmscale.config.networks import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config.objectives import AutoencoderLossConfig, DiffusionConfig, FirstStageConfig
+from ldmscale.config.run import RunConfig, TrackingConfig
+from ldmscale.config.training import (
+    CheckpointConfig,
+    EmaConfig,
+    OptimConfig,
+    PreviewConfig,
+    TrainConfig,
+    ZeroConfig,
+)
+from ldmscale.config.values import STRICT, Positive
+
+
+@dataclass(frozen=True, config=STRICT)
+class StageOverrides:
+    """Overrides of the jobs that the quickstart starts, on top of experiment=quickstart."""
+
+    autoencoder: tuple[str, ...] = ()
+    diffusion: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, config=STRICT)
+class IndexJob:
+    job: Literal["index"]
+    data: DataConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class AutoencoderJob:
+    job: Literal["autoencoder"]
+    run: RunConfig
+    seed: int
+    data: DataConfig
+    autoencoder: AutoencoderConfig
+    loss: AutoencoderLossConfig
+    optim: OptimConfig
+    ema: EmaConfig
+    zero: ZeroConfig
+    train: TrainConfig
+    preview: PreviewConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    scale_samples: Positive = 10_000  # images over which the latent scale is measured at the end
+
+
+@dataclass(frozen=True, config=STRICT)
+class LatentsJob:
+    job: Literal["latents"]
+    data: DataConfig
+    first_stage: EncoderConfig
+    latents: LatentsConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class DiffusionJob:
+    job: Literal["diffusion"]
+    run: RunConfig
+    seed: int
+    data: DataConfig
+    autoencoder: AutoencoderConfig
+    first_stage: FirstStageConfig
+    unet: UNetConfig
+    text_encoder: TextEncoderConfig
+    diffusion: DiffusionConfig
+    optim: OptimConfig
+    ema: EmaConfig
+    zero: ZeroConfig
+    train: TrainConfig
+    preview: PreviewConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class SampleJob:
+    job: Literal["sample"]
+    sample: SampleConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class QuickstartJob:
+    """The pipeline, whose stages are the jobs `autoencoder`, `latents` and `diffusion`, started as a user would."""
+
+    job: Literal["quickstart"]
+    run: RunConfig
+    seed: int
+    data: SourceConfig
+    ranks: Positive | None  # null: one a GPU, two without
+    overrides: StageOverrides
+    score: ScoreConfig
+
+
+TrainingJob = AutoencoderJob | DiffusionJob
+Job = IndexJob | AutoencoderJob | LatentsJob | DiffusionJob | SampleJob | QuickstartJob
+JOBS: dict[str, type[Job]] = {
+    "quickstart": QuickstartJob,
+    "index": IndexJob,
+    "autoencoder": AutoencoderJob,
+    "latents": LatentsJob,
+    "diffusion": DiffusionJob,
+    "sample": SampleJob,
+}

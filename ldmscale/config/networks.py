@@ -1,0 +1,75 @@
+"""The networks: constructor arguments, as the published configurations give them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from ldmscale.config.values import STRICT
+
+
+@dataclass(frozen=True, config=STRICT)
+class AutoencoderConfig:
+    """First stage: the constructor arguments of KLAutoencoder or VQAutoencoder (paper, section 3.1, tables 8 and 9)."""
+
+    kind: Literal["kl", "vq"]
+    latent_channels: int
+    channels: int  # width of the first level
+    channel_mult: tuple[int, ...]  # width of each level, times `channels`; f = 2^(levels-1)
+    blocks_per_level: int
+    attention_levels: tuple[int, ...] = ()  # level numbers, 0 = full resolution
+    mid_attention: bool = True
+    dropout: float = 0.0
+    image_channels: int = 3
+    codebook_size: int | None = None  # vq only
+    commitment: float = 0.25  # vq only
+    # of every normalisation; narrow networks need fewer, or a group is a single channel
+    norm_groups: int = 32
+    checkpointing: Literal["off", "full"] = "off"
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent position."""
+        return int(2 ** (len(self.channel_mult) - 1))
+
+
+@dataclass(frozen=True, config=STRICT)
+class UNetConfig:
+    """Constructor arguments of the U-Net (paper, tables 12 to 15)."""
+
+    in_channels: int  # of the latent, with concatenated conditions
+    out_channels: int
+    channels: int  # width of the first level
+    channel_mult: tuple[int, ...]
+    blocks_per_level: int
+    attention_levels: tuple[int, ...]  # level numbers, 0 = full latent resolution
+    heads: int | None = None  # either the number of heads ...
+    head_channels: int | None = None  # ... or the channels of one
+    context_dim: int | None = None  # width of the cross-attended condition; null: plain self-attention blocks
+    transformer_depth: int = 1
+    residual_updown: bool = False
+    scale_shift_norm: bool = False  # the time vector scales and shifts, instead of being added
+    num_classes: int | None = None
+    dropout: float = 0.0
+    norm_groups: int = 32
+    checkpointing: Literal["off", "full"] = "off"
+
+
+@dataclass(frozen=True, config=STRICT)
+class TextEncoderConfig:
+    """The text transformer that is trained jointly with the U-Net (CompVis' BERTEmbedder)."""
+
+    kind: Literal["bert"]
+    tokenizer: (
+        str  # a hub name, a folder, or "train": a WordPiece of the shards' captions, stored with the run
+    )
+    max_tokens: int
+    width: int
+    layers: int
+    heads: int
+    head_channels: int
+    vocab_size: int
+    feedforward_mult: int = 4
+    dropout: float = 0.0
+    checkpointing: Literal["off", "full"] = "off"

@@ -1,0 +1,60 @@
+"""What the two trained stages minimise."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from ldmscale.config.values import STRICT, NotNegative, Share
+
+
+@dataclass(frozen=True, config=STRICT)
+class AutoencoderLossConfig:
+    """Terms of the first stage's loss (CompVis' contperceptual and vqperceptual)."""
+
+    perceptual: Literal[
+        "lpips_vgg16", "efficientnet_lite0", "none"
+    ]  # the frozen network that compares images
+    perceptual_weights: str | None = None  # file of the backbone (and `perceptual_heads` for LPIPS)
+    perceptual_heads: str | None = None
+    perceptual_min_side: int = 64  # efficientnet_lite0 sees smaller images enlarged to this many pixels
+    # of the reconstruction term over an image: kl sums, vq averages
+    reduction: Literal["sum", "mean"] = "sum"
+    pixel_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    kl_weight: float = 1.0e-6
+    codebook_weight: float = 1.0
+    gan: Literal["hinge", "vanilla"] = "hinge"
+    gan_weight: float = 0.5  # times the adaptive weight
+    gan_start_step: NotNegative = 50_001  # the adversarial term is off before
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+    discriminator_norm: Literal["batch", "group"] = "batch"
+    discriminator_lr_scale: float = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class FirstStageConfig:
+    """The trained autoencoder that the diffusion model works behind."""
+
+    path: str | None = None  # its run folder
+    average: bool = True  # use its averaged weights where it has them
+    # latents times one factor (paper), or by mean and std of a channel
+    scale: Literal["factor", "channel"] = "factor"
+    fixed_factor: float | None = None  # published factor in place of the measured one (0.18215)
+
+
+@dataclass(frozen=True, config=STRICT)
+class DiffusionConfig:
+    """The denoising objective (paper, section 3.2)."""
+
+    timesteps: Annotated[int, Field(ge=2)] = 1000
+    schedule: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    loss: Literal["l2", "l1"] = "l2"
+    caption_dropout: Share = 0.1  # share of captions replaced by the null condition while training
+    null_condition: Literal["tokens", "learned"] = "tokens"  # the empty caption, or a trained context

@@ -1,0 +1,78 @@
+"""How a network is trained: optimiser, averages, sharding, length, pictures, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from ldmscale.config.values import STRICT, NotNegative, Positive, Share
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimConfig:
+    """AdamW and its learning-rate curve."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1.0e-8
+    weight_decay: float = 0.01
+    gradient_clip_norm: float | None = 1.0
+    curve: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NotNegative = 0
+    final_lr_share: Share = 0.0  # of lr, reached at train.max_steps by linear and cosine
+
+
+@dataclass(frozen=True, config=STRICT)
+class EmaConfig:
+    """Averaged weights, kept in the shards of the fp32 masters."""
+
+    enabled: bool = True
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    warmup: bool = True  # min(decay, (1+n)/(10+n)), as published
+
+
+@dataclass(frozen=True, config=STRICT)
+class ZeroConfig:
+    """What DeepSpeed shards over the ranks."""
+
+    stage: Literal[0, 1, 2, 3]
+    persistence_threshold: int = 100_000  # parameters with fewer elements stay whole at stage 3
+    bucket_elements: int = 50_000_000  # of one reduction
+    prefetch_elements: int = 50_000_000
+    overlap_communication: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """How long, how large, how exact."""
+
+    max_steps: int
+    global_batch: int  # samples of one optimiser step, over all ranks and accumulation
+    rank_micro_batch: int  # samples of one forward pass on one rank
+    precision: Literal["bf16", "fp32"] = "bf16"
+    log_every_steps: NotNegative = 50
+    attention: Literal["auto", "xformers", "sdpa", "plain"] = "auto"
+    # Python's cycle collector runs at these steps on all ranks, and at no other time
+    garbage_every_steps: NotNegative = 100
+
+
+@dataclass(frozen=True, config=STRICT)
+class PreviewConfig:
+    """Pictures drawn while training, by all ranks together."""
+
+    every_steps: NotNegative = 5000  # 0: never
+    prompts: tuple[str, ...] = ()  # diffusion; none: captions of the held-out shards, or of the first samples
+    images: Positive = 8  # how many pictures (reconstructions, or prompts where none are given)
+    sampler_steps: int = 50
+    guidance: float = 5.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, config=STRICT)
+class CheckpointConfig:
+    """When the training state is saved and how much of it is kept."""
+
+    save_every_steps: NotNegative = 1000
+    keep_last: Annotated[int, Field(ge=2)] = 2  # complete checkpoints
