@@ -67,7 +67,9 @@ def build_denoiser(
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """The noise schedule that `config` describes."""
-    return NoiseSchedule.make(config.schedule, config.timesteps, config.beta_start, config.beta_end)
+    return NoiseSchedule.make(
+        config.schedule, config.timesteps, config.beta_start, config.beta_end, config.zero_terminal_snr
+    )
 
 
 def build_discriminator(config: AutoencoderLossConfig) -> PatchDiscriminator:

@@ -26,6 +26,7 @@ FREE_KEYS = (
     "run.", "checkpoint.", "tracking.", "preview.", "zero.", "scale_samples",
     "train.max_steps", "train.log_every_steps", "train.rank_micro_batch", "train.attention", "train.garbage_every_steps",
     "data.shards", "data.heldout_shards", "data.workers", "data.max_bad_share", "data.allow_pipe", "first_stage.path",
+    "diffusion.loss_bins",
     "unet.checkpointing", "text_encoder.checkpointing", "autoencoder.checkpointing",
 )  # fmt: skip
 

@@ -6,7 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ldmscale.checks.data import check_image_size
-from ldmscale.config import AutoencoderJob, DiffusionJob, FirstStageConfig, PreviewConfig, TrainConfig
+from ldmscale.config import (
+    AutoencoderJob,
+    DiffusionConfig,
+    DiffusionJob,
+    FirstStageConfig,
+    PreviewConfig,
+    TrainConfig,
+)
 from ldmscale.errors import ConfigError
 from ldmscale.run_folder import RunFolder
 from ldmscale.validate import differences, plain_part
@@ -63,6 +70,25 @@ def check_perceptual(config: AutoencoderJob) -> list[str]:
             )
         elif path != "???" and not Path(path).is_file():
             faults.append(f"loss.{name}={path}: there is no such file; give the path of the weights")
+    return faults
+
+
+def check_objective(diffusion: DiffusionConfig) -> list[str]:
+    faults = []
+    if diffusion.zero_terminal_snr and diffusion.prediction == "eps":
+        faults.append(
+            "diffusion.zero_terminal_snr=true with prediction=eps: without signal at the last timestep the noise says nothing "
+            "about the image; give diffusion.prediction=v (or x0), or diffusion.zero_terminal_snr=false"
+        )
+    if diffusion.schedule != "cosine" and not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
+        faults.append(
+            f"diffusion.beta_start={diffusion.beta_start} and beta_end={diffusion.beta_end}: expected "
+            "0 < beta_start <= beta_end < 1; the published are 0.00085 and 0.012"
+        )
+    if diffusion.loss_bins > diffusion.timesteps:
+        faults.append(
+            f"diffusion.loss_bins={diffusion.loss_bins}: there are {diffusion.timesteps} timesteps; give as many at most"
+        )
     return faults
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.values import STRICT, NotNegative, Share
+from ldmscale.config.values import STRICT, NotNegative, Positive, Share
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -56,5 +56,13 @@ class DiffusionConfig:
     beta_end: float = 0.012
     prediction: Literal["eps", "v", "x0"] = "eps"
     loss: Literal["l2", "l1"] = "l2"
+    zero_terminal_snr: bool = False  # no signal is left at the last timestep (Lin et al. 2023); not with eps
+    weighting: Literal["none", "min_snr"] = "none"  # of the timesteps' losses (Hang et al. 2023)
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    # Times one more draw a channel, added to the noise (Guttenberg 2023); 0 is off, 0.05 to 0.1 usual
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0
+    # Times one more draw, added to the noise of the input but not of the target (Ning et al. 2023); 0.1 in the paper
+    input_perturbation: Annotated[float, Field(ge=0)] = 0.0
+    loss_bins: Positive = 4  # loss/bin_1 ... in the metrics: losses by equal ranges of the timesteps
     caption_dropout: Share = 0.1  # share of captions replaced by the null condition while training
     null_condition: Literal["tokens", "learned"] = "tokens"  # the empty caption, or a trained context

@@ -50,6 +50,24 @@ def loss_per_sample(output: Tensor, wanted: Tensor, kind: str) -> Tensor:
     raise ValueError(f"loss {kind!r}: expected l2 or l1")
 
 
+def min_snr_weight(schedule: NoiseSchedule, prediction: str, t: Tensor, gamma: float) -> Tensor:
+    """Weight of each sample's squared error under Min-SNR-gamma (Hang et al. 2023, section 3.4): float32 [B].
+
+    The weight of the error of x0 is min(SNR, gamma). An error of the noise is worth SNR times less, and one of v
+    SNR + 1 times less, for |x0 error|^2 = |noise error|^2 / SNR = |v error|^2 / (SNR + 1).
+    At a timestep without signal (SNR 0) the weight of x0 and v is 0.
+    """
+    snr = schedule.snr(t)
+    capped = snr.clamp(max=gamma)
+    if prediction == "eps":
+        return (capped / snr).float()
+    if prediction == "v":
+        return (capped / (snr + 1)).float()
+    if prediction == "x0":
+        return capped.float()
+    raise ValueError(f"prediction {prediction!r}: expected eps, v or x0")
+
+
 def uniform_timesteps(uniform: Tensor, timesteps: int) -> Tensor:
     """int64 [B] in 0..timesteps-1 from float64 numbers in [0,1)."""
     return (uniform * timesteps).long().clamp(max=timesteps - 1)

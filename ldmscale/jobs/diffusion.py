@@ -40,8 +40,9 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         training_flops,
         unet_head_channels,
     )
-    from ldmscale.stages.diffusion import DiffusionStage, Objective
+    from ldmscale.stages.diffusion import DiffusionStage
     from ldmscale.stages.drawing import SamplerOptions
+    from ldmscale.stages.objective import build_objective
     from ldmscale.tracking.throughput import peak_flops
     from ldmscale.train.ema import ShardedEma
     from ldmscale.train.engine import Engine, sharded_construction
@@ -78,7 +79,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         else None,
         first_stage,
         build_schedule(config.diffusion),
-        Objective(config.diffusion.prediction, config.diffusion.loss, config.diffusion.caption_dropout),
+        build_objective(config.diffusion),
         SamplerOptions(preview.sampler_steps, preview.guidance, prediction=config.diffusion.prediction),
         preview_prompts(config, run, tokenizer) if preview.every_steps else None,
         latent_shape,

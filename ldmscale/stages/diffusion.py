@@ -19,19 +19,11 @@ from ldmscale.models.denoiser import TextConditionedDenoiser
 from ldmscale.stages import draws
 from ldmscale.stages.drawing import SamplerOptions, draw_latents, starting_noise
 from ldmscale.stages.first_stage import FirstStage
+from ldmscale.stages.objective import Objective, add_noise, denoising_loss
 from ldmscale.stages.pictures import to_uint8
 from ldmscale.train.ema import ShardedEma
 from ldmscale.train.engine import Engine
 from ldmscale.train.stage import Batch, Picture
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the network learns to predict, and how the error is measured."""
-
-    prediction: str  # "eps", "v" or "x0"
-    loss: str  # "l2" or "l1"
-    caption_dropout: float  # share of captions replaced by the null condition
 
 
 @dataclass(frozen=True)
@@ -73,23 +65,13 @@ class DiffusionStage:
         engine = self.engines["denoiser"]
         positions = batch["position"].tolist()
         x0 = self.first_stage.batch_latents(batch, self.seed)  # [B,C,h,w]
-        noise = draws.normal(self.seed, positions, "noise", x0.shape[1:]).to(self.device)
-        drawn = draws.uniform(self.seed, positions, "timestep")
-        timesteps = process.uniform_timesteps(drawn, self.schedule.timesteps)  # [B] on the host
-        t = timesteps.to(self.device, non_blocking=True)
+        noisy = add_noise(self.objective, self.schedule, x0, positions, self.seed)
         drop = process.drop_mask(draws.uniform(self.seed, positions, "drop"), self.objective.caption_dropout)
-        x_t = process.add_noise(self.schedule, x0, noise, t)
         token_ids = batch["tokens"].to(self.device, non_blocking=True)  # [B,L]
-        output = engine(x_t.to(engine.compute_dtype), t, token_ids, drop.to(self.device))
-        wanted = process.target(self.schedule, self.objective.prediction, x0, noise, t)
-        losses = process.loss_per_sample(output, wanted, self.objective.loss)  # [B]
-        loss = losses.mean()
+        output = engine(noisy.x_t.to(engine.compute_dtype), noisy.t, token_ids, drop.to(self.device))
+        loss, measured = denoising_loss(self.objective, self.schedule, noisy, output)
         engine.backward(loss)
-        return {
-            "loss/total": loss.detach(),
-            **self._by_noise_level(losses.detach(), timesteps),
-            "text/dropped": drop.float().mean(),
-        }
+        return {"loss/total": loss.detach(), **measured, "text/dropped": drop.float().mean()}
 
     def pictures(self) -> Iterator[Picture]:
         preview = self.preview
@@ -138,16 +120,3 @@ class DiffusionStage:
                 f"the run began with the autoencoder {state['autoencoder']}, and first_stage.path now holds "
                 f"{self.first_stage.digest}: was it trained on? Give the autoencoder of before, or another run.name"
             )
-
-    def _by_noise_level(self, losses: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
-        """Mean loss of the samples in each quarter of the timesteps; a quarter without samples has no entry.
-
-        The timesteps are those on the host: choosing by them makes the host wait for no GPU.
-        """
-        quarter = timesteps * 4 // self.schedule.timesteps
-        members = {q: (quarter == q).nonzero().flatten() for q in range(4)}
-        return {
-            f"loss/quarter_{q + 1}": losses[chosen.to(losses.device, non_blocking=True)].mean()
-            for q, chosen in members.items()
-            if len(chosen)
-        }

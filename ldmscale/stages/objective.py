@@ -1,0 +1,109 @@
+"""The denoising objective of one batch: what is drawn, what the network should answer, what its error is worth."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ldmscale.config import DiffusionConfig
+from ldmscale.diffusion import process
+from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.stages import draws
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the network learns to predict, and how the error is measured; see `DiffusionConfig` for the sources."""
+
+    prediction: str  # "eps", "v" or "x0"
+    loss: str  # "l2" or "l1"
+    caption_dropout: float  # share of captions replaced by the null condition
+    weighting: str = "none"  # or "min_snr"
+    min_snr_gamma: float = 5.0
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+    loss_bins: int = 4
+
+
+def build_objective(config: DiffusionConfig) -> Objective:
+    """The objective that `config` describes."""
+    if config.zero_terminal_snr and config.weighting == "min_snr":
+        log.warning(
+            "diffusion.weighting=min_snr gives the last timestep, where zero_terminal_snr leaves no signal, the weight 0: "
+            "sampling begins at a timestep that is never trained; diffusion.weighting=none trains it"
+        )
+    return Objective(
+        config.prediction,
+        config.loss,
+        config.caption_dropout,
+        config.weighting,
+        config.min_snr_gamma,
+        config.offset_noise,
+        config.input_perturbation,
+        config.loss_bins,
+    )
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """Latents with noise, and the answer that is wanted."""
+
+    x_t: Tensor  # float32 [B,C,h,w]
+    wanted: Tensor  # float32 [B,C,h,w]
+    t: Tensor  # int64 [B] on the device of the latents
+    host_t: Tensor  # the same on the host: choosing by them makes the host wait for no GPU
+
+
+def add_noise(
+    objective: Objective,
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    positions: Sequence[int],
+    seed: int,
+    timesteps: Tensor | None = None,
+) -> NoisyBatch:
+    """Noise for latents x0 [B,C,h,w]: each draw is a function of (seed, position, purpose).
+
+    Timesteps are drawn uniformly unless `timesteps`, int64 [B] on the host, gives them (validation does).
+    """
+    shape = x0.shape[1:]
+    noise = draws.normal(seed, positions, "noise", shape)
+    if objective.offset_noise > 0:
+        noise += objective.offset_noise * draws.normal(seed, positions, "offset", (shape[0], 1, 1))
+    seen = noise
+    if objective.input_perturbation > 0:
+        seen = noise + objective.input_perturbation * draws.normal(seed, positions, "perturbation", shape)
+    if timesteps is None:
+        drawn = draws.uniform(seed, positions, "timestep")
+        timesteps = process.uniform_timesteps(drawn, schedule.timesteps)
+    t = timesteps.to(x0.device, non_blocking=True)
+    noise = noise.to(x0.device)
+    x_t = process.add_noise(schedule, x0, noise if seen is noise else seen.to(x0.device), t)
+    return NoisyBatch(x_t, process.target(schedule, objective.prediction, x0, noise, t), t, timesteps)
+
+
+def denoising_loss(
+    objective: Objective, schedule: NoiseSchedule, noisy: NoisyBatch, output: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted mean loss of a batch, with what is worth a metric besides it.
+
+    "loss/bin_k" is the unweighted mean of the samples whose timestep lies in the k-th of `loss_bins` equal ranges; a
+    range without samples has no entry. "loss/unweighted" is there where a weighting is.
+    """
+    losses = process.loss_per_sample(output, noisy.wanted, objective.loss)  # [B]
+    plain = losses.detach()
+    measured = {}
+    if objective.weighting == "min_snr":
+        weight = process.min_snr_weight(schedule, objective.prediction, noisy.t, objective.min_snr_gamma)
+        losses = losses * weight
+        measured["loss/unweighted"] = plain.mean()
+    bins = noisy.host_t * objective.loss_bins // schedule.timesteps
+    for k in sorted(set(bins.tolist())):
+        chosen = (bins == k).nonzero().flatten()
+        measured[f"loss/bin_{k + 1}"] = plain[chosen.to(plain.device, non_blocking=True)].mean()
+    return losses.mean(), measured

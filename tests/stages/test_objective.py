@@ -1,0 +1,92 @@
+"""One batch of the denoising objective: its draws belong to samples, its terms are what their papers say."""
+
+import pytest
+import torch
+
+from ldmscale.compose import compose_job
+from ldmscale.config import DiffusionJob
+from ldmscale.diffusion import process
+from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.stages import draws
+from ldmscale.stages.objective import Objective, add_noise, build_objective, denoising_loss
+from ldmscale.validate import read
+
+SCHEDULE = NoiseSchedule.make("scaled_linear", 1000, 0.00085, 0.012)
+POSITIONS = list(range(100, 164))
+X0 = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def noise_in(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return (x_t - SCHEDULE.signal(t) * X0) / SCHEDULE.noise(t)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_without_extras_it_is_plain_denoising(prediction):
+    noisy = add_noise(Objective(prediction, "l2", 0.1), SCHEDULE, X0, POSITIONS, seed=3)
+    noise = draws.normal(3, POSITIONS, "noise", X0.shape[1:])
+    t = process.uniform_timesteps(draws.uniform(3, POSITIONS, "timestep"), 1000)
+    assert torch.equal(noisy.t, t) and torch.equal(noisy.host_t, t)
+    assert torch.equal(noisy.x_t, process.add_noise(SCHEDULE, X0, noise, t))
+    assert torch.equal(noisy.wanted, process.target(SCHEDULE, prediction, X0, noise, t))
+
+
+def test_offset_noise_adds_one_draw_a_channel_to_input_and_target():
+    plain = add_noise(Objective("eps", "l2", 0.1), SCHEDULE, X0, POSITIONS, seed=3)
+    offset = add_noise(Objective("eps", "l2", 0.1, offset_noise=0.5), SCHEDULE, X0, POSITIONS, seed=3)
+    added = offset.wanted - plain.wanted
+    torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), atol=1e-6, rtol=0)
+    assert float(added[:, :, 0, 0].std()) == pytest.approx(0.5, rel=0.15)
+    torch.testing.assert_close(noise_in(offset.x_t, offset.t), offset.wanted, atol=5e-4, rtol=1e-3)
+
+
+def test_input_perturbation_reaches_the_input_and_not_the_target():
+    plain = add_noise(Objective("v", "l2", 0.1), SCHEDULE, X0, POSITIONS, seed=3)
+    perturbed = add_noise(Objective("v", "l2", 0.1, input_perturbation=0.1), SCHEDULE, X0, POSITIONS, seed=3)
+    assert torch.equal(plain.wanted, perturbed.wanted)
+    added = noise_in(perturbed.x_t, perturbed.t) - noise_in(plain.x_t, plain.t)
+    assert float(added.std()) == pytest.approx(0.1, rel=0.03)
+    assert abs(float(added.mean())) < 0.005
+
+
+def test_every_draw_belongs_to_the_sample_and_not_to_its_batch():
+    objective = Objective("v", "l2", 0.1, offset_noise=0.1, input_perturbation=0.1)
+    together = add_noise(objective, SCHEDULE, X0, POSITIONS, seed=3)
+    apart = add_noise(objective, SCHEDULE, X0[[9, 2]], [POSITIONS[9], POSITIONS[2]], seed=3)
+    assert torch.equal(apart.x_t, together.x_t[[9, 2]]) and torch.equal(apart.wanted, together.wanted[[9, 2]])
+
+
+def test_given_timesteps_take_the_place_of_drawn_ones():
+    given = torch.full((64,), 7)
+    noisy = add_noise(Objective("eps", "l2", 0.1), SCHEDULE, X0, POSITIONS, seed=3, timesteps=given)
+    assert torch.equal(noisy.t, given)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_the_weighted_loss_and_its_bins_are_means_written_out(prediction):
+    objective = Objective(prediction, "l2", 0.1, weighting="min_snr", min_snr_gamma=5.0, loss_bins=10)
+    noisy = add_noise(objective, SCHEDULE, X0, POSITIONS, seed=3)
+    output = noisy.wanted + torch.randn(X0.shape, generator=torch.Generator().manual_seed(1))
+    loss, measured = denoising_loss(objective, SCHEDULE, noisy, output)
+    losses = [float((output[i] - noisy.wanted[i]).square().mean()) for i in range(64)]
+    total, bins = 0.0, {}
+    for t, one in zip(noisy.t.tolist(), losses, strict=True):
+        bar = float(SCHEDULE.alphas_bar[t])
+        snr = bar / (1 - bar)
+        total += one * min(snr, 5.0) / {"eps": snr, "v": snr + 1, "x0": 1.0}[prediction]
+        bins.setdefault(f"loss/bin_{t // 100 + 1}", []).append(one)
+    assert float(loss) == pytest.approx(total / 64, rel=1e-5)
+    assert float(measured.pop("loss/unweighted")) == pytest.approx(sum(losses) / 64, rel=1e-5)
+    assert set(measured) == set(bins) and len(bins) > 5
+    for key, own in bins.items():
+        assert float(measured[key]) == pytest.approx(sum(own) / len(own), rel=1e-5)
+
+
+def test_a_terminal_step_that_is_never_trained_is_told(caplog):
+    def objective(*overrides: str):
+        values = compose_job("diffusion", ["experiment=smoke", "diffusion=v", *overrides])
+        return build_objective(read(DiffusionJob, values).diffusion)
+
+    objective("diffusion.zero_terminal_snr=true")
+    assert not caplog.records
+    found = objective("diffusion.zero_terminal_snr=true", "diffusion.weighting=min_snr")
+    assert "never trained" in caplog.text and found.weighting == "min_snr"
