@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -20,12 +19,10 @@ from ldmscale.config import (
     UNetConfig,
 )
 from ldmscale.diffusion.schedule import NoiseSchedule
-from ldmscale.errors import ConfigError
 from ldmscale.models.attention import probe, set_backend
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.denoiser import TextConditionedDenoiser
 from ldmscale.models.discriminator import PatchDiscriminator
-from ldmscale.models.perceptual import LPIPS, EfficientNetLite0Distance
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
 
@@ -40,7 +37,7 @@ def build_autoencoder(config: AutoencoderConfig) -> KLAutoencoder | VQAutoencode
     """The first stage that `config` describes, with fresh weights."""
     if config.kind == "vq":
         return VQAutoencoder(**_arguments(config, "kind"))
-    return KLAutoencoder(**_arguments(config, "kind", "codebook_size", "commitment"))
+    return KLAutoencoder(**_arguments(config, "kind", "codebook_size", "codebook_dim", "commitment"))
 
 
 def build_unet(config: UNetConfig) -> UNet:
@@ -79,25 +76,6 @@ def build_discriminator(config: AutoencoderLossConfig) -> PatchDiscriminator:
         layers=config.discriminator_layers,
         norm=config.discriminator_norm,
     )
-
-
-def build_distance(
-    config: AutoencoderLossConfig, device: torch.device
-) -> LPIPS | EfficientNetLite0Distance | None:
-    """The frozen perceptual distance that `config` names, on `device`; None where it asks for none.
-
-    Raises ConfigError where its weights are not to be had.
-    """
-    if config.perceptual == "none":
-        return None
-    weights = None if config.perceptual_weights is None else Path(config.perceptual_weights)
-    try:
-        if config.perceptual == "efficientnet_lite0":
-            return EfficientNetLite0Distance(weights, min_side=config.perceptual_min_side).to(device)
-        assert weights is not None and config.perceptual_heads is not None
-        return LPIPS(weights, Path(config.perceptual_heads)).to(device)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"loss.perceptual={config.perceptual}: {error}") from error
 
 
 def choose_attention(

@@ -15,6 +15,7 @@ from ldmscale.checks.stages import (
     check_objective,
     check_perceptual,
     check_preview,
+    check_rate,
     check_run,
     check_same_autoencoder,
 )
@@ -27,6 +28,7 @@ def check(config: Job, world_size: int) -> list[str]:
         return [
             *check_shards(config.data, needs="images"),
             *check_batch(config.train, world_size),
+            *check_rate(config.optim, config.train),
             *check_local("run.dir", config.run.dir),
             *check_autoencoder(config.autoencoder),
             *check_loss(config),
@@ -37,6 +39,7 @@ def check(config: Job, world_size: int) -> list[str]:
         return [
             *check_shards(config.data, needs=None),
             *check_batch(config.train, world_size),
+            *check_rate(config.optim, config.train),
             *check_local("run.dir", config.run.dir),
             *check_unet(config.unet),
             *check_condition(config.unet, config.text_encoder),

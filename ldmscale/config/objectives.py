@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.values import STRICT, NotNegative, Positive, Share
+from ldmscale.config.values import STRICT, NotNegative, NotNegativeFloat, Positive, Share
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -17,22 +17,47 @@ class AutoencoderLossConfig:
     perceptual: Literal[
         "lpips_vgg16", "efficientnet_lite0", "none"
     ]  # the frozen network that compares images
-    perceptual_weights: str | None = None  # file of the backbone (and `perceptual_heads` for LPIPS)
-    perceptual_heads: str | None = None
+    # of the backbone: a file, or hf://OWNER/REPO/FILE; null: the installed package's (efficientnet_lite0 only)
+    perceptual_weights: str | None = None
+    # sha256 of that file, or its first characters; null: of the published file. Another file is refused
+    perceptual_weights_sha256: str | None = None
+    perceptual_heads: str | None = None  # LPIPS' linear heads (the file vgg.pth of PyPI's lpips)
     perceptual_min_side: int = 64  # efficientnet_lite0 sees smaller images enlarged to this many pixels
     # of the reconstruction term over an image: kl sums, vq averages
     reduction: Literal["sum", "mean"] = "sum"
     pixel_weight: float = 1.0
     perceptual_weight: float = 1.0
+    # s in rec / exp(s) + s: the published optimisers leave it out, so it stays where it starts; or it is trained
+    logvar: Literal["fixed", "learned"] = "fixed"
+    logvar_start: float = 0.0
     kl_weight: float = 1.0e-6
     codebook_weight: float = 1.0
     gan: Literal["hinge", "vanilla"] = "hinge"
     gan_weight: float = 0.5  # times the adaptive weight
+    gan_adaptive: bool = True  # False: gan_weight alone
     gan_start_step: NotNegative = 50_001  # the adversarial term is off before
     discriminator_channels: int = 64
     discriminator_layers: int = 3
     discriminator_norm: Literal["batch", "group"] = "batch"
     discriminator_lr_scale: float = 1.0
+    r1_weight: NotNegativeFloat = (
+        0.0  # of |grad D|^2 / 2 at real images (Mescheder et al. 2018); 0: none, as published
+    )
+    r1_every_steps: Positive = 1  # the penalty is taken at every n-th step, n times as strong
+
+
+@dataclass(frozen=True, config=STRICT)
+class CodebookConfig:
+    """How the table of a vq autoencoder starts and is kept alive."""
+
+    start: Literal["uniform", "kmeans"] = (
+        "uniform"  # uniform in +-1/size, as published; or centres of the first latents
+    )
+    kmeans_rounds: Positive = 10
+    # rows that no latent chose in so many steps are put on present latents; 0: never, as published
+    revive_after_steps: NotNegative = 0
+    usage_window_steps: Positive = 100  # a row counts as used when it was chosen within so many steps
+    alarm_usage: Share = 0.05  # a smaller share of used rows is told as collapse
 
 
 @dataclass(frozen=True, config=STRICT)

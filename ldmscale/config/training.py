@@ -15,6 +15,8 @@ class OptimConfig:
     """AdamW and its learning-rate curve."""
 
     lr: float
+    # published: lr is for one sample; the rate is lr x accumulation x ranks x rank_micro_batch = lr x global_batch
+    lr_scaling: Literal["none", "published"] = "none"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1.0e-8
     weight_decay: float = 0.01
@@ -22,6 +24,10 @@ class OptimConfig:
     curve: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NotNegative = 0
     final_lr_share: Share = 0.0  # of lr, reached at train.max_steps by linear and cosine
+
+    def rate(self, global_batch: int) -> float:
+        """The learning rate of a run with so many samples a step."""
+        return self.lr * global_batch if self.lr_scaling == "published" else self.lr
 
 
 @dataclass(frozen=True, config=STRICT)

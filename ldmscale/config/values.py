@@ -9,4 +9,5 @@ from pydantic import ConfigDict, Field
 STRICT = ConfigDict(extra="forbid")
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]

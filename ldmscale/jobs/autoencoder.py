@@ -25,6 +25,7 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
 
     from ldmscale.data.items import ImageItem
     from ldmscale.data.loader import Batch
+    from ldmscale.frozen import build_distance
     from ldmscale.jobs.training import (
         already_finished,
         engine_options,
@@ -34,7 +35,7 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
         rate_curve,
         train,
     )
-    from ldmscale.networks import build_autoencoder, build_discriminator, build_distance, choose_attention
+    from ldmscale.networks import build_autoencoder, build_discriminator, choose_attention
     from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms, RealAndFake
     from ldmscale.train.ema import ShardedEma
     from ldmscale.train.engine import Engine, sharded_construction
@@ -91,7 +92,7 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
         run.device,
     )
     rates = {
-        "generator": rate_curve(config.optim, config.train.max_steps),
-        "discriminator": rate_curve(config.optim, config.train.max_steps, loss.discriminator_lr_scale),
+        "generator": rate_curve(config.optim, config.train),
+        "discriminator": rate_curve(config.optim, config.train, loss.discriminator_lr_scale),
     }
     return train(run, config, stage, reader, rates, stop, flops_per_image=None)

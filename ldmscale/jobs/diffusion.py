@@ -87,7 +87,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         ranks,
         run.device,
     )
-    rates = {"denoiser": rate_curve(config.optim, config.train.max_steps)}
+    rates = {"denoiser": rate_curve(config.optim, config.train)}
     flops = None
     if (
         peak_flops(run.device, config.train.precision) is not None

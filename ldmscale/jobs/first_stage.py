@@ -52,7 +52,7 @@ def open_first_stage(
     else:
         assert config.data.image_size is not None
         side = config.data.image_size // config.autoencoder.factor
-        shape = (config.autoencoder.latent_channels, side, side)
+        shape = (config.autoencoder.latent_width, side, side)
     first_stage = FirstStage(parts.autoencoder, scale, run.device)
     if manifest is not None and first_stage.digest is not None:
         manifest.check_autoencoder(first_stage.digest, run.shards[0])

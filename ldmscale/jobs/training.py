@@ -140,7 +140,7 @@ def engine_options(
         rank_micro_batch=train.rank_micro_batch,
         accumulation_steps=run.accumulation_steps,
         gradient_clip_norm=optim.gradient_clip_norm,
-        learning_rate=optim.lr * lr_scale,
+        learning_rate=optim.rate(train.global_batch) * lr_scale,
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
@@ -151,16 +151,16 @@ def engine_options(
     )
 
 
-def rate_curve(optim: OptimConfig, max_steps: int, scale: float = 1.0) -> Callable[[int], float]:
+def rate_curve(optim: OptimConfig, train: TrainConfig, scale: float = 1.0) -> Callable[[int], float]:
     """The learning rate as a function of the finished steps."""
 
     def rate(step: int) -> float:
         return learning_rate(
             step,
-            base=optim.lr * scale,
+            base=optim.rate(train.global_batch) * scale,
             curve=optim.curve,
             warmup_steps=optim.warmup_steps,
-            total_steps=max_steps,
+            total_steps=train.max_steps,
             final_share=optim.final_lr_share,
         )
 
