@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fault_proxy import FaultProxy
+from object_store import ObjectStore, serve
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -31,3 +35,17 @@ def ldmscale() -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """A real S3 server, started once for all tests that ask for it."""
+    with serve(tmp_path_factory.mktemp("s3")) as store:
+        yield store
+
+
+@pytest.fixture
+def fault_proxy(object_store: ObjectStore) -> Iterator[FaultProxy]:
+    """A door before the S3 server that injects faults; `object_store.behind(fault_proxy.endpoint)` goes through it."""
+    with FaultProxy(object_store.endpoint, stall_seconds=20.0) as proxy:
+        yield proxy
