@@ -20,12 +20,6 @@ class FileRecord:
     xxh3_128: str
 
 
-def record(path: Path) -> FileRecord:
-    """Flush a file to the disk and describe it."""
-    sync(path)
-    return FileRecord(path.name, path.stat().st_size, digest(path))
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one move: a reader finds the old content or the new, never a part."""
     temporary = path.with_name(path.name + ".part")

@@ -1,57 +1,41 @@
-"""Which checkpoints a run has: writing one whole or not at all, finding the newest, pruning.
+"""Writing checkpoints whole or not at all beside the training, finding the newest, keeping as many as asked.
 
     checkpoints/step_00001000/rank_00000.safetensors ... manifest.json COMPLETE
     checkpoints/latest         the name of the newest complete one, for people and scripts
 
-A checkpoint is written as step_00001000.tmp. When every rank has said that its file is on the disk, rank 0
-checks that no element is missing, writes the manifest, renames the folder, and adds COMPLETE. What lacks
-COMPLETE does not exist.
-
-Other endings: `.replaced` is the former content of a step that is being saved again, `.abandoned` a
-checkpoint of a later step than the one saved now (the run went back and took another course); it goes when
-the run has passed it.
+A save has two parts, each a thread that contains no collective. First every rank writes its file. The
+training asks between two steps, with the flag that it exchanges anyway, whether all are done; then the ranks
+exchange their outcomes, and if all went well rank 0 commits: it checks that every file is what its rank
+reports and that no element is missing, writes the manifest, renames the folder, adds COMPLETE and `latest`,
+and removes what need not be kept. What lacks COMPLETE does not exist.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from ldmscale.checkpoint import folders
 from ldmscale.checkpoint import manifest as manifests
-from ldmscale.checkpoint.files import sync, write_text
-from ldmscale.checkpoint.storage import COMPLETE, Piece, Reader, write_pieces
+from ldmscale.checkpoint.background import Background
+from ldmscale.checkpoint.files import FileRecord, sync, write_text
+from ldmscale.checkpoint.folders import Kept, Retention, complete_checkpoints, folder_name, step_of
+from ldmscale.checkpoint.storage import Piece, Reader, mark_complete, write_pieces
 from ldmscale.distributed import collectives
-from ldmscale.errors import CheckpointError
+from ldmscale.errors import CheckpointError, LdmscaleError
 
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
-_STEP = re.compile(r"step_(\d{8,})")
-
-
-def folder_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def _step_of(folder: Path) -> int:
-    found = _STEP.fullmatch(folder.name)
-    assert found is not None
-    return int(found.group(1))
-
-
-def complete_checkpoints(folder: str | Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest step first. Damage is not looked for."""
-    found = [
-        path.parent for path in Path(folder).glob(f"step_*/{COMPLETE}") if _STEP.fullmatch(path.parent.name)
-    ]
-    return sorted(found, key=_step_of)
+_VISIBLE_SECONDS = 60.0  # how long another rank's file may take to appear on a shared file system
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -64,39 +48,117 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
-class CheckpointManager:
-    """The checkpoints of one run. `save` and `newest` are collective: all ranks call them together.
+@dataclass(frozen=True)
+class _Report:
+    """What one rank says of its part of a save."""
 
-    The newest `keep_last` complete checkpoints are kept, and never fewer than two.
+    rank: int
+    failure: str | None
+    described: FileRecord | None  # the file that describes its pieces
+
+
+@dataclass
+class _Saving:
+    """The save that is under way."""
+
+    step: int
+    state: Mapping[str, Any]
+    temporary: Path
+    target: Path
+    began: float = field(default_factory=time.perf_counter)
+    writing: Background[FileRecord] | None = None
+    committing: Background[None] | None = None  # rank 0 only
+    committed: bool = False  # all ranks have agreed on the files
+
+    @property
+    def work(self) -> Background[Any] | None:
+        return self.committing if self.committed else self.writing
+
+
+class CheckpointManager:
+    """The checkpoints of one run. All ranks call `begin`, `advance`, `finish`, `save` and `newest` together.
+
+    Between two steps the trainer calls `advance`, once no rank is `busy`. A save that fails leaves older
+    checkpoints as they were and is told loudly; more than `max_failed_saves` in a row, or one that
+    `finish(must_hold=True)` waits for, raise CheckpointError on every rank.
+
+    `attempt` numbers the starts of the run, and `fence` raises on rank 0 once another start has taken the run
+    over: a process that came back from the dead publishes nothing.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int = 2) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        retention: Retention | None = None,
+        max_failed_saves: int = 0,
+        attempt: int = 0,
+        fence: Callable[[], None] | None = None,
+    ) -> None:
         self.folder = Path(folder)
-        self.keep_last = max(2, keep_last)
+        self.retention = retention or Retention()
+        self.max_failed_saves, self.attempt = max_failed_saves, attempt
+        self.failed_saves = 0  # in a row
+        self.last_seconds = 0.0  # from the copy of the last save to its end
+        self._fence = fence
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.world_size = dist.get_world_size() if together else 1
+        self._saving: _Saving | None = None
+        self._known: dict[str, Kept] = {}
+        self._last_failure = ""
 
     def save(self, step: int, pieces: Sequence[Piece], state: Mapping[str, Any]) -> Path:
-        """Write a complete checkpoint and prune old ones; returns its folder.
+        """Write a complete checkpoint and wait for it; returns its folder.
 
-        `pieces` are this rank's share, `state` is of JSON's values and equal on all ranks (rank 0's is
-        taken). Raises CheckpointError, the same on every rank, if any rank could not do its part; then what
-        was there before is still there.
+        Raises CheckpointError, the same on every rank, if any rank could not do its part; then what was there
+        before is still there.
         """
+        self.begin(step, pieces, state)
+        self.finish(must_hold=True)
+        return self.folder / folder_name(step)
+
+    def begin(self, step: int, pieces: Sequence[Piece], state: Mapping[str, Any]) -> None:
+        """Start a save, after the one before has ended.
+
+        `pieces` are this rank's share, left alone until the save has ended. `state` is of JSON's values and
+        equal on all ranks (rank 0's is taken); "ephemeral" and "metrics" in it decide how long it is kept.
+        """
+        self.finish()
         target = self.folder / folder_name(step)
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            self._together("make the folder", lambda: _fresh(temporary), main_only=True)
-            self._together("write its file", lambda: self._write(temporary, pieces))
-            self._together("commit", lambda: self._commit(temporary, target, step, state), main_only=True)
-        except CheckpointError:
-            if self.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        if self.rank == 0:
-            self._prune(step)
-        return target
+        temporary = self.folder / f"{target.name}.{self.attempt:05d}.tmp"
+        self._saving = _Saving(step, state, temporary, target)
+        self._saving.writing = Background(lambda: self._write(temporary, pieces), f"save {target.name}")
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._saving is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still at work on the present part of a save."""
+        work = None if self._saving is None else self._saving.work
+        return work is not None and not work.done
+
+    def advance(self) -> None:
+        """Agree on the outcome of a part that no rank is busy with any more, and go on to the next."""
+        if self._saving is None:
+            return
+        if self._saving.committed:
+            self._agree_on_commit(self._saving)
+        else:
+            self._agree_on_files(self._saving)
+
+    def finish(self, *, must_hold: bool = False) -> None:
+        """Wait for the save that is under way, if there is one. With `must_hold` its failure raises."""
+        failed_before = self.failed_saves
+        while self._saving is not None:
+            if (work := self._saving.work) is not None:
+                work.wait()
+            self.advance()
+        if must_hold and self.failed_saves > failed_before:
+            raise CheckpointError(self._last_failure)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint whose files are whole, or None if there never was a complete one.
@@ -104,8 +166,7 @@ class CheckpointManager:
         A damaged one is logged and passed over. Raises CheckpointError if all are damaged, since starting
         from nothing is then for the user to decide.
         """
-        if self.rank == 0:
-            self._put_back()
+        collectives.from_main_rank(lambda: folders.settle(self.folder))
         names = collectives.broadcast_object([path.name for path in complete_checkpoints(self.folder)])
         faults = []
         for name in reversed(names):
@@ -129,83 +190,122 @@ class CheckpointManager:
             found = [str(error)]
         return list(dict.fromkeys(collectives.gather_lists(found)))
 
-    def _together(self, action: str, work: Callable[[], None], *, main_only: bool = False) -> None:
-        """Do one part of a save on all ranks, or on rank 0, and agree on whether it went well everywhere."""
-        failure: Exception | None = None
-        if self.rank == 0 or not main_only:
-            try:
-                work()
-            except Exception as error:  # whatever it was, the other ranks must not wait for this one
-                failure = error
-        mine = [] if failure is None else [f"rank {self.rank} could not {action}: {failure!r}"]
-        if failures := collectives.gather_lists(mine):
-            raise CheckpointError(
-                f"no checkpoint was written to {self.folder}; older ones are as they were. "
-                + "; ".join(failures)
-            ) from failure
-
-    def _write(self, temporary: Path, pieces: Sequence[Piece]) -> None:
+    def _write(self, temporary: Path, pieces: Sequence[Piece]) -> FileRecord:
+        temporary.mkdir(parents=True, exist_ok=True)
         path = temporary / f"rank_{self.rank:05d}.safetensors"
         part = write_pieces(path, self.rank, pieces)
-        manifests.write_part(path.with_suffix(".json"), part)
+        return manifests.write_part(path.with_suffix(".json"), part)
 
-    def _commit(self, temporary: Path, target: Path, step: int, state: Mapping[str, Any]) -> None:
-        described = sorted(temporary.glob("rank_*.json"))
-        if len(described) != self.world_size:
-            raise CheckpointError(f"{temporary} has the files of {len(described)} of {self.world_size} ranks")
-        parts = [manifests.read_part(path) for path in described]
-        manifests.write_manifest(temporary, manifests.merge(parts, step=step, state=state))
-        for path in described:
-            path.unlink()
+    def _agree_on_files(self, saving: _Saving) -> None:
+        work = saving.writing
+        assert work is not None
+        failure = None if work.error is None else f"rank {self.rank} could not write its file: {work.error!r}"
+        mine = _Report(self.rank, failure, work.value if work.error is None else None)
+        reports = collectives.gather_lists([mine])
+        if failures := [report.failure for report in reports if report.failure is not None]:
+            self._fail(saving, failures)
+            return
+        saving.committed = True
+        if self.rank == 0:
+            described = [report.described for report in reports if report.described is not None]
+            saving.committing = Background(
+                lambda: self._commit(saving, described), f"commit {saving.target.name}"
+            )
+
+    def _agree_on_commit(self, saving: _Saving) -> None:
+        work = saving.committing
+        outcome: tuple[str | None, bool] = (None, False)
+        if work is not None and work.error is not None:
+            # What ldmscale raises on purpose says all there is; of other errors the kind matters too.
+            final = isinstance(work.error, LdmscaleError) and not isinstance(work.error, CheckpointError)
+            outcome = (f"rank 0 could not commit: {work.error!r}", final)
+        failure, final = collectives.broadcast_object(outcome)
+        if failure is not None:
+            self._fail(saving, [failure], final=final)
+            return
+        self._saving, self.failed_saves = None, 0
+        self.last_seconds = time.perf_counter() - saving.began
+        log.info("saved step %d in %.1f s", saving.step, self.last_seconds)
+
+    def _fail(self, saving: _Saving, failures: Sequence[str], *, final: bool = False) -> None:
+        self._saving = None
+        self.failed_saves += 1
+        self._last_failure = (
+            f"no checkpoint of step {saving.step} was written to {self.folder}; older ones are as they were. "
+            + "; ".join(failures)
+        )
+        if self.rank == 0:
+            shutil.rmtree(saving.temporary, ignore_errors=True)
+        if self.failed_saves > 1:
+            self._last_failure += f" ({self.failed_saves} saves have failed in a row)"
+        if final or self.failed_saves > self.max_failed_saves:
+            raise CheckpointError(self._last_failure)
+        log.error("%s; the run goes on without it", self._last_failure)
+
+    def _commit(self, saving: _Saving, described: Sequence[FileRecord]) -> None:
+        temporary, target, step = saving.temporary, saving.target, saving.step
+        parts = [_visible_part(temporary, record) for record in described]
+        whole = manifests.merge(parts, step=step, state=saving.state)
+        listed = {part.file.name for part in parts}
+        for path in temporary.iterdir():
+            if path.name not in listed:  # the descriptions, and files of a larger number of ranks before
+                path.unlink()
+        manifests.write_manifest(temporary, whole)
         sync(temporary)
+        if self._fence is not None:
+            self._fence()
         for later in complete_checkpoints(self.folder):
-            if _step_of(later) > step:
+            if (step_of(later) or 0) > step:
                 log.warning("checkpoint %s is of a later step than %d: set aside", later.name, step)
-                _set_aside(later, ".abandoned")
+                folders.set_aside(later, ".abandoned")
         if target.exists():
-            _set_aside(target, ".replaced")
+            folders.set_aside(target, ".replaced")
         os.replace(temporary, target)
-        write_text(target / COMPLETE, "")
+        mark_complete(target)
         sync(self.folder)
         write_text(self.folder / LATEST, target.name + "\n")
-
-    def _put_back(self) -> None:
-        """Undo a save of an existing step that was killed between its two renamings."""
-        for old in self.folder.glob("step_*.replaced"):
-            target = old.with_suffix("")
-            if (old / COMPLETE).is_file() and not (target / COMPLETE).is_file():
-                log.warning("a save of %s was cut off: its former content is put back", target.name)
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(old, target)
+        self._known[target.name] = self._kept(step, whole.state)
+        self._prune(step)
 
     def _prune(self, step: int) -> None:
-        """Remove what is not needed any more. Failing to is no reason to stop a run."""
         complete = complete_checkpoints(self.folder)
-        useless = complete[: -self.keep_last]
-        for path in self.folder.glob("step_*"):
-            name, _, ending = path.name.partition(".")
-            number = _STEP.fullmatch(name)
-            if number is None or not path.is_dir():
-                continue
-            passed = int(number.group(1)) <= step
-            unfinished = not ending and not (path / COMPLETE).is_file() and passed
-            if unfinished or ending in ("tmp", "replaced") or (ending == "abandoned" and passed):
-                useless.append(path)
-        for path in useless:
+        stay = folders.staying([self._facts(path) for path in complete], self.retention)
+        useless = [path for path in complete if step_of(path) not in stay]
+        folders.remove_all([*useless, *folders.passed(self.folder, step)])
+
+    def _facts(self, folder: Path) -> Kept:
+        if folder.name not in self._known:
+            step = step_of(folder)
+            assert step is not None
             try:
-                # First, so that half a folder is never taken for whole.
-                (path / COMPLETE).unlink(missing_ok=True)
-                shutil.rmtree(path)
-            except OSError as error:
-                log.warning("cannot remove the old checkpoint %s: %s", path, error)
+                self._known[folder.name] = self._kept(step, manifests.read_manifest(folder).state)
+            except CheckpointError:
+                self._known[folder.name] = Kept(step)
+        return self._known[folder.name]
+
+    def _kept(self, step: int, state: Mapping[str, Any]) -> Kept:
+        score = state.get("metrics", {}).get(self.retention.best_metric)
+        return Kept(step, bool(state.get("ephemeral", False)), None if score is None else float(score))
 
 
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _visible_part(folder: Path, described: FileRecord) -> manifests.Part:
+    """What a rank wrote, once this node sees it as that rank reported it.
 
-
-def _set_aside(folder: Path, ending: str) -> None:
-    aside = folder.with_name(folder.name + ending)
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
+    On a network file system another node's files may appear late. Raises CheckpointError if they never do.
+    """
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while True:
+        try:
+            part = manifests.read_part(folder / described.name, described)
+            found = (folder / part.file.name).stat().st_size
+            if found == part.file.size:
+                return part
+            fault = f"{part.file.name} has {found} bytes, its rank wrote {part.file.size}"
+        except (CheckpointError, OSError) as error:
+            fault = str(error)
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"rank 0 does not see what another rank wrote ({fault}): is {folder.parent} on a file system "
+                "that all nodes share?"
+            )
+        time.sleep(0.2)

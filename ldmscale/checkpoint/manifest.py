@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmscale.checkpoint.files import FileRecord, write_text
+from ldmscale.checkpoint.files import FileRecord, digest, write_text
 from ldmscale.errors import CheckpointError
 
 FORMAT = 1
@@ -68,11 +68,16 @@ class Part:
     pieces: dict[str, tuple[str, tuple[int, ...], int, int]]  # key -> dtype, shape, offset, numel
 
 
-def write_part(path: Path, part: Part) -> None:
+def write_part(path: Path, part: Part) -> FileRecord:
+    """Write the description of a rank's file; returns the description's own record."""
     write_text(path, json.dumps(asdict(part)))
+    return FileRecord(path.name, path.stat().st_size, digest(path))
 
 
-def read_part(path: Path) -> Part:
+def read_part(path: Path, written: FileRecord) -> Part:
+    """Read it back; raises CheckpointError if it is not what was written, and OSError."""
+    if digest(path) != written.xxh3_128:
+        raise CheckpointError(f"{path} is not as its rank wrote it")
     raw = json.loads(path.read_text(encoding="utf-8"))
     pieces = {
         key: (dtype, tuple(shape), offset, numel)

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ldmscale.checkpoint.files import digest, record
+from ldmscale.checkpoint import manifest as manifests
+from ldmscale.checkpoint.files import digest, write_text
 from ldmscale.checkpoint.manifest import Entry, Manifest, Part, read_manifest
+from ldmscale.checkpoint.tensors import TensorFile, write_tensors
 from ldmscale.errors import CheckpointError
 
-COMPLETE = "COMPLETE"  # the file that is written last
+COMPLETE = "COMPLETE"  # the file that is written last, with the hash of the manifest
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Piece:
 def write_pieces(path: Path, rank: int, pieces: Sequence[Piece]) -> Part:
     """Write one rank's pieces as one safetensors file, flushed to the disk; returns its description.
 
-    Raises CheckpointError if a key occurs twice, and OSError or SafetensorError if the file cannot be
-    written.
+    Raises CheckpointError if a key occurs twice, and OSError if the file cannot be written.
     """
     described: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     for piece in pieces:
@@ -54,8 +53,13 @@ def write_pieces(path: Path, rank: int, pieces: Sequence[Piece]) -> Part:
         described[piece.key] = (dtype, piece.shape, piece.offset, piece.values.numel())
     # torch's distributed checkpoint reader finds the places of 1-D pieces by this header.
     places = json.dumps({piece.key: {"saved_offsets": [piece.offset]} for piece in pieces})
-    save_file({piece.key: piece.values for piece in pieces}, path, {"DCP_SHARDING_INFO": places})
-    return Part(rank, record(path), described)
+    file = write_tensors(path, {piece.key: piece.values for piece in pieces}, {"DCP_SHARDING_INFO": places})
+    return Part(rank, file, described)
+
+
+def mark_complete(folder: Path) -> None:
+    """Add the file that makes a checkpoint count, and that vouches for its manifest."""
+    write_text(folder / COMPLETE, digest(folder / manifests.NAME) + "\n")
 
 
 class Reader:
@@ -71,8 +75,14 @@ class Reader:
                 f"{self.folder} is not a complete checkpoint: it has no file {COMPLETE}. Take another one; "
                 "`latest` beside it names the newest complete one."
             )
+        if (self.folder / manifests.NAME).is_file():
+            vouched = (self.folder / COMPLETE).read_text(encoding="utf-8", errors="replace").strip()
+            if vouched != (found := digest(self.folder / manifests.NAME)):
+                raise CheckpointError(
+                    f"{self.folder} is damaged: {manifests.NAME} has the hash {found}, {COMPLETE} says {vouched!r}"
+                )
         self.manifest: Manifest = read_manifest(self.folder)
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, TensorFile] = {}
         faults = self._wrong_sizes()
         if faults:
             raise CheckpointError(f"{self.folder} is damaged: " + "; ".join(faults))
@@ -131,8 +141,7 @@ class Reader:
         for shard in entry.shards:
             low, high = max(shard.offset, offset), min(shard.offset + shard.numel, end)
             if low < high:
-                values = self._file(shard.file).get_slice(key)[low - shard.offset : high - shard.offset]
-                out[low - offset : high - offset].copy_(values)
+                self._file(shard.file).read(key, low - shard.offset, out[low - offset : high - offset])
 
     def tensor(self, key: str) -> Tensor:
         """A whole tensor, in its own shape and dtype, in host memory."""
@@ -163,8 +172,7 @@ class Reader:
             weights[name] = self.tensor(f"{network}/buffer/{name}")
         return weights
 
-    def _file(self, number: int) -> Any:
+    def _file(self, number: int) -> TensorFile:
         if number not in self._open:
-            path = self.folder / self.manifest.files[number].name
-            self._open[number] = safe_open(str(path), framework="pt")
+            self._open[number] = TensorFile(self.folder / self.manifest.files[number].name)
         return self._open[number]

@@ -81,4 +81,11 @@ class CheckpointConfig:
     """When the training state is saved and how much of it is kept."""
 
     save_every_steps: NotNegative = 1000
-    keep_last: Annotated[int, Field(ge=2)] = 2  # complete checkpoints
+    keep_last: Annotated[int, Field(ge=2)] = 2  # complete checkpoints, without ephemeral ones
+    keep_every_steps: NotNegative = 0  # checkpoints of these steps stay for ever; 0: none
+    keep_best: NotNegative = 0  # so many stay for their value of best_metric
+    best_metric: str | None = None  # a key of metrics.jsonl
+    best_is: Literal["lowest", "highest"] = "lowest"
+    # saves in between, which go as soon as there are newer ones; 0: none
+    ephemeral_every_steps: NotNegative = 0
+    max_failed_saves: NotNegative = 3  # in a row; after more the run stops

@@ -36,6 +36,15 @@ def any_true(flag: bool) -> bool:
     return max_over_ranks(float(flag)) > 0
 
 
+def any_true_of(*flags: bool) -> list[bool]:
+    """Of each flag, whether it is true on any rank; one exchange for all of them."""
+    if _alone():
+        return list(flags)
+    box = torch.tensor(flags, dtype=torch.float64)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_host_group())
+    return [value > 0 for value in box.tolist()]
+
+
 def sum_over_ranks(value: float) -> float:
     """Sum of `value` over ranks in double precision, the same on all; exact for whole numbers below 2**53."""
     return _reduced(value, dist.ReduceOp.SUM)

@@ -9,9 +9,9 @@ from typing import IO, Any
 
 import torch
 
-from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.checkpoint import CheckpointManager, Retention
 from ldmscale.checks.data import SYNTHETIC
-from ldmscale.config import OptimConfig, TrainConfig, TrainingJob, ZeroConfig
+from ldmscale.config import CheckpointConfig, OptimConfig, TrainConfig, TrainingJob, ZeroConfig
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.ledger import Ledger
 from ldmscale.data.loader import Batch, Loader, MakeItem
@@ -195,11 +195,12 @@ def train(
             accumulation_steps=run.accumulation_steps,
             log_every_steps=config.train.log_every_steps,
             save_every_steps=config.checkpoint.save_every_steps,
+            ephemeral_every_steps=config.checkpoint.ephemeral_every_steps,
             picture_every_steps=config.preview.every_steps,
             garbage_every_steps=config.train.garbage_every_steps,
         ),
         rates,
-        CheckpointManager(run.folder.checkpoints, keep_last=config.checkpoint.keep_last),
+        _checkpoints(run, config.checkpoint),
         tracker,
         Throughput(
             run.device,
@@ -223,6 +224,20 @@ def train(
     barrier()
     disconnect()
     return 0 if status == "finished" else EXIT_STOPPED
+
+
+def _checkpoints(run: Run, config: CheckpointConfig) -> CheckpointManager:
+    return CheckpointManager(
+        run.folder.checkpoints,
+        retention=Retention(
+            keep_last=config.keep_last,
+            keep_every_steps=config.keep_every_steps,
+            keep_best=config.keep_best,
+            best_metric=config.best_metric,
+            best_is=config.best_is,
+        ),
+        max_failed_saves=config.max_failed_saves,
+    )
 
 
 def already_finished(config: TrainingJob, ranks: Ranks) -> bool:

@@ -23,6 +23,8 @@ from ldmscale.errors import CheckpointError
 from ldmscale.train.ema import ShardedEma
 from ldmscale.train.engine import Engine
 from ldmscale.train.fragments import Fragment
+from ldmscale.train.host_copies import HostCopies
+from ldmscale.train.random_states import random_states, restore_random_states
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def snapshot(
-    engines: Mapping[str, Engine], averages: Mapping[str, ShardedEma]
+    engines: Mapping[str, Engine], averages: Mapping[str, ShardedEma], copies: HostCopies | None = None
 ) -> tuple[list[Piece], dict[str, Any]]:
     """Copy this rank's share of the training state to host memory, with what describes it as JSON's values.
 
-    Raises RuntimeError between accumulation boundaries and inside `averaged_weights`.
+    The copies lie in memory of `copies`, if that is given, until the next snapshot takes it. Raises
+    RuntimeError between accumulation boundaries and inside `averaged_weights`.
     """
+    copies = copies or HostCopies()
     pieces: list[Piece] = []
     networks: dict[str, Any] = {}
     for name, engine in engines.items():
@@ -45,7 +49,7 @@ def snapshot(
                 f"snapshot of {name} inside an accumulation window: save after step() has updated"
             )
         found = [averages[name]] if name in averages else []
-        pieces += _pieces_of(name, engine, found)
+        pieces += _pieces_of(name, engine, found, copies)
         networks[name] = {
             "zero_stage": engine.options.zero_stage,
             "precision": engine.options.precision,
@@ -56,7 +60,8 @@ def snapshot(
                 average.kind: {"updates": average.updates, "decay": average.decay} for average in found
             },
         }
-    for key, state in _random_states().items():
+    copies.wait()
+    for key, state in random_states().items():
         pieces.append(Piece(key, tuple(state.shape), 0, state))
     return pieces, {"networks": networks}
 
@@ -80,37 +85,44 @@ def restore(
         if (average := averages.get(name)) is not None:
             _restore_average(reader, name, engine, average)
     if reader.manifest.world_size == dist.get_world_size():
-        _restore_random_states(reader)
+        restore_random_states(reader)
     return reader.state
 
 
-def _pieces_of(name: str, engine: Engine, averages: Sequence[ShardedEma]) -> Iterator[Piece]:
+def _pieces_of(
+    name: str, engine: Engine, averages: Sequence[ShardedEma], copies: HostCopies
+) -> Iterator[Piece]:
     states = engine.base_optimizer.state
     for fragment in engine.fragments():
         master = engine.masters[fragment.flat]
-        yield from _piece(name, "master", fragment, fragment.of(master))
+        yield from _piece(copies, name, "master", fragment, fragment.of(master))
         moments = states.get(master, {})
         for kind in _MOMENTS:
             if kind in moments:
-                yield from _piece(name, kind, fragment, fragment.of(moments[kind]))
+                yield from _piece(copies, name, kind, fragment, fragment.of(moments[kind]))
         for average in averages:
-            yield from _piece(name, average.kind, fragment, fragment.of(average.averages[fragment.flat]))
+            yield from _piece(
+                copies, name, average.kind, fragment, fragment.of(average.averages[fragment.flat])
+            )
     for fragment, values in _frozen(engine):
-        yield from _piece(name, "frozen", fragment, values)
+        yield from _piece(copies, name, "frozen", fragment, values)
     if dist.get_rank() == 0:
         for buffer_name, buffer in engine.buffers():
-            values = buffer.detach().reshape(-1).to("cpu", copy=True)
-            yield Piece(f"{name}/buffer/{buffer_name}", tuple(buffer.shape), 0, values)
+            key = f"{name}/buffer/{buffer_name}"
+            yield Piece(key, tuple(buffer.shape), 0, copies.take(key, buffer.reshape(-1)))
 
 
-def _piece(network: str, kind: str, fragment: Fragment, values: Tensor) -> Iterator[Piece]:
+def _piece(
+    copies: HostCopies, network: str, kind: str, fragment: Fragment, values: Tensor
+) -> Iterator[Piece]:
     offset = fragment.offset
     if fragment.replicated:  # each rank writes its slice of what all hold
         rank, world = dist.get_rank(), dist.get_world_size()
         offset, end = fragment.numel * rank // world, fragment.numel * (rank + 1) // world
         values = values[offset:end]
     if values.numel():
-        yield Piece(f"{network}/{kind}/{fragment.name}", fragment.shape, offset, values.to("cpu", copy=True))
+        key = f"{network}/{kind}/{fragment.name}"
+        yield Piece(key, fragment.shape, offset, copies.take(key, values))
 
 
 def _frozen(engine: Engine) -> Iterator[tuple[Fragment, Tensor]]:
@@ -183,19 +195,3 @@ def _restore_average(reader: Reader, name: str, engine: Engine, average: Sharded
     for fragment in engine.fragments():
         key = f"{name}/{average.kind}/{fragment.name}"
         reader.fill(key, fragment.offset, fragment.of(average.averages[fragment.flat]))
-
-
-def _random_states() -> dict[str, Tensor]:
-    rank = dist.get_rank()
-    states = {f"process/rng/cpu_{rank:05d}": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states[f"process/rng/cuda_{rank:05d}"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_states(reader: Reader) -> None:
-    rank = dist.get_rank()
-    torch.set_rng_state(reader.tensor(f"process/rng/cpu_{rank:05d}"))
-    cuda = f"process/rng/cuda_{rank:05d}"
-    if torch.cuda.is_available() and cuda in reader.manifest.keys:
-        torch.cuda.set_rng_state(reader.tensor(cuda))

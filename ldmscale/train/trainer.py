@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import Any
 
 from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.data.loader import Loader
+from ldmscale.distributed.collectives import any_true_of
 from ldmscale.distributed.stop import StopFlag
 from ldmscale.errors import DataError
 from ldmscale.tracking.metrics import MetricSums
 from ldmscale.tracking.throughput import Throughput
 from ldmscale.tracking.tracker import Tracker
+from ldmscale.train.host_copies import HostCopies
 from ldmscale.train.stage import Stage
 from ldmscale.train.state import restore, snapshot
 
@@ -30,6 +33,7 @@ class Schedule:
     accumulation_steps: int
     log_every_steps: int
     save_every_steps: int
+    ephemeral_every_steps: int
     picture_every_steps: int
     garbage_every_steps: int
 
@@ -59,6 +63,8 @@ class Trainer:
         self.step = 0  # optimiser steps done
         self.finished_step: int | None = None  # at which the stage has made its last measurements
         self.position = 0
+        self._copies = HostCopies()
+        self._measured: dict[str, float] = {}  # since the last save
         self._loader_from, self._data_fingerprint = loader_from, data_fingerprint
 
     def resume(self) -> None:
@@ -89,7 +95,9 @@ class Trainer:
             while self.step < self.schedule.max_steps:
                 self._one_step(loader, sums)
                 last = self.step == self.schedule.max_steps
-                stopping = self.stop.agreed()
+                stopping, writing = any_true_of(self.stop.requested, self.checkpoints.busy)
+                if not writing:
+                    self.checkpoints.advance()
                 if self._due(self.schedule.log_every_steps) or last or stopping:
                     self._log(sums)
                 else:
@@ -99,10 +107,13 @@ class Trainer:
                 if self._due(self.schedule.garbage_every_steps):
                     gc.collect()
                 # Also before `finish`, which may take long or fail: nothing trained is ever lost to it.
-                if stopping or last or self._due(self.schedule.save_every_steps):
-                    self._save()
+                lasting = last or self._due(self.schedule.save_every_steps)
+                if lasting or stopping or self._due(self.schedule.ephemeral_every_steps):
+                    self._save(ephemeral=not lasting)
                 if stopping:
+                    self.checkpoints.finish(must_hold=True)
                     return False
+            self.checkpoints.finish(must_hold=True)
         finally:
             gc.enable()
             loader.close()
@@ -118,6 +129,7 @@ class Trainer:
             self._draw()
         self.finished_step = self.step
         self._save()
+        self.checkpoints.finish(must_hold=True)
 
     def _one_step(self, loader: Loader, sums: MetricSums) -> None:
         active = self.stage.active(self.step)
@@ -145,8 +157,10 @@ class Trainer:
             ("lr" if len(self.learning_rates) == 1 else f"{name}/lr"): rate(self.step - 1)
             for name, rate in self.learning_rates.items()
         }
+        means = sums.mean()
+        self._measured |= {key: value for key, value in means.items() if math.isfinite(value)}
         self.tracker.log(
-            self.step, {"images_seen": self.position, **sums.mean(), **rates, **self.throughput.report()}
+            self.step, {"images_seen": self.position, **means, **rates, **self.throughput.report()}
         )
 
     def _draw(self) -> None:
@@ -154,20 +168,25 @@ class Trainer:
             for picture in self.stage.pictures():
                 self.tracker.images(self.step, picture.name, picture.pixels, picture.captions)
 
-    def _save(self) -> None:
+    def _save(self, *, ephemeral: bool = False) -> None:
+        """Start a save: the training waits for the copy to host memory, and for the save before if it still runs."""
         with self.throughput.paused():
             begun = time.perf_counter()
+            self.checkpoints.finish()  # its pieces are in the memory that the new copy goes to
             state: dict[str, Any] = {
                 "step": self.step,
                 "position": self.position,
                 "images_seen": self.position,
                 "data": self._data_fingerprint,
                 "finished": self.finished_step == self.step,
+                "ephemeral": ephemeral,
+                "metrics": self._measured,
                 "stage": self.stage.state(),
             }
-            pieces, description = snapshot(self.stage.engines, self.stage.averages)
-            self.checkpoints.save(self.step, pieces, description | state)
-            log.info("saved step %d in %.1f s", self.step, time.perf_counter() - begun)
+            pieces, description = snapshot(self.stage.engines, self.stage.averages, self._copies)
+            self.checkpoints.begin(self.step, pieces, description | state)
+            self._measured = {}
+        log.info("saving step %d; the training waited %.2f s", self.step, time.perf_counter() - begun)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmscale.checkpoint import CheckpointManager, Piece
+from ldmscale.checkpoint import CheckpointManager, Piece, Retention
 
 Save = Callable[..., Path]
 
@@ -28,7 +28,7 @@ def pieces(step: int) -> list[Piece]:
 
 @pytest.fixture
 def manager(tmp_path: Path) -> CheckpointManager:
-    return CheckpointManager(tmp_path / "checkpoints", keep_last=3)
+    return CheckpointManager(tmp_path / "checkpoints", retention=Retention(keep_last=3))
 
 
 @pytest.fixture

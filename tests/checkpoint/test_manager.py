@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmscale.checkpoint import CheckpointManager, Piece, Reader, newest_checkpoint
-from ldmscale.checkpoint.storage import COMPLETE
+from ldmscale.checkpoint import CheckpointManager, Piece, Reader, Retention, newest_checkpoint
+from ldmscale.checkpoint.storage import COMPLETE, mark_complete
 from ldmscale.errors import CheckpointError
 
 Save = Callable[..., Path]
@@ -108,6 +108,7 @@ def test_damage_to_all_is_an_error_and_never_a_start_from_nothing(
 def test_another_format_is_refused_by_number(save: Save) -> None:
     path = save(1) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    mark_complete(path.parent)
     with pytest.raises(CheckpointError, match="has format 2, this version reads 1"):
         Reader(path.parent)
 
@@ -125,7 +126,7 @@ def test_a_failed_save_leaves_everything_as_it_was(save: Save, manager: Checkpoi
 
 def test_an_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="could not make the folder"):
+    with pytest.raises(CheckpointError, match="could not write its file"):
         CheckpointManager(tmp_path / "file" / "checkpoints").save(1, [], {})
 
 
@@ -133,7 +134,7 @@ def test_the_last_ones_are_kept_and_never_fewer_than_two(save: Save, manager: Ch
     for step in range(1, 6):
         save(step)
     assert names(manager) == ["latest", "step_00000003", "step_00000004", "step_00000005"]
-    stingy = CheckpointManager(manager.folder, keep_last=0)
+    stingy = CheckpointManager(manager.folder, retention=Retention(keep_last=0))
     stingy.save(6, [], {})
     assert names(stingy) == ["latest", "step_00000005", "step_00000006"]
 
@@ -142,7 +143,7 @@ def test_leavings_of_a_killed_save_are_no_checkpoints_and_are_cleared(
     save: Save, manager: CheckpointManager
 ) -> None:
     save(1)
-    for name in ("step_00000002.tmp", "step_00000003"):
+    for name in ("step_00000002.00004.tmp", "step_00000003"):
         (manager.folder / name).mkdir()
         (manager.folder / name / "rank_00000.safetensors").write_bytes(b"half")
     assert value(manager.newest()) == 100.0
@@ -162,7 +163,7 @@ def test_a_save_killed_between_its_renamings_loses_nothing(save: Save, manager: 
     folder = save(2)
     folder.rename(
         folder.with_name("step_00000002.replaced")
-    )  # and the new content is still step_00000002.tmp
+    )  # and the new content is still step_00000002.00001.tmp
     assert manager.newest() == folder
     assert value(folder) == 200.0
 

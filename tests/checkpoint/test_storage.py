@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from ldmscale.checkpoint import Piece, Reader
 from ldmscale.checkpoint.manifest import merge, write_manifest
-from ldmscale.checkpoint.storage import COMPLETE, write_pieces
+from ldmscale.checkpoint.storage import mark_complete, write_pieces
 from ldmscale.errors import CheckpointError
 
 Save = Callable[..., Path]
@@ -30,7 +30,7 @@ def checkpoint_of(folder: Path, cuts: list[tuple[int, int]], shape: tuple[int, .
         piece = [Piece(KEY, shape, low, values)] if high > low else []
         parts.append(write_pieces(folder / f"rank_{rank:05d}.safetensors", rank, piece))
     write_manifest(folder, merge(parts, step=3, state={"images_seen": 9}))
-    (folder / COMPLETE).touch()
+    mark_complete(folder)
     return Reader(folder)
 
 
