@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -36,7 +36,8 @@ def settle_overrides(job: str, overrides: Sequence[str]) -> list[str]:
 
     `zero=3`: names of a group's files must be strings. `experiment=smoke`: an experiment that several jobs know under
     one name has a file for each of them, smoke_<job>.yaml. `unet.dropout=0.1`: a key that the typed configuration has
-    may be given although the composed files leave it at its default.
+    may be given although the composed files leave it at its default. `text_encoder=null`: Hydra knows a group that is
+    not chosen by `~text_encoder` only.
     """
 
     def quote(match: re.Match[str]) -> str:
@@ -47,8 +48,12 @@ def settle_overrides(job: str, overrides: Sequence[str]) -> list[str]:
         name = match[1]
         return f"experiment={name}_{job}" if (files / f"{name}_{job}.yaml").is_file() else match[0]
 
+    def without(match: re.Match[str]) -> str:
+        return f"~{match[1]}" if (config_folder() / match[1]).is_dir() else match[0]
+
     settled = [re.sub(r"^zero=([0-9](?:,[0-9])*)$", quote, override) for override in overrides]
     settled = [re.sub(r"^experiment=(\w+)$", own, override) for override in settled]
+    settled = [re.sub(r"^(\w+)=null$", without, override) for override in settled]
     known = set(typed_keys(JOBS[job]))
     return [
         "++" + override if "." in override.split("=")[0] and override.split("=")[0] in known else override
@@ -57,7 +62,8 @@ def settle_overrides(job: str, overrides: Sequence[str]) -> list[str]:
 
 
 def typed_keys(kind: Any, path: str = "") -> list[str]:
-    """Dotted names of all settings of a typed configuration."""
+    """Dotted names of all settings of a typed configuration, those of sections that may be null among them."""
+    kind = next((part for part in get_args(kind) if is_dataclass(part)), kind)
     if not is_dataclass(kind):
         return [path]
     types = get_type_hints(kind)

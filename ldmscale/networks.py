@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from ldmscale.config import (
     AutoencoderConfig,
     AutoencoderLossConfig,
     DiffusionConfig,
+    DiffusionJob,
+    SpatialConfig,
     TextEncoderConfig,
     UNetConfig,
 )
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.models.attention import probe, set_backend
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
-from ldmscale.models.denoiser import TextConditionedDenoiser
+from ldmscale.models.conditions import ClassEmbedder, Conditions, GivenContext, SpatialRescaler
+from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.discriminator import PatchDiscriminator
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
@@ -50,15 +53,37 @@ def build_text_encoder(config: TextEncoderConfig) -> TextTransformer:
     return TextTransformer(**_arguments(config, "kind", "tokenizer"))
 
 
-def build_denoiser(
-    unet: UNetConfig,
-    text_encoder: TextEncoderConfig,
-    null_condition: Literal["tokens", "learned"],
-    null_token_ids: Tensor,
-) -> TextConditionedDenoiser:
-    """U-Net and text transformer as the one network that the diffusion stage trains; null_token_ids int64 [L]."""
-    return TextConditionedDenoiser(
-        build_unet(unet), build_text_encoder(text_encoder), null_token_ids, null_condition=null_condition
+def build_denoiser(config: DiffusionJob, null_token_ids: Tensor | None = None) -> Denoiser:
+    """The U-Net and what reads its conditions, as the one network that the diffusion stage trains.
+
+    Args:
+        config: its sections unet, text_encoder, class_embedder, embeddings, spatial and diffusion.
+        null_token_ids: int64 [L], the empty caption or layout; zeros unless given (the weights bring their own).
+    """
+    text, classes, given, spatial = (
+        config.text_encoder,
+        config.class_embedder,
+        config.embeddings,
+        config.spatial,
+    )
+    if text is not None and null_token_ids is None:
+        null_token_ids = torch.zeros(text.max_tokens, dtype=torch.int64)
+    return Denoiser(
+        build_unet(config.unet),
+        None if text is None else build_text_encoder(text),
+        null_token_ids,
+        null_condition=config.diffusion.null_condition,
+        class_embedder=None if classes is None else ClassEmbedder(**_arguments(classes)),
+        embeddings=None if given is None else GivenContext(**_arguments(given)),
+        spatial_rescaler=None if spatial is None else _build_rescaler(spatial),
+    )
+
+
+def _build_rescaler(config: SpatialConfig) -> SpatialRescaler | None:
+    if config.map_classes is None:
+        return None
+    return SpatialRescaler(
+        in_channels=config.map_classes, out_channels=config.channels, halvings=config.halvings
     )
 
 
@@ -94,23 +119,42 @@ def choose_attention(
     return backend
 
 
-def training_flops(unet: UNetConfig, text_encoder: TextEncoderConfig, latent_shape: Sequence[int]) -> int:
-    """Floating-point operations of forward and backward of one image with its caption, counted on the meta device.
+def training_flops(config: DiffusionJob, latent_shape: Sequence[int]) -> int:
+    """Floating-point operations of forward and backward of one image with its conditions, counted on the meta device.
 
     Matrix products, convolutions and attention count, as in MFU (Chowdhery et al. 2022); recomputation does not.
     """
+    text = config.text_encoder
+    config = replace(
+        config,
+        unet=replace(config.unet, checkpointing="off"),
+        text_encoder=None if text is None else replace(text, checkpointing="off"),
+    )
     with torch.device("meta"):
-        tokens = torch.zeros(1, text_encoder.max_tokens, dtype=torch.int64)
-        network = build_denoiser(
-            replace(unet, checkpointing="off"),
-            replace(text_encoder, checkpointing="off"),
-            "tokens",
-            tokens[0],
-        )
+        network = build_denoiser(config)
         x, t = torch.empty(1, *latent_shape), torch.zeros(1, dtype=torch.int64)
+        conditions = blank_conditions(config, latent_shape)
     with FlopCounterMode(display=False) as counter:
-        network(x, t, tokens).sum().backward()
+        network(x, t, conditions).sum().backward()
     return int(counter.get_total_flops())
+
+
+def blank_conditions(config: DiffusionJob, latent_shape: Sequence[int], batch: int = 1) -> Conditions:
+    """Conditions of zeros, of the shapes that the model of `config` reads, on the current default device."""
+    height, width = latent_shape[1:]
+    text, given, spatial = config.text_encoder, config.embeddings, config.spatial
+    joined = None
+    if spatial is not None and spatial.kind == "map":
+        size = 2**spatial.halvings
+        joined = torch.zeros(batch, height * size, width * size, dtype=torch.int64)
+    elif spatial is not None:
+        joined = torch.zeros(batch, spatial.channels, height, width)
+    return Conditions(
+        token_ids=None if text is None else torch.zeros(batch, text.max_tokens, dtype=torch.int64),
+        labels=None if config.class_embedder is None else torch.zeros(batch, dtype=torch.int64),
+        embeddings=None if given is None else torch.zeros(batch, given.max_tokens, given.width),
+        spatial=joined,
+    )
 
 
 def _xformers_fault(head_channels: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:

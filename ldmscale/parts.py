@@ -18,7 +18,8 @@ from ldmscale.data.tokens import Tokenizer
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.errors import CheckpointError, ConfigError
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
-from ldmscale.models.denoiser import TextConditionedDenoiser
+from ldmscale.models.conditions import ClassEmbedder, SpatialRescaler
+from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
 from ldmscale.networks import build_autoencoder, build_denoiser, build_schedule
@@ -39,7 +40,11 @@ class Parts:
     text_encoder: TextTransformer | None = None
     tokenizer: Tokenizer | None = None
     schedule: NoiseSchedule | None = None
-    denoiser: TextConditionedDenoiser | None = None  # U-Net, text encoder and null condition as one network
+    class_embedder: ClassEmbedder | None = None
+    spatial_rescaler: SpatialRescaler | None = None
+    denoiser: Denoiser | None = (
+        None  # U-Net, what reads its conditions, and the null condition, as one network
+    )
     scale: LatentScale | None = None  # between the autoencoder's latents and those that the U-Net sees
     latent_shape: tuple[int, int, int] | None = None  # [C,h,w] that the model was trained at
     prediction: str = "eps"
@@ -65,12 +70,13 @@ def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") 
         if jobs[0] == "autoencoder":
             return Parts(autoencoder=build_autoencoder(read(AutoencoderJob, _lenient(values)).autoencoder))
         config = read(DiffusionJob, _lenient(values))
-        null = torch.zeros(config.text_encoder.max_tokens, dtype=torch.int64)
-        denoiser = build_denoiser(config.unet, config.text_encoder, config.diffusion.null_condition, null)
+        denoiser = build_denoiser(config)
         return Parts(
             unet=denoiser.unet,
             autoencoder=build_autoencoder(config.autoencoder),
             text_encoder=denoiser.text_encoder,
+            class_embedder=denoiser.class_embedder,
+            spatial_rescaler=denoiser.spatial_rescaler,
             schedule=build_schedule(config.diffusion),
             denoiser=denoiser,
             prediction=config.diffusion.prediction,
@@ -112,8 +118,7 @@ def _load_autoencoder(config: AutoencoderJob, reader: Reader, ema: bool, dtype: 
 def _load_diffusion(
     config: DiffusionJob, folder: RunFolder, reader: Reader, ema: bool, dtype: torch.dtype
 ) -> Parts:
-    null = torch.zeros(config.text_encoder.max_tokens, dtype=torch.int64)
-    denoiser = build_denoiser(config.unet, config.text_encoder, config.diffusion.null_condition, null)
+    denoiser = build_denoiser(config)
     _fill(denoiser, _weights(reader, "denoiser", ema))
     denoiser.requires_grad_(False).eval().to(dtype)
     stage = reader.state["stage"]
@@ -126,11 +131,14 @@ def _load_diffusion(
             f"now holds {digest(first_stage.autoencoder)}: was it trained on? Give it back its checkpoint of then"
         )
     channels, height, width = stage["latent_shape"]
+    text = config.text_encoder
     return Parts(
         unet=denoiser.unet,
         autoencoder=first_stage.autoencoder,
         text_encoder=denoiser.text_encoder,
-        tokenizer=Tokenizer.load(folder.tokenizer, config.text_encoder.max_tokens),
+        class_embedder=denoiser.class_embedder,
+        spatial_rescaler=denoiser.spatial_rescaler,
+        tokenizer=None if text is None else Tokenizer.load(folder.tokenizer, text.max_tokens),
         schedule=build_schedule(config.diffusion),
         denoiser=denoiser,
         scale=LatentScale.from_plain(stage["latent_scale"]),

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 import yaml
 
 from ldmscale.errors import ConfigError
-from ldmscale.validate import differences
+from ldmscale.validate import MISSING, differences
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,12 @@ class RunFolder:
         """
         if not self.config_file.exists():
             return []
-        changed = differences(self.config(), config)
+        changed = {
+            # A section that a run of an older version did not know, and that is still empty, is no change.
+            key: (old, new)
+            for key, (old, new) in differences(self.config(), config).items()
+            if not (old == MISSING and new is None)
+        }
         fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS)}
         if fixed:
             raise ConfigError(

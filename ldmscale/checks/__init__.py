@@ -6,7 +6,7 @@ Each check returns sentences: what was found, what was expected, what to do.
 from __future__ import annotations
 
 from ldmscale.checks.data import check_fixed_view, check_image_size, check_local, check_shards, check_source
-from ldmscale.checks.networks import check_autoencoder, check_condition, check_unet
+from ldmscale.checks.networks import check_autoencoder, check_conditions, check_unet
 from ldmscale.checks.stages import (
     check_batch,
     check_first_stage,
@@ -42,7 +42,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_rate(config.optim, config.train),
             *check_local("run.dir", config.run.dir),
             *check_unet(config.unet),
-            *check_condition(config.unet, config.text_encoder),
+            *check_conditions(config),
             *check_latents(config),
             *check_objective(config.diffusion),
             *check_first_stage(config.first_stage),

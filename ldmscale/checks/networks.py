@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldmscale.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config import AutoencoderConfig, DiffusionJob, UNetConfig
 
 
 def check_widths(name: str, network: AutoencoderConfig | UNetConfig) -> list[str]:
@@ -56,11 +56,83 @@ def check_unet(unet: UNetConfig) -> list[str]:
     return faults
 
 
-def check_condition(unet: UNetConfig, text: TextEncoderConfig) -> list[str]:
-    faults = []
-    if unet.context_dim != text.width:
+def check_conditions(config: DiffusionJob) -> list[str]:
+    """What the U-Net is told must come from one reader of its width, and fill its input channels."""
+    unet, latent = config.unet, config.autoencoder.latent_width
+    readers = {
+        "text_encoder": config.text_encoder,
+        "class_embedder": config.class_embedder,
+        "embeddings": config.embeddings,
+    }
+    widths = {name: reader.width for name, reader in readers.items() if reader is not None}
+    faults = [
+        f"unet.context_dim={unet.context_dim}, but {name}.width={width}: the U-Net attends to it; give "
+        f"unet.context_dim={width}"
+        for name, width in widths.items()
+        if unet.context_dim != width
+    ]
+    if len(widths) > 1:
         faults.append(
-            f"unet.context_dim={unet.context_dim}, but text_encoder.width={text.width}: the U-Net attends to the text "
-            f"encoder's output; give unet.context_dim={text.width}"
+            f"{' and '.join(widths)} would both give the context that the U-Net attends to: give "
+            + " or ".join(f"{name}=null" for name in widths)
+        )
+    if not widths and unet.context_dim is not None:
+        faults.append(
+            f"unet.context_dim={unet.context_dim}, but nothing gives a context: give text_encoder=, class_embedder= or "
+            "embeddings=, or unet.context_dim=null"
+        )
+    if unet.num_classes is not None:
+        faults.append(
+            "unet.num_classes is set, but labels enter by cross-attention here, as published: give unet.num_classes=null "
+            "and class_embedder=..."
+        )
+    joined = 0 if config.spatial is None else config.spatial.channels
+    if unet.out_channels != latent or unet.in_channels != latent + joined:
+        reason = f" and spatial.channels={joined}" if joined else ""
+        faults.append(
+            f"unet.in_channels={unet.in_channels} and out_channels={unet.out_channels}, but the autoencoder's "
+            f"latents have {latent} channels{reason}: give unet.in_channels={latent + joined} unet.out_channels={latent}"
+        )
+    return [*faults, *_check_spatial(config), *_check_null(config)]
+
+
+def _check_spatial(config: DiffusionJob) -> list[str]:
+    spatial, latent = config.spatial, config.autoencoder.latent_width
+    if spatial is None:
+        return []
+    faults = []
+    if spatial.kind == "map" and spatial.map_classes is None:
+        faults.append(
+            "spatial.map_classes is not set: a map needs the number of its classes; give spatial.map_classes=182"
+        )
+    if spatial.kind != "map" and (spatial.map_classes is not None or spatial.halvings):
+        faults.append(
+            f"spatial.map_classes or spatial.halvings is set, but spatial.kind={spatial.kind}: remove them, or give "
+            "spatial.kind=map"
+        )
+    if spatial.kind == "image" and spatial.channels != config.autoencoder.image_channels:
+        faults.append(
+            f"spatial.channels={spatial.channels}, but a small image has {config.autoencoder.image_channels}: give "
+            f"spatial.channels={config.autoencoder.image_channels}"
+        )
+    if spatial.kind == "masked" and spatial.channels != latent + 1:
+        faults.append(
+            f"spatial.channels={spatial.channels}, but a masked image's latent and its mask have {latent + 1}: give "
+            f"spatial.channels={latent + 1}"
         )
     return faults
+
+
+def _check_null(config: DiffusionJob) -> list[str]:
+    classes, diffusion = config.class_embedder, config.diffusion
+    if classes is None or classes.null_class or diffusion.null_condition == "learned":
+        return []
+    return [
+        f"{key} needs a null condition, and class_embedder.null_class=false has none: give {key}={off}, "
+        "class_embedder.null_class=true or diffusion.null_condition=learned"
+        for key, asked, off in (
+            ("diffusion.caption_dropout", diffusion.caption_dropout > 0, 0),
+            ("preview.guidance", config.preview.every_steps and config.preview.guidance != 1, 1),
+        )
+        if asked
+    ]

@@ -17,7 +17,14 @@ from ldmscale.config.jobs import (
     StageOverrides,
     TrainingJob,
 )
-from ldmscale.config.networks import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config.networks import (
+    AutoencoderConfig,
+    ClassEmbedderConfig,
+    EmbeddingsConfig,
+    SpatialConfig,
+    TextEncoderConfig,
+    UNetConfig,
+)
 from ldmscale.config.objectives import (
     AutoencoderLossConfig,
     CodebookConfig,
@@ -40,11 +47,13 @@ __all__ = [
     "AutoencoderJob",
     "AutoencoderLossConfig",
     "CheckpointConfig",
+    "ClassEmbedderConfig",
     "CodebookConfig",
     "DataConfig",
     "DiffusionConfig",
     "DiffusionJob",
     "EmaConfig",
+    "EmbeddingsConfig",
     "EncoderConfig",
     "FirstStageConfig",
     "IndexJob",
@@ -59,6 +68,7 @@ __all__ = [
     "SampleJob",
     "ScoreConfig",
     "SourceConfig",
+    "SpatialConfig",
     "StageOverrides",
     "TextEncoderConfig",
     "TrackingConfig",

@@ -8,7 +8,14 @@ from pydantic.dataclasses import dataclass
 
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
-from ldmscale.config.networks import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config.networks import (
+    AutoencoderConfig,
+    ClassEmbedderConfig,
+    EmbeddingsConfig,
+    SpatialConfig,
+    TextEncoderConfig,
+    UNetConfig,
+)
 from ldmscale.config.objectives import (
     AutoencoderLossConfig,
     CodebookConfig,
@@ -77,7 +84,6 @@ class DiffusionJob:
     autoencoder: AutoencoderConfig
     first_stage: FirstStageConfig
     unet: UNetConfig
-    text_encoder: TextEncoderConfig
     diffusion: DiffusionConfig
     optim: OptimConfig
     ema: EmaConfig
@@ -86,6 +92,11 @@ class DiffusionJob:
     preview: PreviewConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
+    # What the U-Net is told; of the first three at most one. None of them: unconditional.
+    text_encoder: TextEncoderConfig | None = None
+    class_embedder: ClassEmbedderConfig | None = None
+    embeddings: EmbeddingsConfig | None = None
+    spatial: SpatialConfig | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

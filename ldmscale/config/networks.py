@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.values import STRICT
+from ldmscale.config.values import STRICT, NotNegative, Positive
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -66,7 +66,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class TextEncoderConfig:
-    """The text transformer that is trained jointly with the U-Net (CompVis' BERTEmbedder)."""
+    """The text transformer that is trained jointly with the U-Net (CompVis' BERTEmbedder). It reads captions or layouts."""
 
     kind: Literal["bert"]
     tokenizer: (
@@ -81,3 +81,31 @@ class TextEncoderConfig:
     feedforward_mult: int = 4
     dropout: float = 0.0
     checkpointing: Literal["off", "full"] = "off"
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassEmbedderConfig:
+    """One vector a class, read by cross-attention (CompVis' ClassEmbedder)."""
+
+    classes: Positive
+    width: Positive
+    null_class: bool = True  # one row more, for "no class": guidance needs it, or a learned null condition
+
+
+@dataclass(frozen=True, config=STRICT)
+class EmbeddingsConfig:
+    """A context that comes with the data: embeddings of neighbours in retrieval-augmented models."""
+
+    width: Positive
+    max_tokens: Positive  # embeddings of one sample, at most
+
+
+@dataclass(frozen=True, config=STRICT)
+class SpatialConfig:
+    """A condition that is joined to the latent as channels (paper, section 3.3)."""
+
+    # a map of classes; a small image; the image with a hole, encoded, and the hole's mask
+    kind: Literal["map", "image", "masked"]
+    channels: Positive  # joined: unet.in_channels is the latent's and these
+    map_classes: Positive | None = None  # map: classes, brought to `channels` by a 1x1 convolution
+    halvings: NotNegative = 0  # map: of height and width, until it has the latent's size

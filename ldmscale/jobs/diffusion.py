@@ -30,7 +30,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     import torch
 
     from ldmscale.data.items import ImageItem, LatentItem
-    from ldmscale.jobs.first_stage import open_first_stage, preview_prompts
+    from ldmscale.jobs.first_stage import open_first_stage, preview_conditions
     from ldmscale.jobs.text import settle_tokenizer
     from ldmscale.jobs.training import already_finished, engine_options, open_run, rate_curve, train
     from ldmscale.networks import (
@@ -50,26 +50,29 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     if already_finished(config, ranks):
         return 0
     run = open_run(config, ranks)
-    tokenizer = settle_tokenizer(run, config)
+    tokenizer = None if config.text_encoder is None else settle_tokenizer(run, config, config.text_encoder)
     options = engine_options(run, config.train, config.optim, config.zero)
-    head_sizes = [*unet_head_channels(config.unet), config.text_encoder.head_channels]
+    head_sizes = unet_head_channels(config.unet)
+    if config.text_encoder is not None:
+        head_sizes.append(config.text_encoder.head_channels)
     backend = choose_attention(config.train.attention, head_sizes, run.device, options.compute_dtype)
     first_stage, latent_shape, stored = open_first_stage(config, run)
     torch.manual_seed(config.seed)
-    null = torch.from_numpy(tokenizer.encode([""])[0])
+    null = None if tokenizer is None else torch.from_numpy(tokenizer.encode([""])[0])
     with sharded_construction(options):
-        network = build_denoiser(config.unet, config.text_encoder, config.diffusion.null_condition, null)
+        network = build_denoiser(config, null)
     engine = Engine("denoiser", network, options, run.device)
     log.info("denoiser of %s parameters, ZeRO-%d, %s, attention by %s", f"{engine.parameter_count():,}",
              config.zero.stage, config.train.precision, backend)  # fmt: skip
     data = config.data
+    caption = data.caption if tokenizer is not None else None
     reader: ImageItem | LatentItem
     if stored is not None:
-        reader = LatentItem(stored, data.caption, tokenizer)
+        reader = LatentItem(stored, caption, tokenizer)
     else:
         assert data.image_size is not None
         reader = ImageItem(
-            data.image_size, config.seed, data.crop, data.flip, data.max_pixels, data.caption, tokenizer
+            data.image_size, config.seed, data.crop, data.flip, data.max_pixels, caption, tokenizer
         )
     preview = config.preview
     stage = DiffusionStage(
@@ -81,7 +84,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         build_schedule(config.diffusion),
         build_objective(config.diffusion),
         SamplerOptions(preview.sampler_steps, preview.guidance, prediction=config.diffusion.prediction),
-        preview_prompts(config, run, tokenizer) if preview.every_steps else None,
+        preview_conditions(config, run, tokenizer) if preview.every_steps else None,
         latent_shape,
         config.seed,
         ranks,
@@ -92,5 +95,5 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     if (
         peak_flops(run.device, config.train.precision) is not None
     ):  # else there is nothing to compare them with
-        flops = training_flops(config.unet, config.text_encoder, latent_shape)
+        flops = training_flops(config, latent_shape)
     return train(run, config, stage, reader, rates, stop, flops_per_image=flops)

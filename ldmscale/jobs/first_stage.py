@@ -1,4 +1,4 @@
-"""Opening the frozen first stage of a diffusion run, and the prompts of its previews."""
+"""Opening the frozen first stage of a diffusion run, and the conditions of its previews."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ldmscale.data.tokens import Tokenizer
 from ldmscale.errors import DataError
 from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.training import Run
+from ldmscale.models.conditions import Conditions
 from ldmscale.parts import Parts, load
-from ldmscale.stages.diffusion import PreviewPrompts
+from ldmscale.stages.diffusion import PreviewConditions
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latent_scale import LatentScale
 
@@ -59,12 +60,17 @@ def open_first_stage(
     return first_stage, shape, manifest.format if manifest else None
 
 
-def preview_prompts(config: DiffusionJob, run: Run, tokenizer: Tokenizer) -> PreviewPrompts:
-    """The configured prompts, or captions spread over the held-out shards (else over the training shards)."""
+def preview_conditions(config: DiffusionJob, run: Run, tokenizer: Tokenizer | None) -> PreviewConditions:
+    """The configured prompts, or captions spread over the held-out shards (else over the training shards).
+
+    A model that reads no captions draws as many pictures of its own choice.
+    """
+    seed = config.preview.seed
+    if tokenizer is None:
+        return PreviewConditions(("",) * config.preview.images, Conditions(), seed)
     prompts = config.preview.prompts or _some_captions(config, run)
-    return PreviewPrompts(
-        tuple(prompts), torch.from_numpy(tokenizer.encode(list(prompts))), config.preview.seed
-    )
+    tokens = torch.from_numpy(tokenizer.encode(list(prompts)))
+    return PreviewConditions(tuple(prompts), Conditions(token_ids=tokens), seed)
 
 
 def _some_captions(config: DiffusionJob, run: Run) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from ldmscale.config import DiffusionJob
+from ldmscale.config import DiffusionJob, TextEncoderConfig
 from ldmscale.data.captions import caption_of
 from ldmscale.data.samples import SampleReader
 from ldmscale.data.tokens import Tokenizer, train_wordpiece
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 TRAINED_ON = 200_000  # captions at most
 
 
-def settle_tokenizer(run: Run, config: DiffusionJob) -> Tokenizer:
+def settle_tokenizer(run: Run, config: DiffusionJob, text: TextEncoderConfig) -> Tokenizer:
     """The tokenizer in the run folder, which rank 0 puts there when the run starts. Collective."""
-    text, folder = config.text_encoder, run.folder.tokenizer
+    folder = run.folder.tokenizer
 
     def settle() -> None:
         if (folder / "tokenizer.json").exists():

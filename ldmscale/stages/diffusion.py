@@ -1,4 +1,4 @@
-"""Stage 3: train the U-Net and its text transformer to denoise latents of captioned images (paper, eq. 3)."""
+"""Stage 3: train the U-Net and what reads its conditions to denoise latents of images (paper, eq. 3)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import CheckpointError
-from ldmscale.models.denoiser import TextConditionedDenoiser
+from ldmscale.models.conditions import Conditions
+from ldmscale.models.denoiser import Denoiser
 from ldmscale.stages import draws
+from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.drawing import SamplerOptions, draw_latents, starting_noise
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
@@ -27,16 +29,16 @@ from ldmscale.train.stage import Batch, Picture
 
 
 @dataclass(frozen=True)
-class PreviewPrompts:
-    """Fixed prompts and seeds of the pictures drawn while training."""
+class PreviewConditions:
+    """Fixed conditions and seeds of the pictures drawn while training."""
 
-    prompts: tuple[str, ...]
-    tokens: Tensor  # int64 [N,L]
+    titles: tuple[str, ...]  # of the N pictures: their captions, where they have some
+    conditions: Conditions  # of N samples
     first_seed: int
 
 
 class DiffusionStage:
-    """Trains "denoiser": U-Net and text transformer in one engine, so that one forward covers both."""
+    """Trains "denoiser": the U-Net and what reads its conditions in one engine, so that one forward covers all."""
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class DiffusionStage:
         schedule: NoiseSchedule,
         objective: Objective,
         sampler: SamplerOptions,
-        preview: PreviewPrompts | None,
+        preview: PreviewConditions | None,
         latent_shape: tuple[int, int, int],
         seed: int,
         ranks: Ranks,
@@ -58,6 +60,12 @@ class DiffusionStage:
         self.sampler, self.preview, self.latent_shape = sampler, preview, latent_shape
         self.seed, self.ranks, self.device = seed, ranks, device
 
+    @property
+    def _denoiser(self) -> Denoiser:
+        network = self.engines["denoiser"].network
+        assert isinstance(network, Denoiser)
+        return network
+
     def active(self, step: int) -> Sequence[str]:
         return ("denoiser",)
 
@@ -67,8 +75,9 @@ class DiffusionStage:
         x0 = self.first_stage.batch_latents(batch, self.seed)  # [B,C,h,w]
         noisy = add_noise(self.objective, self.schedule, x0, positions, self.seed)
         drop = process.drop_mask(draws.uniform(self.seed, positions, "drop"), self.objective.caption_dropout)
-        token_ids = batch["tokens"].to(self.device, non_blocking=True)  # [B,L]
-        output = engine(noisy.x_t.to(engine.compute_dtype), noisy.t, token_ids, drop.to(self.device))
+        conditions = batch_conditions(batch).to(self.device)
+        dropped = drop.to(self.device) if self._denoiser.has_null else None
+        output = engine(noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, dropped)
         loss, measured = denoising_loss(self.objective, self.schedule, noisy, output)
         engine.backward(loss)
         return {"loss/total": loss.detach(), **measured, "text/dropped": drop.float().mean()}
@@ -79,17 +88,15 @@ class DiffusionStage:
             return
         engine = self.engines["denoiser"]
         # Equal shares, padded with the last prompt: ranks that call a sharded network unequally often hang (pain 3).
-        count = len(preview.prompts)
+        count = len(preview.titles)
         share = -(-count // self.ranks.size)
         mine = [min(self.ranks.rank * share + i, count - 1) for i in range(share)]
         seeds = [preview.first_seed + i for i in mine]
-        denoiser = engine.network
-        assert isinstance(denoiser, TextConditionedDenoiser)
-        denoiser.eval()
+        denoiser = self._denoiser.eval()
         with torch.no_grad(), engine.averaged_weights(self.averages.get("denoiser")):
             latents = draw_latents(
                 denoiser,
-                preview.tokens[mine].to(self.device),
+                preview.conditions.changed(lambda part: part[mine]).to(self.device),
                 starting_noise(seeds, self.latent_shape).to(self.device),
                 self.schedule,
                 self.sampler,
@@ -98,7 +105,7 @@ class DiffusionStage:
             )
         denoiser.train()
         images = gather_lists(list(to_uint8(self.first_stage.images(latents))))[:count]
-        yield Picture("samples", np.stack(images), preview.prompts)
+        yield Picture("samples", np.stack(images), preview.titles)
 
     def finish(self) -> dict[str, float]:
         return {}

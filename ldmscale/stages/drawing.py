@@ -13,7 +13,8 @@ from ldmscale.diffusion.guidance import guided
 from ldmscale.diffusion.samplers import ddim
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.distributed.seeds import generator
-from ldmscale.models.denoiser import TextConditionedDenoiser
+from ldmscale.models.conditions import Conditions
+from ldmscale.models.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,18 @@ def starting_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def draw_latents(
-    denoiser: TextConditionedDenoiser,
-    token_ids: Tensor,
+    denoiser: Denoiser,
+    conditions: Conditions,
     noise: Tensor,
     schedule: NoiseSchedule,
     options: SamplerOptions,
     dtype: torch.dtype,
     seeds: Sequence[int],
 ) -> Tensor:
-    """Scaled latents for captions.
+    """Scaled latents for conditions.
 
     Args:
-        token_ids: int64 [N,L] on the denoiser's device.
+        conditions: of N samples, what this denoiser reads, on its device.
         noise: float32 [N,C,H,W] on the same device.
         dtype: of the network's weights; the sampler itself works in float32.
         seeds: of each image, for the noise that eta > 0 adds.
@@ -53,14 +54,12 @@ def draw_latents(
     Returns:
         float32 [N,C,H,W].
     """
-    count = len(token_ids)
-    nothing = torch.zeros(count, dtype=torch.bool, device=token_ids.device)
-    # One pass of the text transformer for both: every rank must call each network equally often (ZeRO-3).
-    both = denoiser.context(torch.cat([token_ids, token_ids]), torch.cat([nothing, ~nothing]))  # [2N,L,D]
-    context, null_context = (None, None) if both is None else (both[:count], both[count:])
+    context, null_context, concat = _encoded(denoiser, conditions, len(noise))
 
     def denoise(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        return denoiser.denoise(x.to(dtype), t, condition).float()
+        # Guidance asks for both halves at once; what is joined to the latent is the same in both.
+        joined = concat if concat is None or len(x) == len(concat) else torch.cat([concat, concat])
+        return denoiser.denoise(x.to(dtype), t, condition, joined).float()
 
     def fresh_noise(step: int) -> Tensor:
         drawn = [
@@ -70,7 +69,7 @@ def draw_latents(
         return torch.from_numpy(np.stack(drawn)).to(noise.device)
 
     if context is None or null_context is None:
-        step = lambda x, t: denoise(x, t, None)  # noqa: E731
+        step = lambda x, t: denoise(x, t, context)  # noqa: E731
     else:
         step = guided(denoise, context, null_context, options.guidance)
     return ddim(
@@ -82,3 +81,19 @@ def draw_latents(
         eta=options.eta,
         fresh_noise=fresh_noise,
     )
+
+
+def _encoded(
+    denoiser: Denoiser, conditions: Conditions, count: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Context and null context [N,L,D] and joined channels [N,K,h,w]; None what the model does not have."""
+    if not denoiser.has_null:
+        context, concat = denoiser.encode(conditions)
+        return context, None, concat
+    # One pass of the text transformer for both: every rank must call each network equally often (ZeRO-3).
+    nothing = torch.zeros(count, dtype=torch.bool, device=next(p.device for p in conditions if p is not None))
+    both, joined = denoiser.encode(
+        conditions.changed(lambda part: torch.cat([part, part])), torch.cat([nothing, ~nothing])
+    )
+    assert both is not None
+    return both[:count], both[count:], None if joined is None else joined[:count]

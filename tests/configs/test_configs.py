@@ -25,7 +25,8 @@ NEEDED = {
 GROUP_JOB = {
     "autoencoder": "autoencoder", "loss": "autoencoder", "unet": "diffusion", "text_encoder": "diffusion",
     "diffusion": "diffusion", "optim": "diffusion", "zero": "diffusion", "train": "diffusion", "preview": "diffusion",
-    "checkpoint": "diffusion", "tracking": "diffusion", "debug": "diffusion",
+    "checkpoint": "diffusion", "tracking": "diffusion", "debug": "diffusion", "class_embedder": "diffusion",
+    "embeddings": "diffusion", "spatial": "diffusion",
 }  # fmt: skip
 
 
@@ -96,6 +97,16 @@ FAULTS = [
     ("diffusion", ["diffusion.zero_terminal_snr=true"], 1, "give diffusion.prediction=v (or x0)"),
     ("diffusion", ["diffusion.beta_start=0.5"], 1, "the published are 0.00085 and 0.012"),
     ("diffusion", ["diffusion.loss_bins=1001"], 1, "give as many at most"),
+    ("diffusion", ["class_embedder=imagenet"], 1, "give text_encoder=null or class_embedder=null"),
+    ("diffusion", ["text_encoder=null"], 1, "or unet.context_dim=null"),
+    ("diffusion", ["text_encoder=null", "class_embedder=imagenet"], 1, "class_embedder.width=512: the U-Net attends"),
+    ("diffusion", ["text_encoder=null", "class_embedder=imagenet", "class_embedder.null_class=false"], 1,
+     "give diffusion.caption_dropout=0"),
+    ("diffusion", ["spatial=superres"], 1, "give unet.in_channels=7 unet.out_channels=4"),
+    ("diffusion", ["spatial=superres", "spatial.channels=5"], 1, "give spatial.channels=3"),
+    ("diffusion", ["spatial=inpainting"], 1, "give spatial.channels=5"),
+    ("diffusion", ["spatial=semantic", "spatial.map_classes=null"], 1, "give spatial.map_classes=182"),
+    ("diffusion", ["spatial=superres", "spatial.halvings=2"], 1, "or give spatial.kind=map"),
     ("diffusion", ["unet.in_channels=8"], 1, "give unet.in_channels=4 unet.out_channels=4"),
     ("diffusion", ["run.dir=s3://bucket/run"], 1, "give a path without ://"),
     ("autoencoder", ["autoencoder=vq_f4"], 1, "give loss=vq"),

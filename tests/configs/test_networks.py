@@ -9,7 +9,13 @@ from ldmscale.compose import compose_job
 from ldmscale.config import DiffusionJob
 from ldmscale.errors import ConfigError
 from ldmscale.models.attention import current_backend
-from ldmscale.networks import build_denoiser, choose_attention, training_flops, unet_head_channels
+from ldmscale.networks import (
+    blank_conditions,
+    build_denoiser,
+    choose_attention,
+    training_flops,
+    unet_head_channels,
+)
 from ldmscale.validate import read
 
 
@@ -19,17 +25,17 @@ def smoke() -> DiffusionJob:
 
 def test_flops_counted_on_the_meta_device_are_those_of_a_real_step():
     config = smoke()
-    tokens = torch.zeros(1, config.text_encoder.max_tokens, dtype=torch.int64)
-    network = build_denoiser(config.unet, config.text_encoder, "tokens", tokens[0])
+    network = build_denoiser(config)
     for block in network.modules():
         if hasattr(block, "checkpointing"):
             block.checkpointing = "off"
     with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64), tokens).sum().backward()
-    counted = training_flops(config.unet, config.text_encoder, (4, 8, 8))
+        conditions = blank_conditions(config, (4, 8, 8))
+        network(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64), conditions).sum().backward()
+    counted = training_flops(config, (4, 8, 8))
     # The backward kernels of attention are counted a little differently on the two devices.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert training_flops(config.unet, config.text_encoder, (4, 16, 16)) > 2 * counted
+    assert training_flops(config, (4, 16, 16)) > 2 * counted
 
 
 def test_the_published_model_needs_its_known_operations():
@@ -37,7 +43,7 @@ def test_the_published_model_needs_its_known_operations():
         DiffusionJob,
         compose_job("diffusion", ["data.shards=x", "train.global_batch=8", "train.rank_micro_batch=8"]),
     )
-    flops = training_flops(config.unet, config.text_encoder, (4, 32, 32))
+    flops = training_flops(config, (4, 32, 32))
     # About 6 operations a weight and position; the U-Net's widest maps are small, the text transformer has 77 positions.
     text = 6 * 542_895_360 * 77
     assert text < flops < 4 * text

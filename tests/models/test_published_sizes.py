@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
-from ldmscale.models.denoiser import TextConditionedDenoiser
+from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.discriminator import PatchDiscriminator
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
@@ -129,7 +129,7 @@ def test_the_1p45b_model_is_its_unet_and_text_encoder() -> None:
     with torch.device("meta"):
         unet = build("unet", read("unet", "text2img_1p45b"))
         text = build("bert", read("text_encoder", "bert_1p45b"))
-        network = TextConditionedDenoiser(unet, text, torch.zeros(77, dtype=torch.int64))
+        network = Denoiser(unet, text, torch.zeros(77, dtype=torch.int64))
     assert parameters(network) + 39_098_682 == 1_454_294_526
 
 

@@ -40,5 +40,5 @@ def test_sharded_networks_have_the_weights_and_gradients_of_plain_ones() -> None
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    for network in ("denoiser", "kl", "vq", "discriminator"):
+    for network in ("denoiser", "class_and_map", "kl", "vq", "discriminator"):
         assert f"{network}: equal" in result.stdout

@@ -14,7 +14,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
-from ldmscale.models.denoiser import TextConditionedDenoiser
+from ldmscale.models.conditions import ClassEmbedder, Conditions, SpatialRescaler
+from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.discriminator import PatchDiscriminator
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
@@ -27,9 +28,9 @@ CONFIG = {
 }
 
 
-def denoiser() -> nn.Module:
-    unet = UNet(
-        in_channels=4,
+def unet(joined: int) -> UNet:
+    return UNet(
+        in_channels=4 + joined,
         out_channels=4,
         channels=32,
         channel_mult=(1, 2),
@@ -39,8 +40,19 @@ def denoiser() -> nn.Module:
         context_dim=16,
         checkpointing="full",
     )
+
+
+def denoiser() -> nn.Module:
     text = TextTransformer(vocab_size=9, max_tokens=5, width=16, layers=2, heads=2, head_channels=8)
-    return TextConditionedDenoiser(unet, text, torch.tensor([1, 2, 0, 0, 0]), null_condition="learned")
+    return Denoiser(unet(0), text, torch.tensor([1, 2, 0, 0, 0]), null_condition="learned")
+
+
+def class_and_map() -> nn.Module:
+    return Denoiser(
+        unet(3),
+        class_embedder=ClassEmbedder(classes=5, width=16),
+        spatial_rescaler=SpatialRescaler(in_channels=7, out_channels=3, halvings=1),
+    )
 
 
 def kl() -> nn.Module:
@@ -59,10 +71,13 @@ def discriminator() -> nn.Module:
 
 def loss_of(name: str, network: nn.Module, rank: int) -> Tensor:
     generator = torch.Generator().manual_seed(rank)
-    if name == "denoiser":
+    if name in ("denoiser", "class_and_map"):
         x = torch.randn(1, 4, 8, 8, generator=generator)
-        ids, drop = torch.tensor([[1, 5, 6, 2, 0]]), torch.tensor([rank == 1])
-        prediction: Tensor = network(x, torch.tensor([7 + rank]), ids, drop)
+        conditions, drop = Conditions(token_ids=torch.tensor([[1, 5, 6, 2, 0]])), torch.tensor([rank == 1])
+        if name == "class_and_map":
+            classes = torch.randint(0, 7, (1, 16, 16), generator=generator)
+            conditions = Conditions(labels=torch.tensor([rank]), spatial=classes)
+        prediction: Tensor = network(x, torch.tensor([7 + rank]), conditions, drop)
         return (prediction - x).square().mean()
     images = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
     if name == "discriminator":
@@ -113,7 +128,7 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     torch.set_num_threads(1)
-    for build in (denoiser, kl, vq, discriminator):
+    for build in (denoiser, class_and_map, kl, vq, discriminator):
         check(build.__name__, build)
         if dist.get_rank() == 0:
             print(f"{build.__name__}: equal", flush=True)

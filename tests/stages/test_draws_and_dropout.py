@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ldmscale.diffusion.process import drop_mask
-from ldmscale.models.denoiser import TextConditionedDenoiser
+from ldmscale.models.conditions import Conditions
+from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
 from ldmscale.stages import draws
@@ -56,12 +57,12 @@ def test_a_dropped_caption_is_the_named_null_condition(null):
     )
     text = TextTransformer(vocab_size=50, max_tokens=6, width=16, layers=1, heads=2, head_channels=8)
     null_ids = torch.tensor([2, 3, 0, 0, 0, 0])
-    network = TextConditionedDenoiser(unet, text, null_ids, null_condition=null)
+    network = Denoiser(unet, text, null_ids, null_condition=null)
     for (
         parameter
     ) in unet.parameters():  # published networks have zeros behind attention, which would hide the condition
         torch.nn.init.normal_(parameter, std=0.2)
-    captions = torch.randint(5, 50, (3, 6))
+    captions = Conditions(token_ids=torch.randint(5, 50, (3, 6)))
     x, t = torch.randn(3, 4, 4, 4), torch.tensor([1, 500, 900])
     with torch.no_grad():
         half = network(x, t, captions, torch.tensor([False, True, False]))
@@ -71,7 +72,9 @@ def test_a_dropped_caption_is_the_named_null_condition(null):
         )
         expected = text(null_ids[None]) if null == "tokens" else network.null_context()[None]
         assert torch.allclose(
-            network.context(captions, torch.ones(3, dtype=torch.bool)), expected.expand(3, -1, -1), atol=1e-6
+            network.encode(captions, torch.ones(3, dtype=torch.bool)).context,
+            expected.expand(3, -1, -1),
+            atol=1e-6,
         )
     torch.testing.assert_close(half[[0, 2]], kept[[0, 2]], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(half[1], dropped[1], atol=1e-5, rtol=1e-5)
