@@ -28,6 +28,7 @@ from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.discriminator import PatchDiscriminator
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
+from ldmscale.stages.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,25 @@ def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """The noise schedule that `config` describes."""
     return NoiseSchedule.make(
         config.schedule, config.timesteps, config.beta_start, config.beta_end, config.zero_terminal_snr
+    )
+
+
+def build_objective(config: DiffusionConfig) -> Objective:
+    """The objective that `config` describes."""
+    if config.zero_terminal_snr and config.weighting == "min_snr":
+        log.warning(
+            "diffusion.weighting=min_snr gives the last timestep, where zero_terminal_snr leaves no signal, the weight 0: "
+            "sampling begins at a timestep that is never trained; diffusion.weighting=none trains it"
+        )
+    return Objective(
+        config.prediction,
+        config.loss,
+        config.caption_dropout,
+        config.weighting,
+        config.min_snr_gamma,
+        config.offset_noise,
+        config.input_perturbation,
+        config.loss_bins,
     )
 
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.spacing import SAMPLERS, SPACINGS, path_of
 from ldmscale.errors import ConfigError
+from ldmscale.models.bottleneck import Posterior
 from ldmscale.models.conditions import Conditions
 from ldmscale.parts import Parts
-from ldmscale.stages.drawing import SamplerOptions, draw_latents, starting_noise
+from ldmscale.stages.drawing import (
+    Given,
+    Negative,
+    SamplerOptions,
+    draw_latents,
+    starting_noise,
+    steps_of_strength,
+)
 
 
 @torch.no_grad()
@@ -24,26 +35,42 @@ def sample(
     noise: Tensor | None = None,
     eta: float = 0.0,
     conditions: Conditions | None = None,
+    *,
+    negative_prompts: str | Sequence[str] | None = None,
+    guidance_rescale: float = 0.0,
+    spacing: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    image: Tensor | None = None,
+    strength: float = 1.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Draw one image for each prompt.
 
     Args:
         parts: a diffusion model (`load`), all parts on one device.
-        steps: of the sampler. sampler: "ddim".
+        steps: of the sampler. sampler: "ddim", "ddpm", "plms", "dpmpp_2m" or "euler".
         guidance: 1 follows the caption as trained; more follows it more closely (Ho and Salimans 2022).
         seeds: one for each prompt; 0, 1, 2 ... unless given.
         noise: float32 [N,C,h,w] to start from, in place of the seeds'.
-        eta: 0 is deterministic; 1 adds the noise of DDPM.
+        eta: of ddim; 0 is deterministic; 1 adds the noise of DDPM.
         conditions: of as many samples, for a model that reads other things than captions; the prompts are then not read.
+        negative_prompts: what guidance moves away from, one for all or one for each prompt; "" and None are the
+            model's null condition.
+        guidance_rescale: share of the guided prediction that gets back the spread of the conditional one, 0 to 1
+            (Lin et al. 2023).
+        spacing: of the timesteps, "leading", "trailing" or "linspace"; the sampler's published one unless given.
+        height, width: of the images in pixels; those that the model was trained at unless given.
+        image: float [N,3,H,W] or [1,3,H,W] in [-1,1], to start from; gives height and width.
+        strength: share of the steps that are followed from the image; 1 keeps next to nothing of it.
+        mask: [N,1,H,W] or [1,1,H,W], above 0.5 where the image is drawn anew; the rest comes back as it is.
 
     Returns:
         float32 [N,3,H,W] in [-1,1] on the CPU.
 
     Raises:
-        ConfigError: the model has no part that sampling needs, or there is no such sampler.
+        ConfigError: the model has no part that sampling needs, or arguments that do not fit it or each other.
     """
-    if sampler != "ddim":
-        raise ConfigError(f"sampler={sampler!r}: expected ddim")
     wanted = ["denoiser", "autoencoder", "schedule", "scale", "latent_shape"]
     if parts.text_encoder is not None and conditions is None:
         wanted.append("tokenizer")
@@ -54,22 +81,135 @@ def sample(
     assert parts.denoiser and parts.autoencoder
     assert parts.schedule and parts.scale and parts.latent_shape
     weight = next(parts.denoiser.parameters())
+    options = SamplerOptions(steps, guidance, eta, parts.prediction, sampler, spacing, guidance_rescale)
+    size = _size(parts, height, width, image)
+    faults = [
+        *_sampler_faults(options, parts.schedule),
+        *_image_faults(parts, size, len(prompts), image, mask),
+    ]
+    negatives = _per_prompt(negative_prompts, len(prompts))
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-    start = starting_noise(seeds, parts.latent_shape) if noise is None else noise
+    for name, given in (("seeds", seeds), ("negative_prompts", negatives)):
+        if given is not None and len(given) != len(prompts):
+            faults.append(f"{name} has {len(given)} entries for {len(prompts)} prompts: give one for each")
+    if negatives is not None and any(negatives) and (parts.tokenizer is None or parts.text_encoder is None):
+        faults.append("negative_prompts: the model reads no captions; give none")
+    if image is not None:
+        try:
+            steps_of_strength(steps, strength)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError(faults)
     if conditions is None:
         conditions = Conditions()
         if parts.tokenizer is not None:
             conditions = Conditions(torch.from_numpy(parts.tokenizer.encode(list(prompts))))
+    conditions = conditions.to(weight.device)
+    factor = parts.autoencoder.downsampling
+    shape = (parts.latent_shape[0], size[0] // factor, size[1] // factor)
+    start = starting_noise(seeds, shape) if noise is None else noise
     latents = draw_latents(
         parts.denoiser,
-        conditions.to(weight.device),
+        conditions,
         start.to(weight.device),
         parts.schedule,
-        SamplerOptions(steps, guidance, eta, parts.prediction),
+        options,
         weight.dtype,
         seeds,
+        _negative(parts, negatives, conditions),
+        None if image is None else _given(parts, image, strength, mask, len(prompts)),
     )
-    images = parts.autoencoder.decode(
-        parts.scale.unscale(latents).to(next(parts.autoencoder.parameters()).dtype)
+    decoder_type = next(parts.autoencoder.parameters()).dtype
+    images = parts.autoencoder.decode(parts.scale.unscale(latents).to(decoder_type))
+    images = images.float().clamp(-1, 1).cpu()
+    if image is None or mask is None:
+        return images
+    return torch.where(mask.cpu() > 0.5, images, image.float().cpu())
+
+
+def size_step(parts: Parts) -> int:
+    """Height and width of images are multiples of this many pixels: of the first stage's factor and the U-Net's levels."""
+    assert parts.autoencoder and parts.unet
+    factor: int = parts.autoencoder.downsampling
+    return factor * int(2 ** (len(parts.unet.down_blocks) - 1))
+
+
+def _size(parts: Parts, height: int | None, width: int | None, image: Tensor | None) -> tuple[int, int]:
+    assert parts.autoencoder and parts.latent_shape
+    if image is not None:
+        return (height or image.shape[-2], width or image.shape[-1])
+    factor = parts.autoencoder.downsampling
+    return (height or parts.latent_shape[1] * factor, width or parts.latent_shape[2] * factor)
+
+
+def _sampler_faults(options: SamplerOptions, schedule: NoiseSchedule) -> list[str]:
+    faults = []
+    if options.sampler not in SAMPLERS:
+        return [f"sampler={options.sampler!r}: expected {', '.join(SAMPLERS)}"]
+    if options.spacing is not None and options.spacing not in SPACINGS:
+        return [f"spacing={options.spacing!r}: expected {', '.join(SPACINGS)}"]
+    if options.eta and options.sampler != "ddim":
+        faults.append(f"eta={options.eta} is a setting of ddim; {options.sampler} has none: give eta=0")
+    try:
+        path_of(options.sampler, schedule, options.steps, options.spacing)
+    except ValueError as error:
+        faults.append(str(error))
+    return faults
+
+
+def _image_faults(
+    parts: Parts, size: tuple[int, int], count: int, image: Tensor | None, mask: Tensor | None
+) -> list[str]:
+    faults = []
+    step = size_step(parts)
+    for name, value in zip(("height", "width"), size, strict=True):
+        if value < step or value % step:
+            near = max(step, round(value / step) * step)
+            faults.append(f"{name}={value}: expected a multiple of {step} pixels; give {name}={near}")
+    if mask is not None and image is None:
+        faults.append("a mask was given without an image: give the image that is to be redrawn there")
+    for name, tensor, channels in (("image", image, 3), ("mask", mask, 1)):
+        if tensor is not None and (
+            tensor.dim() != 4
+            or tensor.shape[0] not in (1, count)
+            or tuple(tensor.shape[1:]) != (channels, *size)
+        ):
+            faults.append(
+                f"{name} has the shape {tuple(tensor.shape)}; expected [{count} or 1, {channels}, {size[0]}, {size[1]}]"
+            )
+    return faults
+
+
+def _per_prompt(given: str | Sequence[str] | None, count: int) -> list[str] | None:
+    if given is None:
+        return None
+    return [given] * count if isinstance(given, str) else list(given)
+
+
+def _negative(parts: Parts, negatives: list[str] | None, conditions: Conditions) -> Negative | None:
+    """None where every negative prompt is empty: that is the null condition."""
+    if negatives is None or not any(negatives):
+        return None
+    assert parts.tokenizer and conditions.token_ids is not None
+    device = conditions.token_ids.device
+    token_ids = torch.from_numpy(parts.tokenizer.encode(negatives)).to(device)
+    return Negative(
+        conditions._replace(token_ids=token_ids),
+        torch.tensor([not text for text in negatives], device=device),
     )
-    return images.float().clamp(-1, 1).cpu()
+
+
+def _given(parts: Parts, image: Tensor, strength: float, mask: Tensor | None, count: int) -> Given:
+    assert parts.autoencoder and parts.scale and parts.denoiser
+    of_first_stage = next(parts.autoencoder.parameters())
+    encoded = parts.autoencoder.encode(image.to(of_first_stage.device, of_first_stage.dtype))
+    # The mean of the posterior, not a draw of it: the image belongs to its prompt and seed alone.
+    latent = encoded.mean if isinstance(encoded, Posterior) else encoded.latent
+    latent = parts.scale.scale(latent.float()).expand(count, -1, -1, -1)
+    redraw = None
+    if mask is not None:
+        # A position of the latent that the hole touches is redrawn.
+        holes = F.max_pool2d((mask > 0.5).float(), parts.autoencoder.downsampling)
+        redraw = holes.to(latent.device).expand(count, -1, -1, -1)
+    return Given(latent, strength, redraw)

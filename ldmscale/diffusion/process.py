@@ -30,7 +30,13 @@ def split(
     schedule: NoiseSchedule, prediction: str, output: Tensor, x_t: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The (x0, noise) that a network's output means at x_t, each [B,C,H,W]."""
-    signal, noise_level = schedule.signal(t), schedule.noise(t)
+    return split_at(prediction, output, x_t, schedule.signal(t), schedule.noise(t))
+
+
+def split_at(
+    prediction: str, output: Tensor, x_t: Tensor, signal: Tensor | float, noise_level: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """As `split`, at given sqrt(alpha_bar) and sqrt(1 - alpha_bar)."""
     if prediction == "eps":
         return (x_t - noise_level * output) / signal, output
     if prediction == "x0":

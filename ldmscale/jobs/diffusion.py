@@ -35,6 +35,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.jobs.training import already_finished, engine_options, open_run, rate_curve, train
     from ldmscale.networks import (
         build_denoiser,
+        build_objective,
         build_schedule,
         choose_attention,
         training_flops,
@@ -42,7 +43,6 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     )
     from ldmscale.stages.diffusion import DiffusionStage
     from ldmscale.stages.drawing import SamplerOptions
-    from ldmscale.stages.objective import build_objective
     from ldmscale.tracking.throughput import peak_flops
     from ldmscale.train.ema import ShardedEma
     from ldmscale.train.engine import Engine, sharded_construction

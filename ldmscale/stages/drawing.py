@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmscale.diffusion.guidance import guided
-from ldmscale.diffusion.samplers import ddim
+from ldmscale.diffusion import multistep, samplers
+from ldmscale.diffusion.guidance import Denoise, guided
+from ldmscale.diffusion.samplers import FreshNoise, Keep
 from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.spacing import Path, path_of
 from ldmscale.distributed.seeds import generator
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
@@ -23,14 +25,48 @@ class SamplerOptions:
 
     steps: int = 50
     guidance: float = 5.0
-    eta: float = 0.0  # 0: deterministic DDIM; 1: the variance of DDPM
+    eta: float = 0.0  # of ddim; 0: deterministic; 1: the variance of DDPM
     prediction: str = "eps"
+    sampler: str = "ddim"  # one of diffusion.spacing.SAMPLERS
+    spacing: str | None = None  # of the timesteps; None: the sampler's published one
+    guidance_rescale: float = (
+        0.0  # share of the guided prediction that gets back the conditional one's spread
+    )
+
+
+@dataclass(frozen=True)
+class Given:
+    """Images to start from (image-to-image) or to keep in part (inpainting)."""
+
+    latents: Tensor  # float32 [N,C,H,W], scaled
+    strength: float = 1.0  # share of the steps that are followed, from the image with noise
+    redraw: Tensor | None = None  # float32 [N,1,H,W], 1 where the image is drawn anew, 0 where it is kept
+
+
+@dataclass(frozen=True)
+class Negative:
+    """What guidance moves away from."""
+
+    conditions: Conditions  # of N samples
+    null: Tensor  # bool [N], where the model's null condition takes their place
 
 
 def starting_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Noise of each seed, float32 [N, *shape]: a function of the seed alone, whatever the batch or the rank."""
     drawn = [generator(seed, 0, "sample").standard_normal(tuple(shape), dtype=np.float32) for seed in seeds]
     return torch.from_numpy(np.stack(drawn))
+
+
+def steps_of_strength(steps: int, strength: float) -> int:
+    """How many of `steps` image-to-image follows: int(steps * strength).
+
+    Raises ValueError where that is none, or `strength` is not within 0 to 1.
+    """
+    if not 0 < strength <= 1 or int(steps * strength) < 1:
+        raise ValueError(
+            f"strength {strength} of {steps} steps: expected more than 0 and at most 1, and one whole step"
+        )
+    return int(steps * strength)
 
 
 @torch.no_grad()
@@ -42,6 +78,8 @@ def draw_latents(
     options: SamplerOptions,
     dtype: torch.dtype,
     seeds: Sequence[int],
+    negative: Negative | None = None,
+    given: Given | None = None,
 ) -> Tensor:
     """Scaled latents for conditions.
 
@@ -49,12 +87,13 @@ def draw_latents(
         conditions: of N samples, what this denoiser reads, on its device.
         noise: float32 [N,C,H,W] on the same device.
         dtype: of the network's weights; the sampler itself works in float32.
-        seeds: of each image, for the noise that eta > 0 adds.
+        seeds: of each image, for the noise that eta > 0 and ddpm add.
+        negative: what guidance moves away from; the null condition unless given. given: images to start from, on the same device.
 
     Returns:
         float32 [N,C,H,W].
     """
-    context, null_context, concat = _encoded(denoiser, conditions, len(noise))
+    context, null_context, concat = _encoded(denoiser, conditions, negative, len(noise))
 
     def denoise(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         # Guidance asks for both halves at once; what is joined to the latent is the same in both.
@@ -69,31 +108,79 @@ def draw_latents(
         return torch.from_numpy(np.stack(drawn)).to(noise.device)
 
     if context is None or null_context is None:
-        step = lambda x, t: denoise(x, t, context)  # noqa: E731
+        ready: Denoise = lambda x, t: denoise(x, t, context)  # noqa: E731
     else:
-        step = guided(denoise, context, null_context, options.guidance)
-    return ddim(
-        step,
-        noise,
-        schedule,
-        options.steps,
-        prediction=options.prediction,
-        eta=options.eta,
-        fresh_noise=fresh_noise,
-    )
+        ready = guided(denoise, context, null_context, options.guidance, options.guidance_rescale)
+    path = path_of(options.sampler, schedule, options.steps, options.spacing)
+    start = noise
+    keep: Keep = samplers.as_it_is
+    if given is not None:
+        path = path.last(steps_of_strength(options.steps, given.strength))
+        start, keep = _started(given, noise, path.bars[0])
+    return follow(ready, start, path, options, fresh_noise, keep)
+
+
+def follow(
+    denoise: Denoise,
+    x: Tensor,
+    path: Path,
+    options: SamplerOptions,
+    fresh_noise: FreshNoise,
+    keep: Keep = samplers.as_it_is,
+) -> Tensor:
+    """Follow a path from x [B,C,H,W] by the sampler that `options` names."""
+    prediction = options.prediction
+    if options.sampler == "ddim":
+        return samplers.ddim(
+            denoise, x, path, prediction=prediction, eta=options.eta, fresh_noise=fresh_noise, keep=keep
+        )
+    if options.sampler == "ddpm":
+        return samplers.ddpm(denoise, x, path, prediction=prediction, fresh_noise=fresh_noise, keep=keep)
+    if options.sampler == "euler":
+        return samplers.euler(denoise, x, path, prediction=prediction, keep=keep)
+    if options.sampler == "plms":
+        return multistep.plms(denoise, x, path, prediction=prediction, keep=keep)
+    if options.sampler == "dpmpp_2m":
+        return multistep.dpmpp_2m(denoise, x, path, prediction=prediction, keep=keep)
+    raise ValueError(f"sampler {options.sampler!r}: there is none of that name")
+
+
+def _started(given: Given, noise: Tensor, bar: float) -> tuple[Tensor, Keep]:
+    """Where a path that begins at alpha_bar `bar` starts from given images, and what is kept of them at each level.
+
+    The kept part is put back with the same noise at every level (as in RePaint, Lugmayr et al. 2022, but without
+    resampling), so that a model that was never trained for inpainting sees it as noisy as the rest.
+    """
+
+    def at(level: float) -> Tensor:
+        noisy: Tensor = level**0.5 * given.latents + (1 - level) ** 0.5 * noise
+        return noisy
+
+    redraw = given.redraw
+    if redraw is None:
+        return at(bar), samplers.as_it_is
+
+    def keep(x: Tensor, level: float) -> Tensor:
+        return torch.lerp(at(level), x, redraw)
+
+    # What is redrawn whole must not see what was there.
+    start = noise if given.strength == 1 else at(bar)
+    return keep(start, bar), keep
 
 
 def _encoded(
-    denoiser: Denoiser, conditions: Conditions, count: int
+    denoiser: Denoiser, conditions: Conditions, negative: Negative | None, count: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Context and null context [N,L,D] and joined channels [N,K,h,w]; None what the model does not have."""
+    """Context and null or negative context [N,L,D] and joined channels [N,K,h,w]; None what the model does not have."""
     if not denoiser.has_null:
         context, concat = denoiser.encode(conditions)
         return context, None, concat
-    # One pass of the text transformer for both: every rank must call each network equally often (ZeRO-3).
     nothing = torch.zeros(count, dtype=torch.bool, device=next(p.device for p in conditions if p is not None))
-    both, joined = denoiser.encode(
-        conditions.changed(lambda part: torch.cat([part, part])), torch.cat([nothing, ~nothing])
-    )
+    if negative is None:
+        negative = Negative(conditions, ~nothing)
+    # One pass of the text transformer for both: every rank must call each network equally often (ZeRO-3).
+    pairs = zip(conditions, negative.conditions, strict=True)
+    stacked = Conditions(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
+    both, joined = denoiser.encode(stacked, torch.cat([nothing, negative.null]))
     assert both is not None
     return both[:count], both[count:], None if joined is None else joined[:count]

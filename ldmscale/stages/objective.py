@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from ldmscale.config import DiffusionConfig
 from ldmscale.diffusion import process
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.stages import draws
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,25 +24,6 @@ class Objective:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     loss_bins: int = 4
-
-
-def build_objective(config: DiffusionConfig) -> Objective:
-    """The objective that `config` describes."""
-    if config.zero_terminal_snr and config.weighting == "min_snr":
-        log.warning(
-            "diffusion.weighting=min_snr gives the last timestep, where zero_terminal_snr leaves no signal, the weight 0: "
-            "sampling begins at a timestep that is never trained; diffusion.weighting=none trains it"
-        )
-    return Objective(
-        config.prediction,
-        config.loss,
-        config.caption_dropout,
-        config.weighting,
-        config.min_snr_gamma,
-        config.offset_noise,
-        config.input_perturbation,
-        config.loss_bins,
-    )
 
 
 @dataclass(frozen=True)

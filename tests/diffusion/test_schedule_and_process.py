@@ -5,10 +5,10 @@ import math
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldmscale.diffusion import process
-from ldmscale.diffusion.guidance import guided
-from ldmscale.diffusion.samplers import ddim, ddim_timesteps
+from ldmscale.diffusion.guidance import guide, guided, rescale
 from ldmscale.diffusion.schedule import NoiseSchedule
 
 
@@ -68,59 +68,6 @@ def test_noise_and_velocity_are_those_of_diffusers():
     )
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-@pytest.mark.parametrize("steps", [10, 50])
-def test_ddim_follows_the_path_of_diffusers(prediction, steps):
-    schedule = published()
-    theirs = diffusers.DDIMScheduler(
-        1000,
-        0.00085,
-        0.012,
-        "scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type={"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction],
-    )
-    theirs.set_timesteps(steps)
-    assert theirs.timesteps.tolist() == ddim_timesteps(1000, steps)
-    weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(2)) / 6
-
-    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(torch.nn.functional.conv2d(x, weight, padding=1) + t[:, None, None, None] / 1000)
-
-    x = start = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    for t in theirs.timesteps:
-        x = theirs.step(network(x, t.expand(3)), t, x).prev_sample
-    ours = ddim(network, start, schedule, steps, prediction=prediction)
-    assert (ours - x).abs().max() <= 2e-5 * max(1.0, float(x.abs().max()))
-
-
-def test_ddim_recovers_the_only_image_there_is():
-    """Where all data are one latent the perfect noise prediction is known, and sampling must end at that latent."""
-    schedule = published()
-    only = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(4))
-
-    def perfect(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return (x - schedule.signal(t) * only) / schedule.noise(t)
-
-    found = ddim(perfect, torch.randn(2, 4, 4, 4), schedule, 20)
-    # The path ends at alpha_bar_0 = 0.99915, not at 1: a little noise is left.
-    assert (found - only).abs().max() < 0.15
-
-
-def test_a_stochastic_sampler_needs_its_noise():
-    with pytest.raises(ValueError, match="fresh_noise"):
-        ddim(lambda x, t: x, torch.zeros(1, 1, 2, 2), published(), 5, eta=1.0)
-
-
-def test_timesteps_are_the_published_ones():
-    assert ddim_timesteps(1000, 50)[0] == 981 and ddim_timesteps(1000, 50)[-1] == 1
-    assert len(ddim_timesteps(1000, 30)) == 30
-    with pytest.raises(ValueError, match="1 to 999"):
-        ddim_timesteps(1000, 1000)
-
-
 def test_guidance_moves_away_from_the_unconditional_prediction():
     context, null = torch.ones(2, 3, 5), torch.zeros(2, 3, 5)
     calls = []
@@ -133,6 +80,19 @@ def test_guidance_moves_away_from_the_unconditional_prediction():
     assert guided(denoise, context, null, 4.0)(x, t).unique().tolist() == [4.0]
     assert guided(denoise, context, null, 1.0)(x, t).unique().tolist() == [1.0]
     assert calls == [4, 2]  # both halves as one batch; the condition alone at scale 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_guidance_rescale_is_that_of_diffusers(share):
+    conditional, unconditional = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    wide = guide(unconditional, conditional, 7.5)
+    ours = rescale(wide, conditional, share)
+    theirs = rescale_noise_cfg(wide, conditional, guidance_rescale=share)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    if share == 1.0:  # the spread of the conditional prediction, each sample's own
+        torch.testing.assert_close(ours.flatten(1).std(1), conditional.flatten(1).std(1))
+    closed = guided(lambda x, t, c: c, conditional, unconditional, 7.5, share)
+    torch.testing.assert_close(closed(wide, torch.zeros(3)), ours)
 
 
 def test_uniform_timesteps_cover_all_and_no_other():

@@ -7,8 +7,9 @@ from ldmscale.compose import compose_job
 from ldmscale.config import DiffusionJob
 from ldmscale.diffusion import process
 from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.networks import build_objective
 from ldmscale.stages import draws
-from ldmscale.stages.objective import Objective, add_noise, build_objective, denoising_loss
+from ldmscale.stages.objective import Objective, add_noise, denoising_loss
 from ldmscale.validate import read
 
 SCHEDULE = NoiseSchedule.make("scaled_linear", 1000, 0.00085, 0.012)
