@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmscale.averaging import chosen_weights
 from ldmscale.checkpoint import Reader, newest_checkpoint
 from ldmscale.compose import compose_job, config_folder
 from ldmscale.config import AutoencoderJob, DiffusionJob
@@ -83,12 +84,13 @@ def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") 
         )
 
 
-def load(path: str | Path, ema: bool = True, dtype: torch.dtype = torch.float32) -> Parts:
+def load(path: str | Path, ema: bool | str = True, dtype: torch.dtype = torch.float32) -> Parts:
     """The parts of a run folder, by its newest complete checkpoint, or of one checkpoint; on the CPU.
 
     Args:
         path: the folder of an autoencoder or diffusion run, or one of its checkpoints/step_*.
-        ema: averaged weights where the run kept them, raw ones otherwise.
+        ema: averaged weights where the run kept them, raw ones otherwise; or the name of another average: "ema_0.999"
+            of ema.decays, or "power_0.08" of any relative width, made from the stored power-function averages.
         dtype: of the weights; the autoencoder of a diffusion run stays in float32 (half precision blurs and overflows).
 
     Raises:
@@ -108,18 +110,18 @@ def load(path: str | Path, ema: bool = True, dtype: torch.dtype = torch.float32)
     return _load_diffusion(read(DiffusionJob, values), folder, reader, ema, dtype)
 
 
-def _load_autoencoder(config: AutoencoderJob, reader: Reader, ema: bool, dtype: torch.dtype) -> Parts:
+def _load_autoencoder(config: AutoencoderJob, reader: Reader, ema: bool | str, dtype: torch.dtype) -> Parts:
     autoencoder = build_autoencoder(config.autoencoder)
-    _fill(autoencoder, _weights(reader, "generator", ema))
+    _fill(autoencoder, chosen_weights(reader, "generator", ema))
     autoencoder.requires_grad_(False).eval().to(dtype)
     return Parts(autoencoder=autoencoder, latent_statistics=reader.state["stage"]["latent_statistics"])
 
 
 def _load_diffusion(
-    config: DiffusionJob, folder: RunFolder, reader: Reader, ema: bool, dtype: torch.dtype
+    config: DiffusionJob, folder: RunFolder, reader: Reader, ema: bool | str, dtype: torch.dtype
 ) -> Parts:
     denoiser = build_denoiser(config)
-    _fill(denoiser, _weights(reader, "denoiser", ema))
+    _fill(denoiser, chosen_weights(reader, "denoiser", ema))
     denoiser.requires_grad_(False).eval().to(dtype)
     stage = reader.state["stage"]
     first_stage = (
@@ -145,11 +147,6 @@ def _load_diffusion(
         latent_shape=(channels, height, width),
         prediction=config.diffusion.prediction,
     )
-
-
-def _weights(reader: Reader, network: str, ema: bool) -> dict[str, Tensor]:
-    kind = "ema" if ema and "ema" in reader.kinds(network) else "master"
-    return reader.weights(network, kind=kind)
 
 
 def _fill(network: torch.nn.Module, weights: dict[str, Tensor]) -> None:

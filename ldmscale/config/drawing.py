@@ -23,7 +23,7 @@ class SampleConfig:
     guidance: float = 5.0
     images_per_prompt: Positive = 1
     first_seed: NotNegative = 0
-    ema: bool = True
+    ema: bool | str = True  # true, false, or another average by its name: ema_0.999, power_0.08
     rank_batch: Positive = 16
     precision: Literal["bf16", "fp32"] = "fp32"
 

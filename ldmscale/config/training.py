@@ -30,13 +30,21 @@ class OptimConfig:
         return self.lr * global_batch if self.lr_scaling == "published" else self.lr
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 @dataclass(frozen=True, config=STRICT)
 class EmaConfig:
     """Averaged weights, kept in the shards of the fp32 masters."""
 
     enabled: bool = True
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    decay: Decay = 0.9999  # of the one that pictures are drawn by, and that `load` takes
     warmup: bool = True  # min(decay, (1+n)/(10+n)), as published
+    decays: tuple[Decay, ...] = ()  # of further ones, kept beside it
+    # Relative widths (sigma_rel) of power-function averages (Karras et al. 2024). From two, and their stored states,
+    # the average of any other width is made after the training: ema.power_widths=[0.05,0.1].
+    power_widths: tuple[Annotated[float, Field(gt=0, le=0.288)], ...] = ()
+    store_every_steps: NotNegative = 0  # how often their state is stored in averages/; 0: never
 
 
 @dataclass(frozen=True, config=STRICT)

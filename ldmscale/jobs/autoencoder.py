@@ -28,6 +28,7 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.frozen import build_distance
     from ldmscale.jobs.training import (
         already_finished,
+        averages_of,
         engine_options,
         make_loader,
         open_run,
@@ -37,7 +38,6 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     )
     from ldmscale.networks import build_autoencoder, build_discriminator, choose_attention
     from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms, RealAndFake
-    from ldmscale.train.ema import ShardedEma
     from ldmscale.train.engine import Engine, sharded_construction
 
     if already_finished(config, ranks):
@@ -72,9 +72,7 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     stage = AutoencoderStage(
         generator,
         discriminator,
-        ShardedEma(generator.masters, config.ema.decay, warmup=config.ema.warmup)
-        if config.ema.enabled
-        else None,
+        averages_of(generator, config.ema),
         distance,
         LossTerms(
             sum_over_image=loss.reduction == "sum",

@@ -32,7 +32,14 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.data.items import ImageItem, LatentItem
     from ldmscale.jobs.first_stage import open_first_stage, preview_conditions
     from ldmscale.jobs.text import settle_tokenizer
-    from ldmscale.jobs.training import already_finished, engine_options, open_run, rate_curve, train
+    from ldmscale.jobs.training import (
+        already_finished,
+        averages_of,
+        engine_options,
+        open_run,
+        rate_curve,
+        train,
+    )
     from ldmscale.networks import (
         build_denoiser,
         build_objective,
@@ -44,7 +51,6 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.stages.diffusion import DiffusionStage
     from ldmscale.stages.drawing import SamplerOptions
     from ldmscale.tracking.throughput import peak_flops
-    from ldmscale.train.ema import ShardedEma
     from ldmscale.train.engine import Engine, sharded_construction
 
     if already_finished(config, ranks):
@@ -77,9 +83,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     preview = config.preview
     stage = DiffusionStage(
         engine,
-        ShardedEma(engine.masters, config.ema.decay, warmup=config.ema.warmup)
-        if config.ema.enabled
-        else None,
+        averages_of(engine, config.ema),
         first_stage,
         build_schedule(config.diffusion),
         build_objective(config.diffusion),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
@@ -11,7 +12,7 @@ import torch
 
 from ldmscale.checkpoint import CheckpointManager, Retention
 from ldmscale.checks.data import SYNTHETIC
-from ldmscale.config import CheckpointConfig, OptimConfig, TrainConfig, TrainingJob, ZeroConfig
+from ldmscale.config import CheckpointConfig, EmaConfig, OptimConfig, TrainConfig, TrainingJob, ZeroConfig
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.ledger import Ledger
 from ldmscale.data.loader import Batch, Loader, MakeItem
@@ -26,7 +27,8 @@ from ldmscale.run_folder import RunFolder
 from ldmscale.tracking.logs import quiet_libraries, set_up_logging
 from ldmscale.tracking.throughput import Throughput, peak_flops
 from ldmscale.tracking.tracker import Tracker
-from ldmscale.train.engine import connect, disconnect
+from ldmscale.train.ema import PowerEma, ShardedEma, decay_kind
+from ldmscale.train.engine import Engine, connect, disconnect
 from ldmscale.train.engine_options import EngineOptions
 from ldmscale.train.rates import learning_rate
 from ldmscale.train.stage import Stage
@@ -151,6 +153,18 @@ def engine_options(
     )
 
 
+def averages_of(engine: Engine, config: EmaConfig) -> list[ShardedEma]:
+    """The averages of a network's weights that are kept, the one for pictures first."""
+    if not config.enabled:
+        return []
+    kept = [ShardedEma(engine.masters, config.decay, warmup=config.warmup)]
+    kept += [
+        ShardedEma(engine.masters, decay, warmup=config.warmup, kind=decay_kind(decay))
+        for decay in config.decays
+    ]
+    return kept + [PowerEma(engine.masters, width) for width in config.power_widths]
+
+
 def rate_curve(optim: OptimConfig, train: TrainConfig, scale: float = 1.0) -> Callable[[int], float]:
     """The learning rate as a function of the finished steps."""
 
@@ -197,10 +211,12 @@ def train(
             save_every_steps=config.checkpoint.save_every_steps,
             ephemeral_every_steps=config.checkpoint.ephemeral_every_steps,
             picture_every_steps=config.preview.every_steps,
+            average_every_steps=config.ema.store_every_steps,
             garbage_every_steps=config.train.garbage_every_steps,
         ),
         rates,
         _checkpoints(run, config.checkpoint),
+        CheckpointManager(run.folder.averages, retention=Retention(keep_last=sys.maxsize)),
         tracker,
         Throughput(
             run.device,

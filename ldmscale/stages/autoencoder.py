@@ -25,7 +25,7 @@ from ldmscale.models.bottleneck import Codes, Posterior
 from ldmscale.stages import draws
 from ldmscale.stages.latent_scale import ScaleMeter
 from ldmscale.stages.pictures import side_by_side, to_uint8
-from ldmscale.train.ema import ShardedEma
+from ldmscale.train.ema import Averages, ShardedEma, main_average
 from ldmscale.train.engine import Engine
 from ldmscale.train.stage import Batch, Picture
 
@@ -65,7 +65,7 @@ class AutoencoderStage:
         self,
         generator: Engine,
         discriminator: Engine,
-        average: ShardedEma | None,
+        averages: Sequence[ShardedEma],
         distance: Distance | None,
         terms: LossTerms,
         seed: int,
@@ -74,7 +74,7 @@ class AutoencoderStage:
         device: torch.device,
     ) -> None:
         self.engines = {"generator": generator, "discriminator": discriminator}
-        self.averages = {"generator": average} if average is not None else {}
+        self.averages: Averages = {"generator": averages}
         self.distance, self.terms, self.seed, self.device = distance, terms, seed, device
         self.measure_batches, self.picture_batch = measure_batches, picture_batch
         self.latent_statistics: dict[str, Any] | None = None
@@ -155,7 +155,7 @@ class AutoencoderStage:
         engine = self.engines["generator"]
         engine.network.eval()
         try:
-            with torch.no_grad(), engine.averaged_weights(self.averages.get("generator")):
+            with torch.no_grad(), engine.averaged_weights(main_average(self.averages, "generator")):
                 yield engine
         finally:
             engine.network.train()

@@ -23,7 +23,7 @@ from ldmscale.stages.drawing import SamplerOptions, draw_latents, starting_noise
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
 from ldmscale.stages.pictures import to_uint8
-from ldmscale.train.ema import ShardedEma
+from ldmscale.train.ema import Averages, ShardedEma, main_average
 from ldmscale.train.engine import Engine
 from ldmscale.train.stage import Batch, Picture
 
@@ -43,7 +43,7 @@ class DiffusionStage:
     def __init__(
         self,
         denoiser: Engine,
-        average: ShardedEma | None,
+        averages: Sequence[ShardedEma],
         first_stage: FirstStage,
         schedule: NoiseSchedule,
         objective: Objective,
@@ -55,7 +55,7 @@ class DiffusionStage:
         device: torch.device,
     ) -> None:
         self.engines = {"denoiser": denoiser}
-        self.averages = {"denoiser": average} if average is not None else {}
+        self.averages: Averages = {"denoiser": averages}
         self.first_stage, self.schedule, self.objective = first_stage, schedule, objective
         self.sampler, self.preview, self.latent_shape = sampler, preview, latent_shape
         self.seed, self.ranks, self.device = seed, ranks, device
@@ -93,7 +93,7 @@ class DiffusionStage:
         mine = [min(self.ranks.rank * share + i, count - 1) for i in range(share)]
         seeds = [preview.first_seed + i for i in mine]
         denoiser = self._denoiser.eval()
-        with torch.no_grad(), engine.averaged_weights(self.averages.get("denoiser")):
+        with torch.no_grad(), engine.averaged_weights(main_average(self.averages, "denoiser")):
             latents = draw_latents(
                 denoiser,
                 preview.conditions.changed(lambda part: part[mine]).to(self.device),

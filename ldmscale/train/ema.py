@@ -1,4 +1,4 @@
-"""The exponential moving average of weights, kept in shards.
+"""Moving averages of weights, kept in shards: exponential ones of any decay, and power-function ones.
 
 Each rank averages only the fp32 master elements that it owns, on the flat tensors that the optimiser steps
 on, so the average costs one `lerp` an update, needs no communication, and is as exact under ZeRO-3 as on one
@@ -7,10 +7,14 @@ device. The forward pass sees the average through `Engine.averaged_weights`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from ldmscale.train.power_profile import decay_of_update, exponent
+
+MAIN = "ema"  # the kind of the average that pictures are drawn by and that `load` takes
 
 
 class ShardedEma:
@@ -22,7 +26,7 @@ class ShardedEma:
     """
 
     def __init__(
-        self, masters: Sequence[Tensor], decay: float, *, warmup: bool = True, kind: str = "ema"
+        self, masters: Sequence[Tensor], decay: float, *, warmup: bool = True, kind: str = MAIN
     ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"EMA decay {decay}: expected a number in [0, 1)")
@@ -38,6 +42,10 @@ class ShardedEma:
         count = self.updates + 1
         return min(self.decay, (1 + count) / (10 + count)) if self.warmup else self.decay
 
+    def description(self) -> dict[str, float]:
+        """What a checkpoint says of it beside its weights."""
+        return {"updates": self.updates, "decay": self.decay}
+
     @torch.no_grad()
     def update(self) -> None:
         """Take in the masters as they are now; call it after each optimiser update."""
@@ -51,3 +59,42 @@ class ShardedEma:
         self.updates = 0
         for average, master in zip(self.averages, self._masters, strict=True):
             average.copy_(master)
+
+
+class PowerEma(ShardedEma):
+    """The average by a power function of the updates' numbers (Karras et al. 2024, eq. 2): it widens as training goes on.
+
+    Two of them, and snapshots of both, give the average of any width after the training (`ldmscale.averaging`).
+    The random start has no part in it: the first update replaces it.
+    """
+
+    def __init__(self, masters: Sequence[Tensor], width: float) -> None:
+        """`width`: sigma_rel, in (0, 12^-0.5]."""
+        super().__init__(masters, 0.0, warmup=False, kind=power_kind(width))
+        self.width = width
+        self._exponent = exponent(width)
+
+    def current_decay(self) -> float:
+        return decay_of_update(self._exponent, self.updates + 1)
+
+    def description(self) -> dict[str, float]:
+        return {"updates": self.updates, "width": self.width}
+
+
+def decay_kind(decay: float) -> str:
+    """What checkpoints call a further exponential average."""
+    return f"ema_{decay:g}"
+
+
+def power_kind(width: float) -> str:
+    """What checkpoints call a power-function average."""
+    return f"power_{width:g}"
+
+
+# Of each network by its name; the first is the one that pictures are drawn by.
+Averages = Mapping[str, Sequence[ShardedEma]]
+
+
+def main_average(averages: Averages, network: str) -> ShardedEma | None:
+    """The average that a network's pictures are drawn by, if it has any."""
+    return next(iter(averages.get(network, ())), None)

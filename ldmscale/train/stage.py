@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from ldmscale.train.ema import ShardedEma
+from ldmscale.train.ema import Averages
 from ldmscale.train.engine import Engine
 
 Batch = Mapping[str, Any]  # position int64 [b], key list[str], and what the stage's reader gave
@@ -28,7 +28,7 @@ class Stage(Protocol):
     """One act of the training. Every method is called by all ranks together, at the same step."""
 
     engines: dict[str, Engine]  # the trained networks, by the names that checkpoints use
-    averages: dict[str, ShardedEma]  # averaged weights of some of them, by the same names
+    averages: Averages  # averaged weights of some of them, by the same names
 
     def active(self, step: int) -> Sequence[str]:
         """Names of the networks that this step trains; `micro_step` has called their backward."""

@@ -3,7 +3,7 @@
 A snapshot needs no communication: each rank copies the elements that it owns. What all ranks hold alike is
 cut into equal slices, one a rank; buffers are rank 0's. A restore reads only the ranges that this rank owns.
 
-Kinds: "master" (fp32 weights), "exp_avg" and "exp_avg_sq" (AdamW's moments), "ema" or another average's name,
+Kinds: "master" (fp32 weights), "exp_avg" and "exp_avg_sq" (AdamW's moments), "ema" and other averages' names,
 "frozen" (parameters that are not trained), "buffer". The random state of each rank is "process/rng/...".
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldmscale.checkpoint.storage import Piece, Reader
 from ldmscale.errors import CheckpointError
-from ldmscale.train.ema import ShardedEma
+from ldmscale.train.ema import Averages, PowerEma, ShardedEma
 from ldmscale.train.engine import Engine
 from ldmscale.train.fragments import Fragment
 from ldmscale.train.host_copies import HostCopies
@@ -32,7 +32,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def snapshot(
-    engines: Mapping[str, Engine], averages: Mapping[str, ShardedEma], copies: HostCopies | None = None
+    engines: Mapping[str, Engine], averages: Averages, copies: HostCopies | None = None
 ) -> tuple[list[Piece], dict[str, Any]]:
     """Copy this rank's share of the training state to host memory, with what describes it as JSON's values.
 
@@ -48,7 +48,7 @@ def snapshot(
             raise RuntimeError(
                 f"snapshot of {name} inside an accumulation window: save after step() has updated"
             )
-        found = [averages[name]] if name in averages else []
+        found = averages.get(name, ())
         pieces += _pieces_of(name, engine, found, copies)
         networks[name] = {
             "zero_stage": engine.options.zero_stage,
@@ -56,9 +56,7 @@ def snapshot(
             "updates": engine.updates,
             "skipped_updates": engine.skipped_updates,
             "parameters": engine.parameter_count(),
-            "averages": {
-                average.kind: {"updates": average.updates, "decay": average.decay} for average in found
-            },
+            "averages": {average.kind: average.description() for average in found},
         }
     copies.wait()
     for key, state in random_states().items():
@@ -66,9 +64,28 @@ def snapshot(
     return pieces, {"networks": networks}
 
 
-def restore(
-    source: str | Path | Reader, engines: Mapping[str, Engine], averages: Mapping[str, ShardedEma]
-) -> dict[str, Any]:
+def snapshot_averages(
+    engines: Mapping[str, Engine], averages: Averages
+) -> tuple[list[Piece], dict[str, Any]]:
+    """This rank's share of the power-function averages only, from which others are made after the training.
+
+    Raises RuntimeError inside `averaged_weights`.
+    """
+    copies = HostCopies()
+    pieces: list[Piece] = []
+    networks: dict[str, Any] = {}
+    for name, engine in engines.items():
+        engine.refuse_averaged("snapshot")
+        tracked = [average for average in averages.get(name, ()) if isinstance(average, PowerEma)]
+        for average in tracked:
+            pieces += _average_pieces(copies, name, engine, average)
+        if tracked:
+            networks[name] = {"averages": {average.kind: average.description() for average in tracked}}
+    copies.wait()
+    return pieces, {"networks": networks}
+
+
+def restore(source: str | Path | Reader, engines: Mapping[str, Engine], averages: Averages) -> dict[str, Any]:
     """Bring engines and averages to a checkpoint's state; returns what was saved beside the tensors.
 
     Collective under ZeRO. The random state of each rank comes back if the number of ranks is the one that
@@ -82,7 +99,7 @@ def restore(
         raise CheckpointError(f"{reader.folder} does not fit this model:\n" + "\n".join(faults))
     for name, engine in engines.items():
         _restore_engine(reader, name, engine)
-        if (average := averages.get(name)) is not None:
+        for average in averages.get(name, ()):
             _restore_average(reader, name, engine, average)
     if reader.manifest.world_size == dist.get_world_size():
         restore_random_states(reader)
@@ -100,16 +117,19 @@ def _pieces_of(
         for kind in _MOMENTS:
             if kind in moments:
                 yield from _piece(copies, name, kind, fragment, fragment.of(moments[kind]))
-        for average in averages:
-            yield from _piece(
-                copies, name, average.kind, fragment, fragment.of(average.averages[fragment.flat])
-            )
+    for average in averages:
+        yield from _average_pieces(copies, name, engine, average)
     for fragment, values in _frozen(engine):
         yield from _piece(copies, name, "frozen", fragment, values)
     if dist.get_rank() == 0:
         for buffer_name, buffer in engine.buffers():
             key = f"{name}/buffer/{buffer_name}"
             yield Piece(key, tuple(buffer.shape), 0, copies.take(key, buffer.reshape(-1)))
+
+
+def _average_pieces(copies: HostCopies, name: str, engine: Engine, average: ShardedEma) -> Iterator[Piece]:
+    for fragment in engine.fragments():
+        yield from _piece(copies, name, average.kind, fragment, fragment.of(average.averages[fragment.flat]))
 
 
 def _piece(

@@ -20,7 +20,7 @@ from ldmscale.tracking.throughput import Throughput
 from ldmscale.tracking.tracker import Tracker
 from ldmscale.train.host_copies import HostCopies
 from ldmscale.train.stage import Stage
-from ldmscale.train.state import restore, snapshot
+from ldmscale.train.state import restore, snapshot, snapshot_averages
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class Schedule:
     save_every_steps: int
     ephemeral_every_steps: int
     picture_every_steps: int
+    average_every_steps: int  # power-function averages are stored
     garbage_every_steps: int
 
 
@@ -53,12 +54,14 @@ class Trainer:
         schedule: Schedule,
         learning_rates: Mapping[str, Callable[[int], float]],
         checkpoints: CheckpointManager,
+        stored_averages: CheckpointManager,
         tracker: Tracker,
         throughput: Throughput,
         stop: StopFlag,
     ) -> None:
         self.stage, self.schedule = stage, schedule
-        self.learning_rates, self.checkpoints = learning_rates, checkpoints
+        self.learning_rates = learning_rates
+        self.checkpoints, self.stored_averages = checkpoints, stored_averages
         self.tracker, self.throughput, self.stop = tracker, throughput, stop
         self.step = 0  # optimiser steps done
         self.finished_step: int | None = None  # at which the stage has made its last measurements
@@ -104,6 +107,8 @@ class Trainer:
                     self.tracker.advance(self.step)
                 if self._due(self.schedule.picture_every_steps) and not stopping:
                     self._draw()
+                if self._due(self.schedule.average_every_steps):
+                    self._store_averages()
                 if self._due(self.schedule.garbage_every_steps):
                     gc.collect()
                 # Also before `finish`, which may take long or fail: nothing trained is ever lost to it.
@@ -140,8 +145,9 @@ class Trainer:
             metrics = self.stage.micro_step(next(loader), self.step)
             sums.add(metrics)
             for name in active:
-                if self.stage.engines[name].step() and name in self.stage.averages:
-                    self.stage.averages[name].update()
+                if self.stage.engines[name].step():
+                    for average in self.stage.averages.get(name, ()):
+                        average.update()
         for name in active:
             # Named after the network only where there are several.
             prefix, engine = "" if len(self.stage.engines) == 1 else f"{name}/", self.stage.engines[name]
@@ -187,6 +193,11 @@ class Trainer:
             self.checkpoints.begin(self.step, pieces, description | state)
             self._measured = {}
         log.info("saving step %d; the training waited %.2f s", self.step, time.perf_counter() - begun)
+
+    def _store_averages(self) -> None:
+        with self.throughput.paused():
+            pieces, description = snapshot_averages(self.stage.engines, self.stage.averages)
+            self.stored_averages.save(self.step, pieces, description | {"images_seen": self.position})
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

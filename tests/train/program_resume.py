@@ -18,7 +18,7 @@ from toy import Judge, Toy, batch
 
 from ldmscale.checkpoint import CheckpointManager
 from ldmscale.errors import CheckpointError
-from ldmscale.train.ema import ShardedEma
+from ldmscale.train.ema import PowerEma, ShardedEma
 from ldmscale.train.engine import Engine, EngineOptions, connect, disconnect, sharded_construction
 from ldmscale.train.rates import learning_rate
 from ldmscale.train.state import restore, snapshot
@@ -90,7 +90,13 @@ class Run:
             )
         self.engines = {name: Engine(name, network, options, DEVICE) for name, network in networks.items()}
         self.engine = self.engines["denoiser"]
-        self.averages = {"denoiser": ShardedEma(self.engine.masters, 0.9)}
+        self.averages = {
+            "denoiser": [
+                ShardedEma(self.engine.masters, 0.9),
+                ShardedEma(self.engine.masters, 0.5, kind="ema_0.5"),
+                PowerEma(self.engine.masters, 0.1),
+            ]
+        }
         self.step = 0
         torch.manual_seed(1000 * seed + dist.get_rank())
 
@@ -111,7 +117,8 @@ class Run:
                 self.engine.backward(loss)
                 self.engine.step()
                 total += loss.item() * size
-            self.averages["denoiser"].update()
+            for average in self.averages["denoiser"]:
+                average.update()
             self.step += 1
             losses.append(total.hex())
         return losses
@@ -122,7 +129,7 @@ class Run:
         self.engine.network.eval()
         with torch.no_grad():
             raw = self.engine(x, t).double().sum().item()
-            with self.engine.averaged_weights(self.averages["denoiser"]):
+            with self.engine.averaged_weights(self.averages["denoiser"][0]):
                 averaged = self.engine(x, t).double().sum().item()
         self.engine.network.train()
         return [raw.hex(), averaged.hex()]
@@ -158,7 +165,7 @@ def end_of(run: Run, folder: Path) -> dict[str, Any]:
         "draws": everywhere(run.draw()),
         "checkpoint": run.save(folder),
         "steps_of_adam": sorted({int(state["step"]) for state in run.engine.base_optimizer.state.values()}),
-        "counts": [run.engine.updates, run.averages["denoiser"].updates, int(run.engine.network.calls)],
+        "counts": [run.engine.updates, run.averages["denoiser"][-1].updates, int(run.engine.network.calls)],
     }
 
 
@@ -222,7 +229,7 @@ def refusals(folder: Path) -> dict[str, Any]:
     for name, attempt in attempts.items():
         try:
             if name == "in_average":
-                with run.engine.averaged_weights(run.averages["denoiser"]):
+                with run.engine.averaged_weights(run.averages["denoiser"][0]):
                     attempt()
             elif name == "in_window":
                 x, t, y = batch(0, options.rank_micro_batch)

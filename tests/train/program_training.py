@@ -18,11 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import RealAndFake, Toy, batch
 
-from ldmscale.train.ema import ShardedEma
+from ldmscale.averaging import chosen_weights
+from ldmscale.checkpoint import CheckpointManager, Reader, Retention
+from ldmscale.checkpoint.folders import complete_checkpoints
+from ldmscale.train.ema import PowerEma, ShardedEma
 from ldmscale.train.engine import Engine, EngineOptions, connect, disconnect, sharded_construction
+from ldmscale.train.state import snapshot, snapshot_averages
 
 DEVICE = torch.device("cpu")
 STEPS, GLOBAL_BATCH, ACCUMULATION, CLIP, RATE, DECAY = 10, 12, 2, 0.3, 1e-2, 0.9
+TRACKED = (0.1, 0.2)  # relative widths of power-function averages
+# sigma_rel^2 = (g+1) / ((g+2)^2 (g+3)), solved by hand for two tracked widths and one that is made of them
+EXPONENTS = {0.1: 6.937203937601809, 0.2: 1.8262137798958404, 0.15: 3.5578687748994646}
 SETTINGS = {  # name -> stage, persistence threshold, overlapped communication
     "zero0": (0, 0, False),
     "zero1": (1, 0, False),
@@ -74,7 +81,7 @@ def plain() -> dict[str, Any]:
     network = Toy()
     optimizer = torch.optim.AdamW(trained(network), lr=RATE, weight_decay=0.01)
     shadow = [parameter.detach().clone() for parameter in network.parameters()]
-    losses, norms = [], []
+    losses, norms, trajectory = [], [], []
     for step in range(STEPS):
         x, t, y = batch(step * GLOBAL_BATCH, GLOBAL_BATCH)
         optimizer.zero_grad()
@@ -83,6 +90,7 @@ def plain() -> dict[str, Any]:
         norms.append(float(nn.utils.clip_grad_norm_(trained(network), CLIP)))
         optimizer.step()
         losses.append(loss.item())
+        trajectory.append({name: p.detach().double() for name, p in network.named_parameters()})
         decay = min(DECAY, (1 + step + 1) / (10 + step + 1))
         for average, parameter in zip(shadow, network.parameters(), strict=True):
             average.sub_((1 - decay) * (average - parameter.detach()))
@@ -91,7 +99,18 @@ def plain() -> dict[str, Any]:
         raw = network.eval()(x, t)
         for average, parameter in zip(shadow, network.parameters(), strict=True):
             parameter.copy_(average)
-        return {"losses": losses, "norms": norms, "raw": raw, "averaged": network(x, t)}
+        averaged = network(x, t)
+    power = {width: by_power(trajectory, gamma) for width, gamma in EXPONENTS.items()}
+    return {"losses": losses, "norms": norms, "raw": raw, "averaged": averaged, "power": power}
+
+
+def by_power(trajectory: list[dict[str, Tensor]], gamma: float) -> dict[str, Tensor]:
+    """The power-function average of a whole trajectory, with the profile's weights written out."""
+    last = len(trajectory)
+    weights = [(k ** (gamma + 1) - (k - 1) ** (gamma + 1)) / last ** (gamma + 1) for k in range(1, last + 1)]
+    return {
+        name: sum(w * at[name] for w, at in zip(weights, trajectory, strict=True)) for name in trajectory[0]
+    }
 
 
 def sharded(name: str, precision: str, reference: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +165,39 @@ def sharded(name: str, precision: str, reference: dict[str, Any]) -> dict[str, A
         "calls": int(engine.network.calls),
         "updates": engine.updates,
     }
+
+
+def power_averages(name: str, reference: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Two power-function averages on shards, stored every other update; a third one made of them afterwards."""
+    chosen = options(SETTINGS[name][0], "fp32", *SETTINGS[name][1:])
+    torch.manual_seed(0)
+    with sharded_construction(chosen):
+        network = Toy()
+    engine = Engine("denoiser", network, chosen, DEVICE)
+    averages = {"denoiser": [PowerEma(engine.masters, width) for width in TRACKED]}
+    stored = CheckpointManager(folder / "averages", retention=Retention(keep_last=100))
+    for step in range(STEPS):
+        for x, t, y in micro_batches(step):
+            engine.backward(F.mse_loss(engine(x, t), y))
+            engine.step()
+        for average in averages["denoiser"]:
+            average.update()
+        if step % 2 == 0:
+            stored.save(step + 1, *snapshot_averages({"denoiser": engine}, averages))
+    pieces, state = snapshot({"denoiser": engine}, averages)
+    reader = Reader(CheckpointManager(folder / "checkpoints").save(STEPS, pieces, state))
+    found: dict[str, Any] = {"stored": len(complete_checkpoints(folder / "averages"))}
+    for width, expected in reference["power"].items():
+        weights = chosen_weights(reader, "denoiser", f"power_{width}")
+        found[f"error_{width}"] = far(weights, expected)
+    found["between_tracked"] = far(reference["power"][TRACKED[0]], reference["power"][TRACKED[1]])
+    return found
+
+
+def far(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Norm of the difference of the trained weights."""
+    names = [name for name in other if not name.startswith("fixed")]
+    return math.sqrt(sum(float((one[name].double() - other[name]).square().sum()) for name in names))
 
 
 def refuses(action: Any) -> bool:
@@ -309,6 +361,9 @@ def main() -> None:
     for precision in ("fp32", "bf16"):
         for name in ("zero0", "zero3") if alone else SETTINGS:
             found[f"{name}_{precision}"] = sharded(name, precision, reference)
+    folder = Path(sys.argv[1]).parent / f"averages_on_{dist.get_world_size()}"
+    for name in ("zero3",) if alone else ("zero3", "zero1"):
+        found[f"power_{name}"] = power_averages(name, reference, folder / name)
     if not alone:
         for name, precision in (("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "bf16")):
             found[f"not_finite_{name}_{precision}"] = not_finite(name, precision)

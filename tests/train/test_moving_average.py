@@ -70,3 +70,15 @@ def test_the_average_moves_by_one_minus_decay() -> None:
 def test_a_decay_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"1\.0"):
         ShardedEma([], 1.0)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "name"), [(1, "zero3"), (2, "zero3"), (2, "zero1")])
+def test_power_function_averages_on_shards_and_one_made_of_them_are_those_of_the_whole_trajectory(
+    ranks: int, name: str, request: pytest.FixtureRequest
+) -> None:
+    found = request.getfixturevalue(f"trained_on_{ranks}")[f"power_{name}"]
+    assert found["stored"] == 5 and found["between_tracked"] > 0.05
+    assert found["error_0.1"] < 1e-5 and found["error_0.2"] < 1e-5  # tracked: the closed form to rounding
+    assert found["error_0.15"] < 0.02 * found["between_tracked"]  # from stored states of every other update

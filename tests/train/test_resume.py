@@ -68,7 +68,7 @@ def test_another_number_of_ranks_or_another_stage_goes_on_with_the_same_training
     losses, wanted = summed(found["losses"]), summed(expected["losses"])
     assert losses == pytest.approx(wanted, rel=1e-6)
     one, other = Reader(found["checkpoint"]), Reader(expected["checkpoint"])
-    for kind in ("master", "exp_avg", "exp_avg_sq", "ema", "frozen"):
+    for kind in ("master", "exp_avg", "exp_avg_sq", "ema", "ema_0.5", "power_0.1", "frozen"):
         names = one.names("denoiser", kind)
         assert sorted(names) == sorted(other.names("denoiser", kind)) and names
         for parameter in names:
