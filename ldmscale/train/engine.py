@@ -24,10 +24,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldmscale.distributed.collectives import any_true
+from ldmscale.train.allocator import keep_freed_memory
 from ldmscale.train.ema import ShardedEma
-from ldmscale.train.engine_options import EngineOptions, clips_itself, deepspeed_json
+from ldmscale.train.engine_options import EngineOptions, deepspeed_json
 from ldmscale.train.fragments import Fragment, Layout, layout_of, zero3_range
 from ldmscale.train.optim import parameter_groups
+from ldmscale.train.replicated import Replicated
 
 __all__ = ["Engine", "EngineOptions", "connect", "deepspeed_json", "disconnect", "sharded_construction"]
 
@@ -46,9 +48,9 @@ def _short_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _takes_fused_adam(options: EngineOptions, device: torch.device) -> bool:
-    """Whether DeepSpeed's FusedAdam is to be used: on CUDA, under ZeRO, where its kernel can be built."""
-    if device.type != "cuda" or options.zero_stage == 0:
+def _takes_fused_adam(device: torch.device) -> bool:
+    """Whether DeepSpeed's FusedAdam is to be used: on CUDA, where its kernel can be built."""
+    if device.type != "cuda":
         return False
     from deepspeed.ops.op_builder import FusedAdamBuilder
 
@@ -124,6 +126,7 @@ def connect(device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
         # Otherwise DeepSpeed compiles a shared-memory extension: a minute in the first job, and a lock file
         # that hangs every later job if this one is killed meanwhile. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        keep_freed_memory()
     if not dist.is_initialized():
         if alone:
             store = dist.HashStore()  # type: ignore[attr-defined]
@@ -172,8 +175,25 @@ def _cast_shards(network: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def _sharded(
+    network: nn.Module, groups: Sequence[dict[str, Any]], options: EngineOptions, device: torch.device
+) -> Any:
+    """DeepSpeed's engine round a network, at ZeRO-1 to 3."""
+    import deepspeed
+
+    _cast_shards(network, options.compute_dtype)
+    config = deepspeed_json(options, dist.get_world_size(), fused_adam=_takes_fused_adam(device))
+    # Some of DeepSpeed's optimisers print memory usage while they are made.
+    with redirect_stdout(io.StringIO()), _short_collections():
+        engine, *_ = deepspeed.initialize(
+            model=network, model_parameters=groups, config=config, dist_init_required=False
+        )
+    _quieten()
+    return engine
+
+
 class Engine:
-    """One trained network with its optimiser, sharded over all ranks.
+    """One trained network with its optimiser, sharded over all ranks (by DeepSpeed) or the same on all (ZeRO-0).
 
     Several engines may live in one process. A network that another engine's loss passes through (the
     discriminator in the generator's step) is called as `engine.network`, frozen meanwhile, and never through
@@ -181,8 +201,6 @@ class Engine:
     """
 
     def __init__(self, name: str, network: nn.Module, options: EngineOptions, device: torch.device) -> None:
-        import deepspeed
-
         self.name = name
         self.options = options
         self.device = device
@@ -194,29 +212,16 @@ class Engine:
         self._averaged = False
         self._norm: float | Tensor = 0.0
         groups = parameter_groups(network, options.weight_decay, decay_vectors=options.decay_vectors)
-        _cast_shards(network, options.compute_dtype)
-        config = deepspeed_json(options, dist.get_world_size(), fused_adam=_takes_fused_adam(options, device))
-        # Some of DeepSpeed's optimisers print memory usage while they are made.
-        with redirect_stdout(io.StringIO()), _short_collections():
-            self._engine, *_ = deepspeed.initialize(
-                model=network, model_parameters=groups, config=config, dist_init_required=False
-            )
-        _quieten()
+        self._engine: Any
+        self.layout: Layout
+        if options.zero_stage == 0:
+            self._engine = Replicated(network, groups, options, device)
+            self.layout = self._engine.layout()
+        else:
+            self._engine = _sharded(network, groups, options, device)
+            self.layout = layout_of(network, self._engine.optimizer)
         self.network: nn.Module = self._engine.module
         self._persistent = frozenset(self.network.state_dict().keys())
-        if options.zero_stage == 0 and options.precision == "bf16":
-            self._undo_first_step()
-        self.layout: Layout = layout_of(self.network, self._engine.optimizer)
-
-    def _undo_first_step(self) -> None:
-        """Start from nothing at ZeRO-0 in bf16, as at the other stages.
-
-        There DeepSpeed's optimiser makes its states by an update with zero gradients, which decays the
-        masters once and leaves the update count at one.
-        """
-        optimizer = self._engine.optimizer
-        optimizer.optimizer.state.clear()
-        optimizer.refresh_fp32_params()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -246,7 +251,9 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return False
-        updated = self._update()
+        self._engine.step()
+        self._norm = self._engine.get_global_grad_norm()
+        updated = bool(self._engine.was_step_applied())
         if updated:
             self.updates += 1
         else:
@@ -254,21 +261,6 @@ class Engine:
             self._norm = math.inf
         self._share_buffers()
         return updated
-
-    def _update(self) -> bool:
-        """The update at the end of a window; False if it was refused for a non-finite gradient."""
-        if clips_itself(self.options):
-            trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-            limit = self.options.gradient_clip_norm
-            self._norm = nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit)
-            if not math.isfinite(float(self._norm)):
-                self._engine.zero_grad()
-                self._engine.micro_steps += 1
-                return False
-        self._engine.step()
-        if not clips_itself(self.options):
-            self._norm = self._engine.get_global_grad_norm()
-        return bool(self._engine.was_step_applied())
 
     @torch.no_grad()
     def _share_buffers(self) -> None:

@@ -35,7 +35,7 @@ class EngineOptions:
 
 
 def deepspeed_json(options: EngineOptions, world_size: int, *, fused_adam: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration. The one place that knows its keys."""
+    """DeepSpeed's configuration, at ZeRO-1 to 3. The one place that knows its keys."""
     half = options.precision == "bf16"
     adam: dict[str, Any] = {
         "lr": options.learning_rate,
@@ -45,14 +45,12 @@ def deepspeed_json(options: EngineOptions, world_size: int, *, fused_adam: bool 
     }
     if not fused_adam:
         # torch's own fused AdamW: on flat partitions it is as fast as DeepSpeed's, on CPU it is the fast one.
-        # Without ZeRO DeepSpeed's FusedAdam would bring another wrapper with a memory layout of its own.
         adam |= {"torch_adam": True, "fused": True}
     config: dict[str, Any] = {
         "train_batch_size": options.rank_micro_batch * options.accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": options.rank_micro_batch,
         "gradient_accumulation_steps": options.accumulation_steps,
-        # Without ZeRO in fp32 DeepSpeed clips but forgets the norm: there the engine clips by itself.
-        "gradient_clipping": 0.0 if clips_itself(options) else options.gradient_clip_norm or 0.0,
+        "gradient_clipping": options.gradient_clip_norm or 0.0,
         "optimizer": {"type": "AdamW", "params": adam},
         "bf16": {"enabled": half},
         "steps_per_print": None,
@@ -73,11 +71,5 @@ def deepspeed_json(options: EngineOptions, world_size: int, *, fused_adam: bool 
         }
     if half:
         config["communication_data_type"] = "fp32"
-        if options.zero_stage > 0:  # without ZeRO DeepSpeed accumulates in the dtype of the weights only
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-def clips_itself(options: EngineOptions) -> bool:
-    """Whether clipping and the norm are the engine's own business."""
-    return options.zero_stage == 0 and options.precision == "fp32"

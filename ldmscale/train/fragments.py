@@ -11,7 +11,7 @@ The cuts, as of DeepSpeed 0.19:
   ceil(n / W). The last ranks may hold nothing, and the padding is uninitialised memory.
 - ZeRO-1 and 2: the concatenation of all parameters is cut into W equal parts; `_hp_mapping` says what of a
   parameter is here.
-- no ZeRO: everything is on every rank.
+- no ZeRO: everything is on every rank, behind one another with gaps (replicated.py).
 """
 
 from __future__ import annotations
@@ -52,12 +52,10 @@ class Layout:
 
 
 def layout_of(network: nn.Module, optimizer: Any) -> Layout:
-    """The layout of a network behind the DeepSpeed (or plain torch) optimiser that trains it."""
+    """The layout of a network behind the DeepSpeed optimiser that trains it. `Replicated` knows its own."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return _sharded_parameters(network, optimizer)
-    if any(hasattr(parameter, "_hp_mapping") for parameter in network.parameters()):
-        return _sharded_states(network, optimizer)
-    return _replicated(network, optimizer)
+    return _sharded_states(network, optimizer)
 
 
 def _names(network: nn.Module) -> dict[int, str]:
@@ -114,23 +112,3 @@ def _sharded_states(network: nn.Module, optimizer: Any) -> Layout:
         optimizer.update_lp_params()
 
     return Layout(list(masters), fragments, publish)
-
-
-def _replicated(network: nn.Module, optimizer: Any) -> Layout:
-    """No ZeRO: plain torch in fp32, or DeepSpeed's optimiser with an fp32 copy of each bf16 parameter."""
-    names = _names(network)
-    masters: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    forward = masters
-    if hasattr(optimizer, "fp16_groups"):
-        forward = [parameter for group in optimizer.fp16_groups for parameter in group]
-    fragments = [
-        Fragment(names[id(parameter)], tuple(parameter.shape), 0, parameter.numel(), index, replicated=True)
-        for index, parameter in enumerate(forward)
-    ]
-
-    def publish() -> None:
-        for parameter, master in zip(forward, masters, strict=True):
-            if parameter is not master:
-                parameter.data.copy_(master.data)
-
-    return Layout(masters, fragments, publish)
