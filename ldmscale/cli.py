@@ -21,7 +21,7 @@ JOB_SUMMARIES = {
     "sample": "draws images for prompts (a list, a file or standard input)",
 }
 USAGE = "usage: ldmscale JOB [group=option ...] [key=value ...] [--help | --cfg job | --multirun | --shell-completion ...]"
-FINISHED, FAULTY, FAILED = 0, 2, 1
+FINISHED, FAULTY, FAILED, STOPPED = 0, 2, 1, 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(job: str, arguments: list[str]) -> int:
     from ldmscale.compose import config_folder, quiet_hydra, settle_overrides
-    from ldmscale.errors import CheckpointError, ConfigError, DataError
+    from ldmscale.errors import ConfigError, DataError, LdmscaleError, StoppedEarlyError
 
     arguments = settle_overrides(job, arguments)
     try:
@@ -55,7 +55,10 @@ def _run(job: str, arguments: list[str]) -> int:
         return _job_function(job)(arguments)
     except (ConfigError, DataError) as error:
         return _tell(error.faults, shared=error.shared)
-    except CheckpointError as error:
+    except StoppedEarlyError as error:
+        _tell([str(error)], shared=error.shared)
+        return STOPPED
+    except LdmscaleError as error:
         _tell([str(error)], shared=error.shared)
         return FAILED
     except KeyboardInterrupt:

@@ -34,3 +34,9 @@ class DataError(LdmscaleError):
 
 class CheckpointError(LdmscaleError):
     """A checkpoint cannot be written or read, or does not fit the model."""
+
+
+class StoppedEarlyError(LdmscaleError):
+    """A signal or a time limit came before anything was begun: run me again."""
+
+    shared = True

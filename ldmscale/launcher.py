@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from ldmscale.distributed.orphan import LAUNCHER
 from ldmscale.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def run_ranks(command: Sequence[str], env: Mapping[str, str], count: int) -> int
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
         for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHER: str(os.getpid())}
             # Rank 0 alone reads standard input (prompts, for instance).
             stdin = None if rank == 0 else subprocess.DEVNULL
             processes.append(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import secrets
-import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import yaml
 
+from ldmscale.distributed.lease import Lease, take
 from ldmscale.errors import ConfigError
 from ldmscale.validate import MISSING, differences
 
@@ -88,38 +87,32 @@ class RunFolder:
             return {"wandb_id": secrets.token_hex(4), "attempts": 0, "finished_step": None}
         return cast(dict[str, Any], json.loads(self.identity_file.read_text()))
 
-    def begin_attempt(self) -> dict[str, Any]:
-        """Count one more start of this run, on rank 0 only, and return the identity."""
+    def hold(
+        self,
+        *,
+        timeout_seconds: float = 60.0,
+        wait_seconds: float = 0.0,
+        on_lost: Callable[[], None] | None = None,
+    ) -> Lease:
+        """Keep other starts of this run away until the lease is released; rank 0 only.
+
+        Raises LeaseHeldError where another start holds the folder after `wait_seconds`.
+        """
+        return take(
+            self.path / "lease",
+            timeout_seconds=timeout_seconds,
+            wait_seconds=wait_seconds,
+            on_lost=on_lost or (lambda: None),
+        )
+
+    def begin_attempt(self, number: int) -> dict[str, Any]:
+        """Note that the run starts for the `number`th time, on rank 0 only, and return the identity."""
         identity = self.identity()
-        identity |= {"attempts": identity["attempts"] + 1, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        identity |= {"attempts": number, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.note(identity)
         self.samples.mkdir(parents=True, exist_ok=True)
         self.ledger.touch()
         return identity
-
-    def hold(self) -> IO[str]:
-        """Keep other starts of this run away while the returned file stays open; rank 0 only.
-
-        Raises ConfigError where another process holds the folder.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = open(self.path / ".lock", "a+")  # noqa: SIM115 (it stays open as long as the run)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise ConfigError(
-                f"{self.path} is in use by {holder}: wait for it, end it, or give another run.name"
-            ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s): do not start this run twice at a time", self.path, error)
-        handle.truncate(0)
-        handle.write(
-            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        )
-        handle.flush()
-        return handle
 
     def note(self, identity: Mapping[str, Any]) -> None:
         """Replace run.json as a whole, so that no reader meets half of it."""

@@ -7,10 +7,15 @@ begin.
 
 from __future__ import annotations
 
+import math
+import os
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
+
+from ldmscale.distributed.orphan import watch_launcher
 
 # Exit status of a job that stopped by a signal or a time limit after a complete save: the same command goes
 # on from there.
@@ -27,19 +32,41 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._reason: str | None = None
+        self._began = time.monotonic()
+        self._limit = (math.inf, "")  # when this rank asks for a stop by itself, and why
         self._before: dict[int, Any] = {}
 
     def install(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> StopFlag:
         """Take over these signals (main thread only) until `uninstall`, or the end of a `with` block."""
         for number in signals:
             self._before[number] = signal.signal(number, self._on_signal)
+        watch_launcher(lambda: self.request("its launcher died"))
         return self
 
     def uninstall(self) -> None:
-        """Give the signals back to the handlers that they had."""
+        """Give the signals back to the handlers that they had.
+
+        After a signal they are ignored from here on: one more of them, which schedulers like to send, would
+        turn the status of a run that stopped in good order into that of a killed one.
+        """
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self._reason is None else signal.SIG_IGN)
         self._before.clear()
+
+    def limit(
+        self, max_hours: float | None, margin_minutes: float, env: Mapping[str, str] = os.environ
+    ) -> None:
+        """Ask for a stop `max_hours` after this flag was made, or `margin_minutes` before the end of the
+        Slurm allocation, if Slurm tells it (SLURM_JOB_END_TIME).
+        """
+        limits = [(math.inf, "")]
+        if max_hours is not None:
+            limits.append((self._began + 3600 * max_hours, f"run.max_hours={max_hours:g} are over"))
+        end = env.get("SLURM_JOB_END_TIME", "")
+        if end.isdigit() and int(end) > 0:
+            left = int(end) - time.time() - 60 * margin_minutes
+            limits.append((time.monotonic() + left, "the Slurm allocation ends soon"))
+        self._limit = min(limits)
 
     def __enter__(self) -> StopFlag:
         return self
@@ -57,6 +84,9 @@ class StopFlag:
     @property
     def requested(self) -> bool:
         """True if this rank was asked to stop; the others may not know yet."""
+        when, why = self._limit
+        if self._reason is None and time.monotonic() >= when:
+            self.request(why)
         return self._reason is not None
 
     @property

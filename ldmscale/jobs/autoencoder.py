@@ -42,7 +42,7 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
 
     if already_finished(config, ranks):
         return 0
-    run = open_run(config, ranks)
+    run = open_run(config, ranks, stop)
     loss, data = config.loss, config.data
     assert data.image_size is not None
     options = engine_options(run, config.train, config.optim, config.zero)

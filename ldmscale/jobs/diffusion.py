@@ -55,7 +55,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
 
     if already_finished(config, ranks):
         return 0
-    run = open_run(config, ranks)
+    run = open_run(config, ranks, stop)
     tokenizer = None if config.text_encoder is None else settle_tokenizer(run, config, config.text_encoder)
     options = engine_options(run, config.train, config.optim, config.zero)
     head_sizes = unet_head_channels(config.unet)

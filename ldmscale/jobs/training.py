@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -19,8 +21,10 @@ from ldmscale.data.loader import Batch, Loader, MakeItem
 from ldmscale.data.shards import expand
 from ldmscale.distributed.collectives import barrier, from_main_rank
 from ldmscale.distributed.environment import Ranks, export_rendezvous
+from ldmscale.distributed.lease import Lease, LeaseHeldError
 from ldmscale.distributed.stop import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.world import choose_device
+from ldmscale.errors import ConfigError, StoppedEarlyError
 from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.synthetic import synthetic_shards
 from ldmscale.run_folder import RunFolder
@@ -37,12 +41,14 @@ from ldmscale.validate import plain
 
 log = logging.getLogger(__name__)
 
+_WAIT_TURN_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Run:
     """An opened run: where it lives, who takes part, and what it reads."""
 
-    lock: list[IO[str]]  # kept open, and with it the folder
+    lease: list[Lease]  # of the folder, on rank 0
     folder: RunFolder
     ranks: Ranks
     device: torch.device
@@ -51,33 +57,34 @@ class Run:
     index: ShardIndex
     accumulation_steps: int
 
+    def fence(self) -> None:
+        """Raise LeaseLostError if another start has taken the run over; rank 0 looks for all."""
+        for lease in self.lease:
+            lease.check()
 
-def open_run(config: TrainingJob, ranks: Ranks) -> Run:
+
+def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
     """Join the process group, write down what runs, and open the index of the shards (made where it is missing)."""
+    stop.limit(config.run.max_hours, config.run.margin_minutes)
     folder = RunFolder(config.run.dir)
     changes = folder.changes(plain(config))  # refuses before any device is touched
     device = choose_device(ranks)
     if ranks.size > 1:
         export_rendezvous(ranks)
     connect(device)
-    lock: list[IO[str]] = []  # rank 0 holds the folder until the process ends
-
-    def take_over() -> None:
-        lock.append(folder.hold())
-        folder.settle_config(plain(config))
-
-    from_main_rank(take_over)
+    lease = _hold(folder, config, stop)
+    from_main_rank(lambda: folder.settle_config(plain(config)))
     set_up_logging(folder.path, ranks)
     quiet_libraries()
     for change in changes:
         log.info("resuming with a change: %s", change)
-    identity = from_main_rank(folder.begin_attempt)
+    identity = from_main_rank(lambda: folder.begin_attempt(lease[0].number))
     shards = _shards(config, folder, ranks)
     index = open_index(shards, ranks)
     log.info("%s samples in %d shards, %d ranks on %s", f"{index.total:,}", len(shards), ranks.size, device)
     train = config.train
     return Run(
-        lock,
+        lease,
         folder,
         ranks,
         device,
@@ -86,6 +93,39 @@ def open_run(config: TrainingJob, ranks: Ranks) -> Run:
         index,
         train.global_batch // (train.rank_micro_batch * ranks.size),
     )
+
+
+def _hold(folder: RunFolder, config: TrainingJob, stop: StopFlag) -> list[Lease]:
+    """Keep other starts away: a list with the lease on rank 0, an empty one elsewhere.
+
+    Raises ConfigError where another start holds the folder, unless `run.wait` says to wait for it.
+    """
+    lease: list[Lease] = []
+
+    def lost() -> None:
+        log.critical(
+            "another start has taken %s over, since this one showed no life: it ends now", folder.path
+        )
+        os._exit(1)  # the training may be stuck in a collective with ranks that are gone
+
+    def attempt() -> str | None:
+        seconds = config.run.lease_seconds
+        try:
+            # Waiting goes on in turns: the other ranks must not time out, and signals must be heard.
+            turn = _WAIT_TURN_SECONDS if config.run.wait else 0.0
+            lease.append(folder.hold(timeout_seconds=seconds, wait_seconds=turn, on_lost=lost))
+        except LeaseHeldError as held:
+            return str(held)
+        return None
+
+    while held := from_main_rank(attempt):
+        if not config.run.wait:
+            raise ConfigError(f"{held}: wait for it (run.wait=true does), end it, or give another run.name")
+        if stop.agreed():
+            raise StoppedEarlyError(f"asked to stop while waiting: {held}")
+    for held_here in lease:
+        atexit.register(held_here.release)
+    return lease
 
 
 def _shards(config: TrainingJob, folder: RunFolder, ranks: Ranks) -> list[str]:
@@ -199,6 +239,7 @@ def train(
         name=config.run.name,
         run_id=run.identity["wandb_id"],
         config=plain(config),
+        fence=run.fence,
     )
     trainer = Trainer(
         stage,
@@ -233,10 +274,13 @@ def train(
         if finished:
             trainer.finish()
             if run.ranks.is_main:
+                run.fence()
                 run.folder.note({**run.identity, "finished_step": trainer.step})
         status = "finished" if finished else "stopped"
     finally:
         tracker.close(status)
+        for lease in run.lease:
+            lease.release()
     barrier()
     disconnect()
     return 0 if status == "finished" else EXIT_STOPPED
@@ -253,6 +297,8 @@ def _checkpoints(run: Run, config: CheckpointConfig) -> CheckpointManager:
             best_is=config.best_is,
         ),
         max_failed_saves=config.max_failed_saves,
+        attempt=run.identity["attempts"],
+        fence=run.fence,
     )
 
 

@@ -5,7 +5,7 @@ Rank 0 writes, others do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -48,16 +48,20 @@ class Tracker:
         name: str | None = None,
         run_id: str | None = None,
         config: Mapping[str, Any] | None = None,
+        fence: Callable[[], None] | None = None,
     ) -> None:
         """`name`: shown on the console and in W&B (the folder's unless given).
 
         `run_id`: of W&B, the same at every start of a run.
 
         `config`: plain values for W&B's table; secrets have no place in it.
+
+        `fence`: called before anything is written; raises once another start has taken the run over.
         """
         self._folder = folder
         self._active = ranks.is_main
         self._wandb: WandbRun | None = None
+        self._fence = fence or (lambda: None)
         if not self._active:
             return
         name = name or folder.resolve().name
@@ -79,6 +83,7 @@ class Tracker:
         starts there.
         """
         if self._active:
+            self._fence()
             self._file.resume_from(step)
             self._display.start(step)
 
@@ -94,6 +99,7 @@ class Tracker:
         """
         if not self._active:
             return
+        self._fence()
         self._file.write(step, metrics)
         self._display.show(step, metrics)
         if self._wandb is not None:
@@ -107,6 +113,7 @@ class Tracker:
         """
         if not self._active:
             return
+        self._fence()
         picture = tile(images) if images.ndim == 4 else images
         prefix = "" if name == "samples" else name.replace("/", "_") + "_"
         write_png(self._folder / "samples" / f"{prefix}step_{step:08d}.png", picture, captions)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.data.loader import Loader
-from ldmscale.distributed.collectives import any_true_of
+from ldmscale.distributed.collectives import any_true_of, gather_lists
 from ldmscale.distributed.stop import StopFlag
 from ldmscale.errors import DataError
 from ldmscale.tracking.metrics import MetricSums
@@ -116,6 +116,7 @@ class Trainer:
                 if lasting or stopping or self._due(self.schedule.ephemeral_every_steps):
                     self._save(ephemeral=not lasting)
                 if stopping:
+                    self._tell_why()
                     self.checkpoints.finish(must_hold=True)
                     return False
             self.checkpoints.finish(must_hold=True)
@@ -198,6 +199,11 @@ class Trainer:
         with self.throughput.paused():
             pieces, description = snapshot_averages(self.stage.engines, self.stage.averages)
             self.stored_averages.save(self.step, pieces, description | {"images_seen": self.position})
+
+    def _tell_why(self) -> None:
+        reasons = gather_lists([self.stop.reason])
+        told = [f"{reason} (rank {rank})" for rank, reason in enumerate(reasons) if reason is not None]
+        log.info("stopping after step %d: %s", self.step, ", ".join(told))
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -1,7 +1,10 @@
 """The run folder: what a resume may change, who holds it, and when a run counts as finished."""
 
+import os
+
 import pytest
 
+from ldmscale.distributed.lease import LeaseHeldError
 from ldmscale.errors import ConfigError
 from ldmscale.run_folder import RunFolder
 
@@ -23,15 +26,19 @@ def test_a_resume_may_change_how_it_runs_but_not_what_is_learnt(tmp_path):
 def test_a_folder_is_held_by_one_start_at_a_time(tmp_path):
     folder = RunFolder(tmp_path / "run")
     held = folder.hold()
-    with pytest.raises(ConfigError, match=r"in use by process \d+ on .*: wait for it, end it"):
+    with pytest.raises(
+        LeaseHeldError, match=rf"in use by process {os.getpid()} on .*, since .*, last sign of life 0 s"
+    ):
         RunFolder(tmp_path / "run").hold()
-    held.close()
-    RunFolder(tmp_path / "run").hold().close()
+    held.release()
+    again = RunFolder(tmp_path / "run").hold()
+    assert again.number == held.number + 1
+    again.release()
 
 
 def test_attempts_are_counted_and_the_identity_stays(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    first, second = folder.begin_attempt(), folder.begin_attempt()
+    first, second = folder.begin_attempt(1), folder.begin_attempt(2)
     assert (first["attempts"], second["attempts"]) == (1, 2)
     assert first["wandb_id"] == second["wandb_id"]
     assert folder.finished_step() is None

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -31,6 +32,37 @@ def test_uninstalling_gives_the_handlers_back():
     with StopFlag().install():
         assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_after_a_stop_further_signals_do_not_kill_what_is_left_of_the_process():
+    code = """
+import os, signal
+from ldmscale.distributed.stop import StopFlag
+with StopFlag().install() as stop:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reason == "signal SIGUSR1"
+os.kill(os.getpid(), signal.SIGTERM)
+raise SystemExit(75)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("hours", "end_in_seconds", "reason"),
+    [
+        (1e-6, None, "run.max_hours=1e-06 are over"),
+        (1.0, 30, "the Slurm allocation ends soon"),
+        (1.0, 90, None),
+        (None, None, None),
+    ],
+)
+def test_a_time_limit_asks_for_a_stop(hours, end_in_seconds, reason):
+    stop = StopFlag()
+    environment = {"SLURM_JOB_END_TIME": f"{int(time.time()) + end_in_seconds}"} if end_in_seconds else {}
+    stop.limit(hours, 1.0, environment)
+    time.sleep(0.01)
+    assert stop.requested == (reason is not None) and stop.reason == reason
 
 
 def test_the_status_means_try_again():

@@ -1,0 +1,249 @@
+"""Who may write to a folder: a lease with a heartbeat and a fencing number, on local and shared file systems.
+
+    FOLDER/lease_00000007.json     the seventh holder: host, process, since when; its modification time beats
+
+Whoever creates the file with the next number holds the lease, and creating it succeeds for one process only.
+So a take-over needs no lock and no message: the holder before finds a higher number, or the mark that the
+taker left in its file, and must write no more. Ages are differences between modification times of one file
+system; clocks of hosts are never compared. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ldmscale.errors import LdmscaleError
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"lease_(\d{8})\.json")
+_POLL_SECONDS = 0.25
+
+
+class LeaseHeldError(LdmscaleError):
+    """Another process holds the folder."""
+
+
+class LeaseLostError(LdmscaleError):
+    """Another process has taken the folder over: this one must write no more."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The newest holder of a folder, as its file tells, and how long ago it showed life."""
+
+    number: int
+    host: str = "?"
+    pid: int = 0
+    since: str = "?"  # local time of its host
+    processes: str = ""  # names the space of process numbers that `pid` belongs to
+    started: str = ""  # of the process, so that a number that is used again is no life
+    released: bool = False
+    beat: float = 0.0  # modification time of its file
+    age_seconds: float = 0.0  # since its last beat
+
+    def told(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}, last sign of life {self.age_seconds:.0f} s ago"
+
+    @property
+    def dead(self) -> bool:
+        """Whether it certainly does not run any more; False where that cannot be known from here."""
+        return self.processes == _process_space() != "" and _start_of(self.pid) != self.started
+
+
+class Lease:
+    """A lease that this process holds, made by `take`. Its heartbeat runs in a thread until `release`."""
+
+    def __init__(self, path: Path, number: int, timeout_seconds: float, on_lost: Callable[[], None]) -> None:
+        self.path, self.number = path, number
+        self._timeout, self._on_lost = timeout_seconds, on_lost
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def held(self) -> bool:
+        """Whether no other process has taken the folder over. Looks at the disk."""
+        if self._ended.is_set() or _path(self.path.parent, self.number + 1).exists():
+            return False
+        try:
+            # Opening makes a network file system ask its server, which looking for a name may not.
+            return not json.loads(self.path.read_text()).get("taken_over", False)
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError):
+            return True  # a store that does not answer has given the folder to nobody
+
+    def check(self) -> None:
+        """Raise LeaseLostError if another process has taken the folder over."""
+        if not self.held():
+            raise LeaseLostError(
+                f"{self.path.parent} has been taken over by {_told(self.path.parent)}: this process (start "
+                f"{self.number}) writes nothing more there"
+            )
+
+    def release(self) -> None:
+        """Give the folder free at once; whoever comes next need not wait."""
+        if not self._ended.is_set():
+            held = self.held()
+            self._ended.set()
+            if held:
+                with suppress(OSError, ValueError):
+                    _mark(self.path, "released")
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._timeout / 6):
+            with suppress(OSError):  # a store that does not answer: the next beat may find it
+                if not self.held():
+                    if not self._ended.is_set():
+                        self._on_lost()
+                    return
+                os.utime(self.path)
+
+
+def take(
+    folder: Path,
+    *,
+    timeout_seconds: float = 60.0,
+    wait_seconds: float = 0.0,
+    on_lost: Callable[[], None] = lambda: None,
+) -> Lease:
+    """Hold `folder`, once nobody else does. `Lease.number` grows with every holder.
+
+    A holder that released it, that died on this host, or that showed no life for `timeout_seconds` is
+    followed at once. One that may have died on another host is watched until it shows life or that time is
+    over. `on_lost` is called from a thread if another process takes over, which means that this one showed no
+    life for so long.
+
+    Raises LeaseHeldError, naming the holder, if a live one does not release it within `wait_seconds`, and
+    OSError if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_seconds
+    first: Holder | None = None
+    while True:
+        holder = newest_holder(folder)
+        number = 1 if holder is None else holder.number + 1
+        if holder is None or holder.released or holder.dead or holder.age_seconds > timeout_seconds:
+            if holder is not None and not holder.released:
+                log.warning("the folder %s was left by %s: taken over", folder, holder.told())
+            if (path := _create(folder, number)) is not None:
+                _tidy(folder, number)
+                return Lease(path, number, timeout_seconds, on_lost)
+            first = None  # another was faster: look at it
+            continue
+        local = holder.processes == _process_space() != ""
+        first = first or holder
+        alive = local or (holder.number, holder.beat) != (first.number, first.beat)
+        if alive and time.monotonic() >= deadline:
+            raise LeaseHeldError(f"{folder} is in use by {holder.told()}")
+        time.sleep(_POLL_SECONDS)
+
+
+def newest_holder(folder: Path) -> Holder | None:
+    """Who holds or last held a folder; None if nobody ever did."""
+    numbers = _numbers(folder)
+    if not numbers:
+        return None
+    number = max(numbers)
+    path = _path(folder, number)
+    try:
+        with open(path) as file:
+            beat = os.fstat(file.fileno()).st_mtime
+            raw = json.load(file)
+        with tempfile.TemporaryFile(dir=folder) as probe:  # the file system's own clock
+            age = os.fstat(probe.fileno()).st_mtime - beat
+    except (FileNotFoundError, ValueError):
+        return Holder(number)  # its file is being made
+    known = {
+        key: raw[key] for key in ("host", "pid", "since", "processes", "started", "released") if key in raw
+    }
+    return Holder(number, beat=beat, age_seconds=max(0.0, age), **known)
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(found[1]) for path in folder.glob("lease_*.json") if (found := _NAME.fullmatch(path.name))]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"lease_{number:08d}.json"
+
+
+def _told(folder: Path) -> str:
+    holder = newest_holder(folder)
+    return "another process" if holder is None else holder.told()
+
+
+def _create(folder: Path, number: int) -> Path | None:
+    """The lease file with this number, or None if another process made it."""
+    me = Holder(
+        number,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        processes=_process_space(),
+        started=_start_of(os.getpid()),
+    )
+    text = json.dumps(asdict(me))
+    path = _path(folder, number)
+    draft = folder / f".lease_{number:08d}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    draft.write_text(text)
+    try:
+        os.link(draft, path)  # appears whole, and for one process only, on network file systems too
+    except FileExistsError:
+        return None
+    except OSError:  # a file system without links
+        try:
+            with open(path, "x") as file:
+                file.write(text)
+        except FileExistsError:
+            return None
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _tidy(folder: Path, number: int) -> None:
+    """Tell the holder before, and forget those before it."""
+    for other in _numbers(folder):
+        with suppress(OSError, ValueError):
+            if other < number - 1:
+                _path(folder, other).unlink()
+            elif other == number - 1:
+                _mark(_path(folder, other), "taken_over")
+
+
+def _mark(path: Path, what: str) -> None:
+    """Add a note to a lease file, in one move."""
+    raw = json.loads(path.read_text()) | {what: True}
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    draft.write_text(json.dumps(raw))
+    os.replace(draft, path)
+
+
+def _process_space() -> str:
+    """Names this boot of this host and its space of process numbers; empty where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, in ticks since the boot; empty if it is gone, or dead and nobody waited for it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]
