@@ -11,7 +11,7 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
-_WHOLE = 1 << 30  # bytes; blocks up to here come from the heap instead of from a mapping of their own
+_WHOLE = 32 << 20  # bytes, the most that glibc takes; larger blocks get a mapping of their own
 _STEP = 64 << 20  # bytes that the heap grows by
 
 
@@ -24,6 +24,9 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # musl has none
         return False
     mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    # The first two stop glibc from adapting the third, which then must be large: it starts at 128 KiB.
-    done = mallopt(_MMAP_THRESHOLD, _WHOLE) or mallopt(_MMAP_THRESHOLD, 32 << 20)  # old glibc takes no more
-    return bool(done and mallopt(_TOP_PAD, _STEP) and mallopt(_TRIM_THRESHOLD, (1 << 31) - 1))
+    # Once one of the three is set, glibc adapts none of them by itself any more.
+    return bool(
+        mallopt(_MMAP_THRESHOLD, _WHOLE)
+        and mallopt(_TOP_PAD, _STEP)
+        and mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    )
