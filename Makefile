@@ -14,7 +14,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed-$(DEVICE)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt
-SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch)
+SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch tests/*/*.sh)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -18,6 +18,7 @@ JOB_SUMMARIES = {
     "autoencoder": "fits the KL or VQ autoencoder; ends by measuring the latent scale",
     "latents": "encodes shards of images into shards of latents",
     "diffusion": "trains the conditional model on latents, or online from images",
+    "submit": "freezes a job and queues it with Slurm: ldmscale submit JOB cluster=NAME ...",
     "sample": "draws images for prompts (a list, a file or standard input)",
 }
 USAGE = "usage: ldmscale JOB [group=option ...] [key=value ...] [--help | --cfg job | --multirun | --shell-completion ...]"
@@ -47,8 +48,11 @@ def _run(job: str, arguments: list[str]) -> int:
     from ldmscale.compose import config_folder, quiet_hydra, settle_overrides
     from ldmscale.errors import ConfigError, DataError, LdmscaleError, StoppedEarlyError
 
-    arguments = settle_overrides(job, arguments)
     try:
+        # These read their own command line: a job's name follows, or the file of a resolved configuration.
+        if (job == "submit" and arguments[:1] != ["--cfg"]) or arguments[:1] == ["--frozen"]:
+            return _job_function(job)(arguments)
+        arguments = settle_overrides(job, arguments)
         if any(argument.startswith("-") for argument in arguments):
             quiet_hydra()
             return _through_hydra(job, arguments, str(config_folder()))

@@ -5,6 +5,7 @@ Each check returns sentences: what was found, what was expected, what to do.
 
 from __future__ import annotations
 
+from ldmscale.checks.cluster import check_cluster
 from ldmscale.checks.data import check_fixed_view, check_image_size, check_local, check_shards, check_source
 from ldmscale.checks.networks import check_autoencoder, check_conditions, check_unet
 from ldmscale.checks.stages import (
@@ -19,7 +20,16 @@ from ldmscale.checks.stages import (
     check_run,
     check_same_autoencoder,
 )
-from ldmscale.config import AutoencoderJob, DiffusionJob, IndexJob, Job, LatentsJob, QuickstartJob, SampleJob
+from ldmscale.config import (
+    AutoencoderJob,
+    DiffusionJob,
+    IndexJob,
+    Job,
+    LatentsJob,
+    QuickstartJob,
+    SampleJob,
+    SubmitJob,
+)
 
 
 def check(config: Job, world_size: int) -> list[str]:
@@ -60,5 +70,7 @@ def check(config: Job, world_size: int) -> list[str]:
         return check_run(config.sample.model, "sample.model")
     if isinstance(config, IndexJob):
         return check_shards(config.data, needs=None)
+    if isinstance(config, SubmitJob):
+        return check_cluster(config.cluster)
     assert isinstance(config, QuickstartJob)
     return check_source(config)

@@ -3,6 +3,7 @@
 Hydra composes plain YAML; `validate.read` turns it into these frozen dataclasses. Nothing here imports torch.
 """
 
+from ldmscale.config.cluster import ClusterConfig
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
 from ldmscale.config.jobs import (
@@ -15,6 +16,7 @@ from ldmscale.config.jobs import (
     QuickstartJob,
     SampleJob,
     StageOverrides,
+    SubmitJob,
     TrainingJob,
 )
 from ldmscale.config.networks import (
@@ -48,6 +50,7 @@ __all__ = [
     "AutoencoderLossConfig",
     "CheckpointConfig",
     "ClassEmbedderConfig",
+    "ClusterConfig",
     "CodebookConfig",
     "DataConfig",
     "DiffusionConfig",
@@ -70,6 +73,7 @@ __all__ = [
     "SourceConfig",
     "SpatialConfig",
     "StageOverrides",
+    "SubmitJob",
     "TextEncoderConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from ldmscale.config.cluster import ClusterConfig
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
 from ldmscale.config.networks import (
@@ -118,8 +119,16 @@ class QuickstartJob:
     score: ScoreConfig
 
 
+@dataclass(frozen=True, config=STRICT)
+class SubmitJob:
+    """Only what `submit` itself reads; the rest of its command line belongs to the job that is queued."""
+
+    job: Literal["submit"]
+    cluster: ClusterConfig
+
+
 TrainingJob = AutoencoderJob | DiffusionJob
-Job = IndexJob | AutoencoderJob | LatentsJob | DiffusionJob | SampleJob | QuickstartJob
+Job = IndexJob | AutoencoderJob | LatentsJob | DiffusionJob | SampleJob | QuickstartJob | SubmitJob
 JOBS: dict[str, type[Job]] = {
     "quickstart": QuickstartJob,
     "index": IndexJob,
@@ -127,4 +136,5 @@ JOBS: dict[str, type[Job]] = {
     "latents": LatentsJob,
     "diffusion": DiffusionJob,
     "sample": SampleJob,
+    "submit": SubmitJob,
 }

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
+
+import yaml
 
 from ldmscale.checks import check
 from ldmscale.compose import compose_valid
@@ -14,6 +17,7 @@ from ldmscale.errors import ConfigError
 from ldmscale.validate import read
 
 _J = TypeVar("_J", bound=Job)
+FROZEN = "--frozen"  # followed by the file of a resolved configuration, which `submit` wrote
 
 
 def configured(kind: type[_J], overrides: Sequence[str]) -> tuple[_J, Ranks]:
@@ -21,22 +25,43 @@ def configured(kind: type[_J], overrides: Sequence[str]) -> tuple[_J, Ranks]:
 
     Raises ConfigError with the faults of the command line, of the types and of the mixture together.
     """
-    job = next(name for name, type_ in JOBS.items() if type_ is kind)
     ranks = read_ranks()
+    return resolved(kind, overrides, ranks.size), ranks
+
+
+def resolved(kind: type[_J], overrides: Sequence[str], world_size: int) -> _J:
+    """The configuration of a job that is to run on `world_size` ranks, checked; see `configured`."""
+    if list(overrides[:1]) == [FROZEN]:
+        return _thawed(kind, overrides, world_size)
+    job = next(name for name, type_ in JOBS.items() if type_ is kind)
     values, faults = compose_valid(job, overrides)
     try:
         config = read(kind, values)
     except ConfigError as error:
         typed = _keys(error.faults)
         rest = _with_stand_ins(kind, job, values, typed)
-        mixture = [] if rest is None else check(cast(Job, rest), ranks.size)
+        mixture = [] if rest is None else check(cast(Job, rest), world_size)
         # What the stand-ins themselves gave rise to is no fault of the user's.
         mixture = [fault for fault in mixture if not any(key in fault for key in typed)]
         raise ConfigError([*faults, *error.faults, *mixture]) from None
-    faults += check(cast(Job, config), ranks.size)
+    faults += check(cast(Job, config), world_size)
     if faults:
         raise ConfigError(faults)
-    return config, ranks
+    return config
+
+
+def _thawed(kind: type[_J], arguments: Sequence[str], world_size: int) -> _J:
+    """A frozen configuration, as it was resolved then; checked again, for the number of ranks that came."""
+    if len(arguments) != 2:
+        raise ConfigError(f"{FROZEN} takes one file and no overrides; found {' '.join(arguments[1:])}")
+    try:
+        values = yaml.safe_load(Path(arguments[1]).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{FROZEN} {arguments[1]}: {error}") from None
+    config = read(kind, values)
+    if faults := check(cast(Job, config), world_size):
+        raise ConfigError(faults)
+    return config
 
 
 def _keys(faults: Sequence[str]) -> list[str]:

@@ -1,0 +1,186 @@
+"""`ldmscale submit JOB cluster=NAME [cluster.KEY=VALUE ...] [--dry-run] [overrides of JOB ...]`.
+
+Everything is checked here on the login node, for every number of ranks that the job may start with; then the resolved
+configuration, the code and the job script are frozen in the run folder, and Slurm gets the script.
+`submit pipeline` queues the three stages as a chain; see `cluster/chain.py` for its words.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldmscale.checks.cluster import check_cluster
+from ldmscale.cluster import frozen, queue
+from ldmscale.cluster.chain import Stage, stages_of
+from ldmscale.cluster.script import render
+from ldmscale.compose import compose_job, compose_valid
+from ldmscale.config import JOBS, ClusterConfig, Job, LatentsJob, SubmitJob
+from ldmscale.distributed.environment import Ranks, in_slurm_step
+from ldmscale.errors import ConfigError
+from ldmscale.jobs.start import resolved
+from ldmscale.run_folder import RunFolder
+from ldmscale.validate import plain, read
+
+log = logging.getLogger(__name__)
+
+DRY_RUN = "--dry-run"
+USAGE = """usage: ldmscale submit JOB cluster=NAME [cluster.nodes=N ...] [--dry-run] [overrides of JOB ...]
+       ldmscale submit pipeline cluster=NAME run.name=NAME data.shards=... [STAGE:override ...]
+
+cluster=NAME is conf/cluster/NAME.yaml. --dry-run freezes the run folder and shows the script, but queues nothing.
+STAGE is autoencoder, latents or diffusion; overrides without it go to every stage that knows them."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One job, checked and ready to be frozen."""
+
+    job: str
+    config: Job
+    cluster: ClusterConfig
+    owner: Path  # the run folder, or the folder that receives latents or pictures
+    command: list[str]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Submit as asked; see `cli` for the exit status."""
+    from ldmscale.tracking.logs import set_up_logging
+
+    set_up_logging(None, Ranks())
+    words = [word for word in arguments if word != DRY_RUN]
+    if not words or words[0] in ("-h", "--help"):
+        log.info("%s", USAGE)
+        return 0 if words else 2
+    if in_slurm_step():
+        raise ConfigError("submit runs once, on a login node, and not as a task of a job: leave srun away")
+    job, *overrides = words
+    known = [name for name in JOBS if name not in ("submit", "quickstart", "doctor", "plan", "report")]
+    if job == "pipeline":
+        stages, faults = stages_of(overrides)
+    elif job in known:
+        stages, faults = [Stage(job, overrides, ())], []
+    else:
+        raise ConfigError(f"submit {job}: expected pipeline or one of {', '.join(known)}")
+    planned = _plan_all(stages, faults)
+    for plan in planned:
+        _refuse_second(plan.owner)
+    submitted: list[str] = []
+    try:
+        for plan in planned:
+            after = submitted[-1] if submitted else None
+            number = _submit(plan, after, dry=DRY_RUN in arguments)
+            if number is not None:
+                submitted.append(number)
+    except ConfigError:
+        queue.cancel(submitted)  # a chain that is not whole is no chain
+        raise
+    return 0
+
+
+def _plan_all(stages: Sequence[Stage], faults: list[str]) -> list[Planned]:
+    """Every stage resolved and checked; ConfigError with `faults` and those of all stages."""
+    planned = []
+    for stage in stages:
+        try:
+            planned.append(_plan(stage))
+        except ConfigError as error:
+            prefix = f"{stage.job}: " if len(stages) > 1 else ""
+            faults += [prefix + fault for fault in error.faults]
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return planned
+
+
+def _plan(stage: Stage) -> Planned:
+    of_cluster = [
+        word for word in stage.overrides if _key(word) == "cluster" or _key(word).startswith("cluster.")
+    ]
+    of_job = [word for word in stage.overrides if word not in of_cluster]
+    cluster, faults = _cluster(of_cluster)
+    sizes = [1]
+    if cluster is not None:
+        sizes = cluster.world_sizes if cluster.array is None else [cluster.tasks_per_node * cluster.nodes]
+        if cluster.array is not None and stage.job != "latents":
+            faults.append(
+                f"cluster.array={cluster.array}: only latents can be shared out between jobs that know nothing of each "
+                "other; leave it away"
+            )
+    config: Job | None = None
+    for size in sizes:
+        try:
+            config = resolved(JOBS[stage.job], of_job, size)
+        except ConfigError as error:
+            # What an earlier stage will have made cannot be there yet.
+            faults += [f for f in error.faults if not any(str(path) in f for path in stage.awaited)]
+            config = config or _unchecked(stage, of_job, error)
+    if faults or cluster is None or config is None:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    owner = _owner(config)
+    if hasattr(config, "run"):
+        RunFolder(owner).changes(plain(config))
+    return Planned(stage.job, config, cluster, owner, ["ldmscale", stage.job, *of_job])
+
+
+def _cluster(overrides: Sequence[str]) -> tuple[ClusterConfig | None, list[str]]:
+    """The cluster and its faults; None where its values cannot even be read."""
+    values, faults = compose_valid("submit", overrides)
+    try:
+        cluster = read(SubmitJob, values).cluster
+    except ConfigError as error:
+        return None, [*faults, *error.faults]
+    return cluster, [*faults, *check_cluster(cluster)]
+
+
+def _unchecked(stage: Stage, overrides: Sequence[str], error: ConfigError) -> Job | None:
+    """The configuration although checks found something, where that is nothing but what is awaited."""
+    if not all(any(str(path) in fault for path in stage.awaited) for fault in error.faults):
+        return None
+    return read(JOBS[stage.job], compose_job(stage.job, overrides))
+
+
+def _owner(config: Any) -> Path:
+    """The folder beside whose results the submission is kept."""
+    if hasattr(config, "run"):
+        folder = Path(config.run.dir)
+    elif isinstance(config, LatentsJob):
+        folder = Path(config.latents.path)
+    else:
+        folder = Path("runs") / config.job
+    return folder.absolute()
+
+
+def _refuse_second(owner: Path) -> None:
+    """Two jobs of one run folder would only wait for each other, or fail."""
+    for record in frozen.earlier(owner):
+        number = record.get("slurm_job")
+        state = None if number is None else queue.unfinished(str(number))
+        if state is not None:
+            raise ConfigError(
+                f"{owner} is submitted already, as Slurm job {number} ({state.lower()}): wait for it, "
+                f"`scancel {number}`, or give another run.name"
+            )
+
+
+def _submit(plan: Planned, after: str | None, *, dry: bool) -> str | None:
+    folder = frozen.freeze(plan.owner, plan.job, plain(plan.config), plan.command)
+    logs = plan.owner / "logs"
+    logs.mkdir(exist_ok=True)
+    name = f"{plan.owner.name}-{plan.job}" if plan.job not in plan.owner.name else plan.owner.name
+    folder.script.write_text(render(folder, plan.job, name, logs, Path.cwd(), plan.cluster))
+    if dry:
+        log.info("%s", folder.script.read_text())
+        log.info("nothing was queued; `sbatch %s` would", folder.script)
+        return None
+    number = queue.sbatch(folder.script, after)
+    frozen.note(folder, {"slurm_job": number, "after": after})
+    log.info("%s is Slurm job %s%s; its output: %s", plan.job, number,
+             f", after {after}" if after else "", logs / f"slurm_{number}.out")  # fmt: skip
+    return number
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
