@@ -20,13 +20,14 @@ NEEDED = {
     "diffusion": ["data.shards=x.tar", "train.global_batch=8", "train.rank_micro_batch=4"],
     "sample": ["sample.model=a", "sample.prompts=b"],
     "quickstart": [],
+    "submit": ["cluster.nodes=1", "cluster.tasks_per_node=1"],
 }  # fmt: skip
 # The job that a group's files belong to.
 GROUP_JOB = {
     "autoencoder": "autoencoder", "loss": "autoencoder", "unet": "diffusion", "text_encoder": "diffusion",
     "diffusion": "diffusion", "optim": "diffusion", "zero": "diffusion", "train": "diffusion", "preview": "diffusion",
     "checkpoint": "diffusion", "tracking": "diffusion", "debug": "diffusion", "class_embedder": "diffusion",
-    "embeddings": "diffusion", "spatial": "diffusion",
+    "embeddings": "diffusion", "spatial": "diffusion", "cluster": "submit",
 }  # fmt: skip
 
 
