@@ -21,7 +21,6 @@ from ldmscale.config import (
     UNetConfig,
 )
 from ldmscale.diffusion.schedule import NoiseSchedule
-from ldmscale.models.attention import probe, set_backend
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.conditions import ClassEmbedder, Conditions, GivenContext, SpatialRescaler
 from ldmscale.models.denoiser import Denoiser
@@ -123,22 +122,6 @@ def build_discriminator(config: AutoencoderLossConfig) -> PatchDiscriminator:
     )
 
 
-def choose_attention(
-    wanted: str, head_channels: Sequence[int], device: torch.device, dtype: torch.dtype
-) -> str:
-    """Settle the attention backend for this process and return its name.
-
-    "auto" takes xformers on CUDA and SDPA elsewhere. xformers must agree with SDPA, forward and backward, at the
-    model's head sizes (pain 36); where it does not, that is said and SDPA is taken.
-    """
-    backend = wanted if wanted != "auto" else ("xformers" if device.type == "cuda" else "sdpa")
-    if backend == "xformers" and (fault := _xformers_fault(head_channels, device, dtype)):
-        log.warning("xformers %s: attention uses PyTorch's SDPA", fault)
-        backend = "sdpa"
-    set_backend(cast(Any, backend))
-    return backend
-
-
 def training_flops(config: DiffusionJob, latent_shape: Sequence[int]) -> int:
     """Floating-point operations of forward and backward of one image with its conditions, counted on the meta device.
 
@@ -175,22 +158,3 @@ def blank_conditions(config: DiffusionJob, latent_shape: Sequence[int], batch: i
         embeddings=None if given is None else torch.zeros(batch, given.max_tokens, given.width),
         spatial=joined,
     )
-
-
-def _xformers_fault(head_channels: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:
-    bound = 4 * torch.finfo(dtype).eps
-    for size in sorted(set(head_channels)):
-        try:
-            result = probe("xformers", size, device, dtype)
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-            return f"fails at head size {size} ({str(error).splitlines()[0]})"
-        if max(result.forward, result.backward) > bound:
-            return f"differs from SDPA at head size {size} by {result.forward:.1e} and {result.backward:.1e} of its largest value"
-    return None
-
-
-def unet_head_channels(config: UNetConfig) -> list[int]:
-    """Head sizes of the attention layers of a U-Net."""
-    widths = [config.channels * config.channel_mult[level] for level in config.attention_levels]
-    widths.append(config.channels * config.channel_mult[-1])  # the middle block
-    return [config.head_channels or width // (config.heads or 1) for width in widths]

@@ -23,6 +23,7 @@ def main(overrides: Sequence[str]) -> int:
 def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     import torch
 
+    from ldmscale.attention_choice import autoencoder_head_channels, choose_attention
     from ldmscale.data.items import ImageItem
     from ldmscale.data.loader import Batch
     from ldmscale.frozen import build_distance
@@ -36,7 +37,7 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
         rate_curve,
         train,
     )
-    from ldmscale.networks import build_autoencoder, build_discriminator, choose_attention
+    from ldmscale.networks import build_autoencoder, build_discriminator
     from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms, RealAndFake
     from ldmscale.train.engine import Engine, sharded_construction
 
@@ -49,8 +50,9 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     discriminator_options = engine_options(
         run, config.train, config.optim, config.zero, lr_scale=loss.discriminator_lr_scale
     )
-    widest = config.autoencoder.channels * config.autoencoder.channel_mult[-1]
-    backend = choose_attention(config.train.attention, [widest], run.device, options.compute_dtype)
+    head_channels = {options.compute_dtype: autoencoder_head_channels(config.autoencoder)}
+    attention = choose_attention(config.train.attention, head_channels, run.device)
+    run.note("attention", attention.plain())
     distance = build_distance(loss, run.device)
     torch.manual_seed(config.seed)
     with sharded_construction(options):
@@ -60,7 +62,7 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     discriminator = Engine("discriminator", discriminator_network, discriminator_options, run.device)
     log.info("autoencoder of %s and discriminator of %s parameters, ZeRO-%d, %s, attention by %s",
              f"{generator.parameter_count():,}", f"{discriminator.parameter_count():,}", config.zero.stage,
-             config.train.precision, backend)  # fmt: skip
+             config.train.precision, attention.backend)  # fmt: skip
     reader = ImageItem(data.image_size, config.seed, data.crop, data.flip, data.max_pixels)
 
     def measure_batches() -> Iterator[Batch]:

@@ -29,6 +29,7 @@ def main(overrides: Sequence[str]) -> int:
 def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     import torch
 
+    from ldmscale.attention_choice import choose_attention, diffusion_head_channels
     from ldmscale.data.items import ImageItem, LatentItem
     from ldmscale.jobs.first_stage import open_first_stage, preview_conditions
     from ldmscale.jobs.text import settle_tokenizer
@@ -44,9 +45,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         build_denoiser,
         build_objective,
         build_schedule,
-        choose_attention,
         training_flops,
-        unet_head_channels,
     )
     from ldmscale.stages.diffusion import DiffusionStage
     from ldmscale.stages.drawing import SamplerOptions
@@ -58,10 +57,9 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     run = open_run(config, ranks, stop)
     tokenizer = None if config.text_encoder is None else settle_tokenizer(run, config, config.text_encoder)
     options = engine_options(run, config.train, config.optim, config.zero)
-    head_sizes = unet_head_channels(config.unet)
-    if config.text_encoder is not None:
-        head_sizes.append(config.text_encoder.head_channels)
-    backend = choose_attention(config.train.attention, head_sizes, run.device, options.compute_dtype)
+    head_channels = diffusion_head_channels(config, options.compute_dtype)
+    attention = choose_attention(config.train.attention, head_channels, run.device)
+    run.note("attention", attention.plain())
     first_stage, latent_shape, stored = open_first_stage(config, run)
     torch.manual_seed(config.seed)
     null = None if tokenizer is None else torch.from_numpy(tokenizer.encode([""])[0])
@@ -69,7 +67,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         network = build_denoiser(config, null)
     engine = Engine("denoiser", network, options, run.device)
     log.info("denoiser of %s parameters, ZeRO-%d, %s, attention by %s", f"{engine.parameter_count():,}",
-             config.zero.stage, config.train.precision, backend)  # fmt: skip
+             config.zero.stage, config.train.precision, attention.backend)  # fmt: skip
     data = config.data
     caption = data.caption if tokenizer is not None else None
     reader: ImageItem | LatentItem

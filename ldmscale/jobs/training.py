@@ -62,6 +62,11 @@ class Run:
         for lease in self.lease:
             lease.check()
 
+    def note(self, name: str, value: Any) -> None:
+        """Write down in run.json what this start found out. Rank 0 writes; the others may call it."""
+        if self.ranks.is_main:
+            self.folder.note({**self.folder.identity(), name: value})
+
 
 def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
     """Join the process group, write down what runs, and open the index of the shards (made where it is missing)."""
@@ -275,7 +280,7 @@ def train(
             trainer.finish()
             if run.ranks.is_main:
                 run.fence()
-                run.folder.note({**run.identity, "finished_step": trainer.step})
+                run.folder.note({**run.folder.identity(), "finished_step": trainer.step})
         status = "finished" if finished else "stopped"
     finally:
         tracker.close(status)

@@ -8,6 +8,7 @@ forward and backward.
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -88,9 +89,15 @@ def probe(backend: Backend, head_channels: int, device: torch.device | str, dtyp
         wide = torch.promote_types(dtype, torch.float32)
         expected = _value_and_gradients("sdpa", [x.to(wide) for x in drawn], upstream.to(wide))
         found = _value_and_gradients(backend, drawn, upstream)
-        errors = [float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, expected, strict=True)]
+        errors = [_share(f, e) for f, e in zip(found, expected, strict=True)]
         worst = Probe(max(worst.forward, errors[0]), max(worst.backward, *errors[1:]))
     return worst
+
+
+def _share(found: Tensor, expected: Tensor) -> float:
+    """Largest difference in shares of the largest expected value; infinite where `found` is not finite."""
+    share = float((found - expected).abs().max() / expected.abs().max())
+    return share if math.isfinite(share) else math.inf  # comparisons would pass over NaN
 
 
 def _value_and_gradients(backend: Backend, qkv: list[Tensor], upstream: Tensor) -> list[Tensor]:

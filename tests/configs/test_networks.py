@@ -8,13 +8,10 @@ import ldmscale
 from ldmscale.compose import compose_job
 from ldmscale.config import DiffusionJob
 from ldmscale.errors import ConfigError
-from ldmscale.models.attention import current_backend
 from ldmscale.networks import (
     blank_conditions,
     build_denoiser,
-    choose_attention,
     training_flops,
-    unet_head_channels,
 )
 from ldmscale.validate import read
 
@@ -47,21 +44,6 @@ def test_the_published_model_needs_its_known_operations():
     # About 6 operations a weight and position; the U-Net's widest maps are small, the text transformer has 77 positions.
     text = 6 * 542_895_360 * 77
     assert text < flops < 4 * text
-
-
-def test_the_published_head_sizes_are_probed():
-    config = read(
-        DiffusionJob,
-        compose_job("diffusion", ["data.shards=x", "train.global_batch=8", "train.rank_micro_batch=8"]),
-    )
-    assert sorted(set(unet_head_channels(config.unet))) == [40, 80, 160]
-
-
-def test_a_backend_that_fails_its_probe_is_named_and_replaced(caplog):
-    """xformers has no CPU operator: the probe must say so and take SDPA."""
-    assert choose_attention("xformers", [40], torch.device("cpu"), torch.float32) == "sdpa"
-    assert "xformers fails at head size 40" in caplog.text
-    assert current_backend() == "sdpa"
 
 
 def test_build_gives_the_untrained_parts_of_an_experiment():
