@@ -16,7 +16,7 @@ class AutoencoderConfig:
     kind: Literal["kl", "vq"]
     latent_channels: int
     channels: int  # width of the first level
-    channel_mult: tuple[int, ...]  # width of each level, times `channels`; f = 2^(levels-1)
+    channel_mult: tuple[int | float, ...]  # width of each level, times `channels`; f = 2^(levels-1)
     blocks_per_level: int
     attention_levels: tuple[int, ...] = ()  # level numbers, 0 = full resolution
     mid_attention: bool = True
@@ -49,7 +49,7 @@ class UNetConfig:
     in_channels: int  # of the latent, with concatenated conditions
     out_channels: int
     channels: int  # width of the first level
-    channel_mult: tuple[int, ...]
+    channel_mult: tuple[int | float, ...]
     blocks_per_level: int
     attention_levels: tuple[int, ...]  # level numbers, 0 = full latent resolution
     heads: int | None = None  # either the number of heads ...

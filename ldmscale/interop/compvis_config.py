@@ -1,0 +1,233 @@
+"""CompVis' yaml beside a checkpoint, both ways: what the tensors do not tell (heads, schedule, latent scale)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from ldmscale.config import DiffusionConfig
+from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.errors import DataError
+from ldmscale.interop.model import Model
+
+# Names of schedules there and here: CompVis' "linear" is linear in the square root of beta.
+SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}
+PREDICTIONS = {"eps": "eps", "x0": "x0"}
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a configuration says beyond the tensors; None where it does not."""
+
+    heads: int | None = None
+    head_channels: int | None = None
+    text_heads: int | None = None
+    text_head_channels: int | None = None
+    diffusion: DiffusionConfig | None = None
+    scale_factor: float | None = None
+    latent_size: int | None = None
+    dropout: float = 0.0
+
+
+def read_hints(values: Mapping[str, Any], where: str) -> Hints:
+    """Hints out of a CompVis configuration (`model: {target, params}`); one of another kind says nothing.
+
+    Raises DataError for settings that our networks cannot follow.
+    """
+    params = _at(values, "model", "params") or _at(values, "params") or values
+    unet = _at(params, "unet_config", "params")
+    if unet is None:
+        return Hints()
+    faults = []
+    for key, neutral in (
+        ("conv_resample", True),
+        ("dims", 2),
+        ("use_new_attention_order", False),
+        ("n_embed", None),
+    ):
+        if unet.get(key, neutral) != neutral:
+            faults.append(f"{where}: unet_config.{key}={unet[key]!r}: only {neutral!r} can be read")
+    schedule = params.get("beta_schedule", "linear")
+    if schedule not in SCHEDULES:
+        faults.append(f"{where}: beta_schedule={schedule!r}: only {', '.join(SCHEDULES)} can be read")
+    prediction = params.get("parameterization", "eps")
+    if prediction not in PREDICTIONS:
+        faults.append(f"{where}: parameterization={prediction!r}: only {', '.join(PREDICTIONS)} can be read")
+    if faults:
+        raise DataError(faults)
+    heads, size = (unet.get(key, -1) for key in ("num_heads", "num_head_channels"))
+    text = _at(params, "cond_stage_config", "params") or {}
+    by_std = bool(params.get("scale_by_std", False))  # then the factor is a tensor of the checkpoint
+    return Hints(
+        # Where both are given, the size of a head is what CompVis uses.
+        heads=heads if heads != -1 and size == -1 else None,
+        head_channels=size if size != -1 else None,
+        text_heads=text.get("heads"),
+        text_head_channels=text.get("dim_head"),
+        diffusion=DiffusionConfig(
+            timesteps=params.get("timesteps", 1000),
+            schedule=SCHEDULES[schedule],  # type: ignore[arg-type]
+            beta_start=params.get("linear_start", 1e-4),
+            beta_end=params.get("linear_end", 2e-2),
+            prediction=prediction,
+        ),
+        scale_factor=None if by_std else float(params.get("scale_factor", 1.0)),
+        latent_size=params.get("image_size") if isinstance(params.get("image_size"), int) else None,
+        dropout=float(unet.get("dropout", 0.0)),
+    )
+
+
+def find_yaml(checkpoint: Path) -> Path | None:
+    """The yaml that lies beside a checkpoint: of the same name, or config.yaml, or the only -project.yaml of a run."""
+    for candidate in (checkpoint.with_suffix(".yaml"), checkpoint.with_name("config.yaml")):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Raises DataError where it is no mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(
+            f"{path} cannot be read as a configuration ({error}): give another config="
+        ) from error
+    if not isinstance(values, dict):
+        raise DataError(
+            f"{path} is no configuration: it holds a {type(values).__name__}; give another config="
+        )
+    return values
+
+
+def schedule_of(betas: Tensor) -> DiffusionConfig | None:
+    """The schedule whose betas these float32 values [T] are; None if it is none that we know."""
+    first, last = (float(str(np.float32(betas[i].item()))) for i in (0, -1))
+    for kind in ("scaled_linear", "linear", "cosine"):
+        if matches(betas, kind, first, last):
+            start, end = (1e-4, 2e-2) if kind == "cosine" else (first, last)
+            return DiffusionConfig(
+                timesteps=len(betas),
+                schedule=kind,  # type: ignore[arg-type]
+                beta_start=start,
+                beta_end=end,
+            )
+    return None
+
+
+def matches(betas: Tensor, kind: str, first: float, last: float) -> bool:
+    """Whether the betas are those of this schedule, up to float32's rounding."""
+    made = NoiseSchedule.make(kind, len(betas), first, last).alphas_bar
+    found = torch.cumprod(1 - betas.double(), 0)
+    return bool((made - found).abs().max() < 1e-5)
+
+
+def written(model: Model) -> dict[str, Any]:
+    """The configuration that CompVis' classes build this model from."""
+    inner: dict[str, Any] = {}
+    if (autoencoder := model.autoencoder) is not None:
+        inner = {
+            "target": f"ldm.models.autoencoder.{'AutoencoderKL' if autoencoder.kind == 'kl' else 'VQModelInterface'}",
+            "params": {
+                "embed_dim": autoencoder.codebook_dim or autoencoder.latent_channels,
+                **_autoencoder(model),
+            },
+        }
+    if (unet := model.unet) is None:
+        return {"model": {**inner, "target": inner["target"].replace("Interface", "")}}
+    params: dict[str, Any] = {}
+    if (chosen := model.diffusion) is not None:
+        params |= {
+            "timesteps": chosen.timesteps,
+            "beta_schedule": next(k for k, v in SCHEDULES.items() if v == chosen.schedule),
+            "linear_start": chosen.beta_start,
+            "linear_end": chosen.beta_end,
+            "parameterization": chosen.prediction,
+        }
+    if model.factor is not None:
+        params["scale_factor"] = model.factor
+    if "scale_factor" in model.kept:
+        params["scale_by_std"] = True
+    params |= {
+        "image_size": model.latent_size,
+        "channels": unet.out_channels,
+        "use_ema": model.parts["unet"].averaged is not None,
+    }
+    params["unet_config"] = {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {
+            "image_size": model.latent_size,
+            "in_channels": unet.in_channels,
+            "out_channels": unet.out_channels,
+            "model_channels": unet.channels,
+            "channel_mult": list(unet.channel_mult),
+            "num_res_blocks": unet.blocks_per_level,
+            "attention_resolutions": [2**level for level in unet.attention_levels],
+            **({"num_heads": unet.heads} if unet.heads else {"num_head_channels": unet.head_channels}),
+            "use_spatial_transformer": unet.context_dim is not None,
+            **(
+                {"context_dim": unet.context_dim, "transformer_depth": unet.transformer_depth}
+                if unet.context_dim
+                else {}
+            ),
+            "resblock_updown": unet.residual_updown,
+            "use_scale_shift_norm": unet.scale_shift_norm,
+            **({"num_classes": unet.num_classes} if unet.num_classes else {}),
+            "dropout": unet.dropout,
+            "legacy": False,
+        },
+    }
+    if inner:
+        params["first_stage_config"] = inner
+    if (text := model.text_encoder) is not None:
+        fixed = (text.heads, text.head_channels) == (8, 64) and text.feedforward_mult == 4
+        params["cond_stage_config"] = {
+            "target": "ldm.modules.encoders.modules.BERTEmbedder",
+            "params": {
+                "n_embed": text.width,
+                "n_layer": text.layers,
+                "vocab_size": text.vocab_size,
+                "max_seq_len": text.max_tokens,
+                # BERTEmbedder takes none of these: it says so, instead of drawing with other heads.
+                **({} if fixed else {"heads": text.heads, "dim_head": text.head_channels}),
+            },
+        }
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+
+
+def _autoencoder(model: Model) -> dict[str, Any]:
+    config = model.autoencoder
+    assert config is not None
+    codebook = {} if config.kind == "kl" else {"n_embed": config.codebook_size}
+    size = (
+        model.latent_size or 32
+    ) * config.factor  # of an image; CompVis finds the levels of attention by it
+    return codebook | {
+        "ddconfig": {
+            "double_z": config.kind == "kl",
+            "z_channels": config.latent_channels,
+            "resolution": size,
+            "in_channels": config.image_channels,
+            "out_ch": config.image_channels,
+            "ch": config.channels,
+            "ch_mult": list(config.channel_mult),
+            "num_res_blocks": config.blocks_per_level,
+            "attn_resolutions": [size // 2**level for level in config.attention_levels],
+            "dropout": config.dropout,
+            **({} if config.mid_attention else {"attn_type": "none"}),
+        },
+        "lossconfig": {"target": "torch.nn.Identity"},
+    }
+
+
+def _at(values: Any, *keys: str) -> dict[str, Any] | None:
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return dict(values) if isinstance(values, Mapping) else None

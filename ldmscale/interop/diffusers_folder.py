@@ -1,0 +1,351 @@
+"""diffusers folders as models and back: one network, or a pipeline with a subfolder for each component.
+
+What diffusers has no place for (schedule buffers, loss networks) lies in the subfolder `ldmscale/` of an export, which
+diffusers does not look at; reading the folder takes it back.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmscale.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.errors import ConfigError, DataError
+from ldmscale.interop import diffusers_config as config_there
+from ldmscale.interop import diffusers_names as names_there
+from ldmscale.interop.compvis_names import TEXT_HEAD
+from ldmscale.interop.files import read_json, read_safetensors, write_json, write_safetensors
+from ldmscale.interop.model import Model, Part, PartConfig
+from ldmscale.interop.pickles import read_pickle
+from ldmscale.interop.slots import Slot, faults_of, given, shapes_of, taken
+from ldmscale.networks import build_autoencoder, build_text_encoder, build_unet
+from ldmscale.stages.latent_scale import LatentScale
+
+log = logging.getLogger(__name__)
+
+BESIDE = "ldmscale"  # the subfolder of what diffusers has no place for
+FOLDERS = {"unet": "unet", "autoencoder": "vqvae", "text_encoder": "bert"}
+PIPELINE_TOKENS = 77  # LDMTextToImagePipeline tokenises to this length, whatever the model's
+# Variants of a weights file by which diffusers' users keep both copies.
+RAW_BESIDE_AVERAGED, AVERAGED_BESIDE_RAW = "non_ema", "ema"
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether a folder holds a diffusers network or pipeline."""
+    if (folder / "model_index.json").is_file():
+        return True
+    configs = [folder / "config.json", *folder.glob("*/config.json")]
+    return any(
+        config_there.class_of(read_json(path)) in config_there.READERS for path in configs if path.is_file()
+    )
+
+
+def read_folder(folder: Path) -> Model:
+    """The model in a diffusers folder. Raises DataError with every fault of all its components at once."""
+    model = Model(source={"format": "diffusers", "layout": "single", "components": {}})
+    faults: list[str] = []
+    if (folder / "config.json").is_file():
+        _read_component(model, "", folder, faults)
+    else:
+        index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else None
+        model.source |= {"layout": "folders", "index": index}
+        for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name != BESIDE):
+            if (path / "scheduler_config.json").is_file():
+                _read_scheduler(model, path, faults)
+            elif (path / "vocab.txt").is_file() or (path / "tokenizer.json").is_file():
+                model.tokenizer = path
+                model.source["tokenizer"] = path.name
+            elif (path / "config.json").is_file():
+                _read_component(model, path.name, path, faults)
+            else:
+                faults.append(f"{path.name}/ holds no component that is known")
+        told = {name for name, entry in (index or {}).items() if isinstance(entry, list) and entry[0]}
+        faults += [f"{name}/ is missing" for name in sorted(told) if not (folder / name).is_dir()]
+    if faults:
+        raise DataError([f"{folder}: {fault}" for fault in faults])
+    if (folder / BESIDE / "kept.safetensors").is_file():
+        model.kept = read_safetensors(folder / BESIDE / "kept.safetensors")
+    return model
+
+
+def _read_scheduler(model: Model, path: Path, faults: list[str]) -> None:
+    values = read_json(path / "scheduler_config.json")
+    model.source["scheduler"] = {"name": path.name, "config": values}
+    try:
+        model.diffusion = config_there.schedule_config(values)
+    except DataError as error:
+        faults += error.faults
+
+
+def _read_component(model: Model, name: str, folder: Path, faults: list[str]) -> None:
+    values = read_json(folder / "config.json")
+    kind = config_there.class_of(values)
+    where = f"{name}/" if name else ""
+    if kind not in config_there.READERS:
+        faults.append(f"{where}config.json is of {kind}: only {', '.join(config_there.READERS)} can be read")
+        return
+    part, reader = config_there.READERS[kind]
+    if part in model.parts:
+        faults.append(f"{where}config.json: there is another {part} already")
+        return
+    try:
+        config: PartConfig = reader(values)
+        with torch.device("meta"):
+            shapes = shapes_of(_build(config))
+        found, other, options = _read_weights(
+            folder, "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        )
+    except (DataError, ValueError) as error:
+        told = error.faults if isinstance(error, DataError) else (str(error),)
+        faults += [f"{where}{fault}" for fault in told]
+        return
+    old = any(key.endswith(".proj_attn.weight") for key in found)
+    options |= {"config": values, "old_attention": old}
+    slots = _slots(config, list(shapes), values, old)
+    known = {slot.foreign for slot in slots}
+    head = {key: found[key] for key in TEXT_HEAD if part == "text_encoder" and key in found}
+    own: list[str] = []
+    for tensors in (found, other):
+        if tensors is not None:
+            own += faults_of(slots, shapes, tensors)
+            own += [
+                f"{key} {list(t.shape)} is unknown"
+                for key, t in tensors.items()
+                if key not in known | set(head)
+            ]
+    faults += [f"{where}{fault}" for fault in own]
+    if own:
+        return
+    weights, averaged = taken(slots, found), None if other is None else taken(slots, other)
+    if options["other"] == RAW_BESIDE_AVERAGED:
+        assert averaged is not None
+        weights, averaged = averaged, weights
+    model.parts[part] = Part(config, weights, averaged, head)
+    model.source["components"][part] = options | {"name": name}
+    if isinstance(config, AutoencoderConfig) and "scaling_factor" in values:
+        channels = config.codebook_dim or config.latent_channels
+        factor = torch.full((channels,), float(values["scaling_factor"]))
+        model.scale = LatentScale(torch.zeros(channels), factor)
+    if isinstance(config, UNetConfig) and isinstance(values.get("sample_size"), int):
+        model.latent_size = values["sample_size"]
+
+
+def _build(config: PartConfig) -> torch.nn.Module:
+    if isinstance(config, UNetConfig):
+        return build_unet(config)
+    if isinstance(config, AutoencoderConfig):
+        return build_autoencoder(config)
+    return build_text_encoder(config)
+
+
+def _slots(
+    config: PartConfig, names: list[str], values: Mapping[str, Any], old_attention: bool
+) -> list[Slot]:
+    if isinstance(config, TextEncoderConfig):
+        return names_there.text_slots(names)
+    return names_there.network_slots(names, bool(values.get("use_linear_projection")), old_attention)
+
+
+def _read_weights(
+    folder: Path, stem: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict[str, Any]]:
+    """Tensors of a component, those of its other copy (averaged or raw), and which files they came from."""
+    variants = {
+        match[1]: path
+        for path in sorted(folder.glob(f"{stem}.*.safetensors"))
+        if (match := re.fullmatch(rf"{stem}\.([\w-]+)\.safetensors", path.name))
+    }
+    plain = folder / f"{stem}.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
+    pickled = folder / ("pytorch_model.bin" if stem == "model" else f"{stem}.bin")
+    if plain.is_file():
+        found, file = read_safetensors(plain), plain.name
+    elif index.is_file():
+        parts = sorted(set(read_json(index)["weight_map"].values()))
+        found, file = {}, plain.name
+        for name in parts:
+            found |= read_safetensors(folder / name)
+    elif len(variants) == 1:
+        path = next(iter(variants.values()))
+        return read_safetensors(path), None, {"file": path.name, "other": None}
+    elif pickled.is_file():
+        found, file = read_pickle(pickled), plain.name
+    else:
+        raise DataError(f"{plain.name} is missing, and {pickled.name} too" + (f"; there are {', '.join(variants)}" if variants else ""))  # fmt: skip
+    other = next((kind for kind in (RAW_BESIDE_AVERAGED, AVERAGED_BESIDE_RAW) if kind in variants), None)
+    if unread := [path.name for kind, path in variants.items() if kind != other]:
+        log.warning("%s: %s are copies of the same weights by their names and are not read", folder, unread)
+    copies = None if other is None else read_safetensors(variants[other])
+    return found, copies, {"file": file, "other": other}
+
+
+def write_folder(model: Model, folder: Path, ema: bool) -> None:
+    """Write the diffusers folder of a model into `folder`, which is empty.
+
+    Args:
+        ema: averaged weights, where there are some, are the ones that diffusers loads; the raw ones lie beside them as
+            the variant "non_ema". False: raw ones, and the averaged ones as the variant "ema".
+
+    Raises:
+        ConfigError: with everything that diffusers has no place for, before anything is written.
+    """
+    described = _described(model)
+    for part, (place, name, values, options) in described.items():
+        _write_component(model.parts[part], folder / place, name, values, options, ema)
+    if (
+        model.source.get("layout") == "single"
+        or len(described) == 1
+        and model.source.get("format") != "diffusers"
+    ):
+        pass
+    else:
+        _write_pipeline(
+            model, folder, {part: (place, values) for part, (place, _, values, _) in described.items()}
+        )
+    if model.kept:
+        write_safetensors(folder / BESIDE / "kept.safetensors", model.kept)
+        log.info("%d tensors that diffusers has no place for are in %s/", len(model.kept), BESIDE)
+
+
+Described = dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]
+
+
+def _described(model: Model) -> Described:
+    """(subfolder, weights file, config.json, options of the source) of each part."""
+    if model.source.get("format") == "diffusers":
+        components = model.source["components"]
+        return {
+            part: (
+                components[part]["name"],
+                components[part]["file"],
+                components[part]["config"],
+                components[part],
+            )
+            for part in model.parts
+        }
+    faults: list[str] = []
+    if model.learned_null:
+        faults.append("diffusion.null_condition=learned: diffusers' null condition is the empty caption")
+    if model.scale is not None and model.factor is None:
+        faults.append(
+            "first_stage.scale=channel: diffusers' latents have one scaling_factor, not one a channel"
+        )
+    several = len(model.parts) > 1
+    if several and "unet" in model.parts:
+        if model.scale is None and "autoencoder" in model.parts:
+            faults.append(
+                "the latent scale is not known: import again with scale_factor=N, or config= of the checkpoint"
+            )
+        if model.diffusion is None:
+            faults.append(
+                "the noise schedule is not known: import again with diffusion=NAME, or config= of the checkpoint"
+            )
+    values: dict[str, dict[str, Any]] = {}
+    for part in model.parts:
+        try:
+            values[part] = _values_of(model, part)
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    return {
+        part: (
+            FOLDERS[part] if several else "",
+            "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors",
+            values[part],
+            {},
+        )
+        for part in model.parts
+    }
+
+
+def _values_of(model: Model, part: str) -> dict[str, Any]:
+    if part == "unet":
+        assert model.unet is not None
+        return config_there.unet_values(model.unet, _sample_size(model))
+    if part == "text_encoder":
+        assert model.text_encoder is not None
+        return config_there.text_values(model.text_encoder)
+    assert model.autoencoder is not None
+    if model.scale is None:
+        log.warning("the latent scale is not known: config.json says scaling_factor 1, latents as they are")
+    size = (model.latent_size or 32) * model.autoencoder.factor
+    return config_there.autoencoder_values(model.autoencoder, model.factor, size)
+
+
+def _sample_size(model: Model) -> int | None:
+    """What makes the pipeline draw latents of the trained size: LDMTextToImagePipeline takes f for 8."""
+    size, first = model.latent_size, model.autoencoder
+    if size is None or first is None or model.text_encoder is None or size * 8 % first.factor:
+        return size
+    return size * 8 // first.factor
+
+
+def _write_component(
+    part: Part, folder: Path, name: str, values: dict[str, Any], options: Mapping[str, Any], ema: bool
+) -> None:
+    write_json(folder / "config.json", values)
+    slots = _slots(part.config, list(part.weights), values, bool(options.get("old_attention")))
+    stem = name.removesuffix(".safetensors")
+    if part.averaged is None:
+        write_safetensors(folder / name, given(slots, part.weights) | part.head)
+        return
+    main, other = (part.averaged, part.weights) if ema else (part.weights, part.averaged)
+    variant = RAW_BESIDE_AVERAGED if ema else AVERAGED_BESIDE_RAW
+    write_safetensors(folder / name, given(slots, main) | part.head)
+    write_safetensors(folder / f"{stem}.{variant}.safetensors", given(slots, other))
+
+
+def _write_pipeline(model: Model, folder: Path, described: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    """Scheduler, tokenizer and model_index.json."""
+    source = model.source if model.source.get("format") == "diffusers" else {}
+    if model.tokenizer is not None:
+        shutil.copytree(model.tokenizer, folder / source.get("tokenizer", "tokenizer"))
+    if source:
+        if "scheduler" in source:
+            scheduler = source["scheduler"]
+            write_json(folder / scheduler["name"] / "scheduler_config.json", scheduler["config"])
+        if source["index"] is not None:
+            write_json(folder / "model_index.json", source["index"])
+        return
+    if model.diffusion is not None:
+        write_json(
+            folder / "scheduler" / "scheduler_config.json", config_there.schedule_values(model.diffusion)
+        )
+    pipeline = _pipeline(model)
+    if pipeline is None:
+        return
+    index: dict[str, Any] = {"_class_name": pipeline, "scheduler": ["diffusers", "DDIMScheduler"]}
+    for place, values in described.values():
+        bert = "_class_name" not in values
+        index[place] = ["latent_diffusion", "LDMBertModel"] if bert else ["diffusers", values["_class_name"]]
+    if "text_encoder" in model.parts:
+        index["tokenizer"] = ["transformers", "BertTokenizer"] if model.tokenizer else [None, None]
+        if model.tokenizer is None:
+            log.warning(
+                "the model has no tokenizer: give one to from_pretrained(..., tokenizer=...), or import again with tokenizer="
+            )
+    write_json(folder / "model_index.json", index)
+
+
+def _pipeline(model: Model) -> str | None:
+    """The pipeline that draws with this model; None, with the reason in the log, where there is none."""
+    unet, text, first = model.unet, model.text_encoder, model.autoencoder
+    if unet is None or first is None:
+        return None
+    reason = "diffusers has no pipeline for its condition"
+    if text is not None and text.max_tokens != PIPELINE_TOKENS:
+        reason = f"LDMTextToImagePipeline has captions of {PIPELINE_TOKENS} tokens and this model of {text.max_tokens}"
+    elif text is not None:
+        return "LDMTextToImagePipeline"
+    elif unet.context_dim is None and unet.in_channels == unet.out_channels and unet.num_classes is None:
+        return "LDMPipeline"
+    log.warning("%s: its networks are written each in a folder, without a model_index.json", reason)
+    return None

@@ -1,0 +1,210 @@
+"""A model between formats: its parts with their weights under our names, and the folder that `ldmscale import` makes.
+
+model.json                   configurations of the parts, schedule, latent scale, where it comes from, what was kept
+unet.safetensors             weights under our names, in the dtypes of the source
+unet_averaged.safetensors    averaged copies, where the source has them; alike autoencoder and text_encoder
+kept.safetensors             tensors that are no part of a network here, under the names they had
+lightning.json, lightning.safetensors   what a .ckpt held besides its state_dict
+tokenizer/                   as it was
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from ldmscale.config import AutoencoderConfig, DiffusionConfig, TextEncoderConfig, UNetConfig
+from ldmscale.errors import DataError
+from ldmscale.interop.compvis_names import TEXT_HEAD
+from ldmscale.interop.files import read_json, read_safetensors, write_json, write_safetensors
+from ldmscale.stages.latent_scale import LatentScale
+from ldmscale.validate import read as read_values
+
+MODEL_FILE = "model.json"
+FORMAT = "ldmscale imported model"
+VERSION = 1
+SCHEDULE_KEYS = ("timesteps", "schedule", "beta_start", "beta_end", "prediction")
+PartConfig = UNetConfig | AutoencoderConfig | TextEncoderConfig
+KINDS: dict[str, type[PartConfig]] = {
+    "unet": UNetConfig,
+    "autoencoder": AutoencoderConfig,
+    "text_encoder": TextEncoderConfig,
+}
+
+
+@dataclass
+class Part:
+    """One network: how it is built, and its tensors by our names."""
+
+    config: PartConfig
+    weights: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None = None
+    # Tensors that belong to this network in other formats and that ours does without (the head over the vocabulary).
+    head: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Model:
+    """A model between formats.
+
+    Attributes:
+        parts: by the names of `KINDS`; what a model does not have is not there.
+        diffusion: schedule and prediction; None where the source does not say.
+        scale: between the autoencoder's latents and the U-Net's; None where the source does not say.
+        latent_size: height and width of the latents that the U-Net was trained at.
+        tokenizer: a folder.
+        kept: tensors that are no part of a network here, under the names of CompVis' checkpoints.
+        lightning: what a .ckpt held besides its state_dict.
+        source: how the source was laid out, for writing the same format again.
+        learned_null: the null condition is a trained context, which no other format has a place for.
+    """
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    diffusion: DiffusionConfig | None = None
+    scale: LatentScale | None = None
+    latent_size: int | None = None
+    tokenizer: Path | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    lightning: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    learned_null: bool = False
+
+    @property
+    def unet(self) -> UNetConfig | None:
+        return cast(UNetConfig, self.parts["unet"].config) if "unet" in self.parts else None
+
+    @property
+    def autoencoder(self) -> AutoencoderConfig | None:
+        return (
+            cast(AutoencoderConfig, self.parts["autoencoder"].config) if "autoencoder" in self.parts else None
+        )
+
+    @property
+    def text_encoder(self) -> TextEncoderConfig | None:
+        return (
+            cast(TextEncoderConfig, self.parts["text_encoder"].config)
+            if "text_encoder" in self.parts
+            else None
+        )
+
+    @property
+    def factor(self) -> float | None:
+        """The one number that latents are multiplied by; None where there is no scale, or not one number."""
+        if self.scale is None or bool(self.scale.shift.any()) or len(self.scale.factor.unique()) > 1:
+            return None
+        # The shortest number that float32 holds as this one: 0.18215, not 0.18215000629425049.
+        return float(str(self.scale.factor[0].numpy()))
+
+
+def write_model(model: Model, folder: Path) -> None:
+    """Write an imported model's folder; `folder` exists and is empty."""
+    described: dict[str, Any] = {}
+    for name, part in model.parts.items():
+        described[name] = _plain(asdict(part.config))
+        write_safetensors(folder / f"{name}.safetensors", part.weights | part.head)
+        if part.averaged is not None:
+            write_safetensors(folder / f"{name}_averaged.safetensors", part.averaged)
+    if model.kept:
+        write_safetensors(folder / "kept.safetensors", model.kept)
+    if model.lightning:
+        write_lightning(model.lightning, folder)
+    if model.tokenizer is not None:
+        shutil.copytree(model.tokenizer, folder / "tokenizer")
+    values = {
+        "format": FORMAT,
+        "version": VERSION,
+        "parts": described,
+        "diffusion": None
+        if model.diffusion is None
+        else {key: getattr(model.diffusion, key) for key in SCHEDULE_KEYS},
+        "scale": None if model.scale is None else model.scale.plain(),
+        "latent_size": model.latent_size,
+        "kept": sorted(model.kept),
+        "source": model.source,
+    }
+    write_json(folder / MODEL_FILE, values)
+
+
+def read_model(folder: Path) -> Model:
+    """An imported model's folder. Raises DataError where it is none, or is not whole."""
+    values = read_json(folder / MODEL_FILE)
+    if values.get("format") != FORMAT or values.get("version") != VERSION:
+        raise DataError(
+            f"{folder / MODEL_FILE} is of {values.get('format')!r} {values.get('version')}, expected {FORMAT!r} {VERSION}: "
+            "import the source again"
+        )
+    model = Model(
+        diffusion=None if values["diffusion"] is None else DiffusionConfig(**values["diffusion"]),
+        scale=None if values["scale"] is None else LatentScale.from_plain(values["scale"]),
+        latent_size=values["latent_size"],
+        tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
+        source=values["source"],
+    )
+    for name, config in values["parts"].items():
+        tensors = read_safetensors(folder / f"{name}.safetensors")
+        averaged = folder / f"{name}_averaged.safetensors"
+        head = (
+            {key: tensors.pop(key) for key in TEXT_HEAD if key in tensors} if name == "text_encoder" else {}
+        )
+        model.parts[name] = Part(
+            read_values(KINDS[name], config),
+            tensors,
+            read_safetensors(averaged) if averaged.is_file() else None,
+            head,
+        )
+    if values["kept"]:
+        model.kept = read_safetensors(folder / "kept.safetensors")
+    if (folder / "lightning.json").is_file():
+        model.lightning = read_lightning(folder)
+    return model
+
+
+def write_lightning(values: Mapping[str, Any], folder: Path) -> None:
+    """Plain values as JSON; the tensors among them beside it, under their paths."""
+    tensors: dict[str, Tensor] = {}
+
+    def encode(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value
+            return {"": "tensor", "at": path}
+        if isinstance(value, dict):
+            pairs = [[encode(k, ""), encode(v, f"{path}/{k}".lstrip("/"))] for k, v in value.items()]
+            return {"": "dict", "of": pairs}
+        if isinstance(value, (list, tuple)):
+            items = [encode(v, f"{path}/{i}".lstrip("/")) for i, v in enumerate(value)]
+            return {"": "tuple", "of": items} if isinstance(value, tuple) else items
+        return value
+
+    encoded = encode(dict(values), "")
+    write_json(folder / "lightning.json", encoded)
+    if tensors:
+        write_safetensors(folder / "lightning.safetensors", tensors)
+
+
+def read_lightning(folder: Path) -> dict[str, Any]:
+    path = folder / "lightning.safetensors"
+    tensors = read_safetensors(path) if path.is_file() else {}
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decode(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        if value[""] == "tensor":
+            return tensors[value["at"]]
+        if value[""] == "tuple":
+            return tuple(decode(v) for v in value["of"])
+        return {decode(k): decode(v) for k, v in value["of"]}
+
+    return cast(dict[str, Any], decode(read_json(folder / "lightning.json")))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

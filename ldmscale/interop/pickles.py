@@ -1,0 +1,176 @@
+"""Reading CompVis' .ckpt files, which are pickles that a Lightning run left, without executing anything in them.
+
+A pickle names functions and classes to call. Before a file is opened, every name in it is listed; what is
+neither part of PyTorch's restricted loader nor in the tables below is refused by name. Classes of Lightning
+and OmegaConf are never imported: an inert stand-in takes their place and keeps what was stored in them.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.serialization import safe_globals
+
+from ldmscale.errors import DataError
+
+
+class Inert:
+    """In place of an instance of a class that is not imported: the arguments and the state it was stored with."""
+
+    def __new__(cls, *arguments: Any) -> Inert:
+        made = super().__new__(cls)
+        made.arguments, made.state = arguments, None
+        return made
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments: tuple[Any, ...] = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _NumpyType(Inert):
+    """numpy.dtype, as a code such as "f8"."""
+
+
+class _PlainDict:
+    """Subclasses of dict become dictionaries."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return {}
+
+
+def _numpy_scalar(kind: _NumpyType, stored: bytes | str) -> Any:
+    code = str(kind.arguments[0])
+    if code.lstrip("<>|=")[:1] not in ("b", "i", "u", "f"):
+        raise pickle.UnpicklingError(f"a numpy scalar of type {code!r}")
+    order = kind.state[1] if kind.state else "="
+    raw = stored if isinstance(stored, bytes) else stored.encode("latin1")
+    return np.frombuffer(raw, np.dtype(code).newbyteorder(order if order in ("<", ">") else "="))[0].item()
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+# What may be called, and what is called in its place.
+_CALLABLE: dict[str, Callable[..., Any]] = {
+    "numpy.dtype": _NumpyType,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+    "collections.defaultdict": _plain_dict,
+    "argparse.Namespace": type("Namespace", (Inert,), {}),
+    "pytorch_lightning.utilities.parsing.AttributeDict": _PlainDict,
+    "lightning.pytorch.utilities.parsing.AttributeDict": _PlainDict,
+    "lightning_fabric.utilities.data.AttributeDict": _PlainDict,
+    "lightning.fabric.utilities.data.AttributeDict": _PlainDict,
+}
+_INERT_PREFIXES = (
+    "pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.dtypes.",
+)  # fmt: skip
+_INERT_NAMES = {
+    "typing.Any",
+    *(f"builtins.{n}" for n in ("dict", "list", "tuple", "int", "float", "str", "bool")),
+}
+# What PyTorch's restricted loader makes by itself (torch.load, weights_only).
+_TORCH_PREFIXES = ("torch.",)
+_TORCH_NAMES = {
+    "collections.OrderedDict", "collections.Counter", "_codecs.encode",
+    "builtins.bytearray", "builtins.set", "builtins.complex",
+}  # fmt: skip
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a .ckpt; tensors are mapped from the file where its layout allows.
+
+    Raises DataError for a file that is no checkpoint, and for one that would call anything but the making of
+    tensors and plain values; nothing of such a file is executed.
+    """
+    try:
+        names = _named(path)
+    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} is no checkpoint that PyTorch wrote ({error}): give a .ckpt, .safetensors or a diffusers folder"
+        ) from error
+    stand_ins: list[tuple[Callable[..., Any], str]] = []
+    refused = []
+    for name in sorted(names):
+        if name in _CALLABLE:
+            stand_ins.append((_CALLABLE[name], name))
+        elif name in _INERT_NAMES or name.startswith(_INERT_PREFIXES):
+            module, _, short = name.rpartition(".")
+            stand_ins.append((type(short, (Inert,), {"__module__": module}), name))
+        elif not (name in _TORCH_NAMES or name.startswith(_TORCH_PREFIXES)):
+            refused.append(name)
+    if refused:
+        raise DataError(
+            f"{path} is a pickle that calls {', '.join(refused)}: a model needs no such thing, and it could do harm, so the "
+            "file was not opened; if you trust where it comes from, load it there and save its state_dict as .safetensors"
+        )
+    with safe_globals(stand_ins):  # type: ignore[arg-type,no-untyped-call]
+        try:
+            found = _torch_load(path)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(
+                f"{path} cannot be read as weights only ({reason}): save its state_dict as .safetensors where it comes from"
+            ) from error
+    if not isinstance(found, (dict, OrderedDict)):
+        raise DataError(f"{path} holds a {type(found).__name__}, expected a dictionary with a state_dict")
+    return dict(found)
+
+
+def _torch_load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _named(path: Path) -> set[str]:
+    """Every function and class that the file names, found without loading it."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            if not members:
+                raise ValueError("an archive without data.pkl")
+            return {name for member in members for name in _globals(archive.read(member))}
+    with open(path, "rb") as file:  # before PyTorch 1.6: several pickles, then the storages
+        return {name for _ in range(5) for name in _globals(file)}
+
+
+def _globals(source: Any) -> Iterator[str]:
+    strings: list[str] = []
+    for code, argument, _ in pickletools.genops(source):
+        if code.name in ("GLOBAL", "INST"):
+            yield _modern(str(argument).replace(" ", "."))
+        elif code.name == "STACK_GLOBAL":  # protocol 4 and later: module and name are the strings before it
+            yield _modern(".".join(strings[-2:]))
+        elif isinstance(argument, str):
+            strings.append(argument)
+
+
+def _modern(name: str) -> str:
+    return name.replace("__builtin__.", "builtins.", 1) if name.startswith("__builtin__.") else name
+
+
+def plain(value: Any) -> Any:
+    """What a stored value means in plain terms: OmegaConf's nodes and namespaces become dictionaries and lists."""
+    if isinstance(value, Inert):
+        state = value.state if isinstance(value.state, dict) else {}
+        if "_content" in state:
+            return plain(state["_content"])
+        if "_val" in state:
+            return plain(state["_val"])
+        return plain(state) if state else [plain(a) for a in value.arguments]
+    if isinstance(value, dict):
+        return {k if isinstance(k, (str, int)) else str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value

@@ -1,0 +1,89 @@
+"""One tensor of another format and the tensors of ours that it holds: names, shapes, and the way from one to the other.
+
+All forms rearrange elements and compute nothing, so a conversion there and back is exact in every dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Form = Literal["same", "conv1", "conv2", "qkv"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor called `foreign` there, which is `ours` here.
+
+    Forms: "same"; "conv1" and "conv2", a linear layer that is a 1x1 convolution there (one or two more axes);
+    "qkv", the three projections of an attention in one convolution, ordered by head, then q, k, v.
+    """
+
+    foreign: str
+    ours: tuple[str, ...]
+    form: Form = "same"
+    heads: int = 1
+
+    def foreign_shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+        shape = tuple(shapes[self.ours[0]])
+        if self.form == "qkv":
+            return (3 * shape[0], *shape[1:], *((1,) if len(shape) == 2 else ()))
+        return shape + (1,) * {"same": 0, "conv1": 1, "conv2": 2}[self.form]
+
+    def to_ours(self, tensor: Tensor) -> dict[str, Tensor]:
+        if self.form == "same":
+            return {self.ours[0]: tensor}
+        if self.form != "qkv":
+            return {self.ours[0]: tensor.flatten(1)}
+        parts = tensor.reshape(self.heads, 3, -1, *tensor.shape[1:2])  # [H, 3, C/H(, C)]
+        return {name: parts[:, i].flatten(0, 1) for i, name in enumerate(self.ours)}
+
+    def to_foreign(self, weights: Mapping[str, Tensor]) -> Tensor:
+        tensors = [weights[name] for name in self.ours]
+        if self.form == "same":
+            return tensors[0]
+        if self.form != "qkv":
+            return tensors[0].reshape(self.foreign_shape({self.ours[0]: tensors[0].shape}))
+        by_head = [t.unflatten(0, (self.heads, -1)) for t in tensors]  # each [H, C/H(, C)]
+        joined = torch.stack(by_head, dim=1).flatten(0, 2)  # [3C(, C)]
+        return joined[..., None] if joined.dim() == 2 else joined
+
+
+def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def faults_of(
+    slots: Iterable[Slot],
+    shapes: Mapping[str, Sequence[int]],
+    found: Mapping[str, Tensor],
+    prefix: str = "",
+) -> list[str]:
+    """Each slot that is missing in `found` (under `prefix`), or has another shape there."""
+    faults = []
+    for slot in slots:
+        name = prefix + slot.foreign
+        expected = slot.foreign_shape(shapes)
+        if name not in found:
+            faults.append(f"{name} is missing, expected {list(expected)}")
+        elif tuple(found[name].shape) != expected:
+            faults.append(f"{name} has the shape {list(found[name].shape)}, expected {list(expected)}")
+    return faults
+
+
+def taken(slots: Iterable[Slot], found: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Our tensors out of theirs."""
+    weights: dict[str, Tensor] = {}
+    for slot in slots:
+        weights |= slot.to_ours(found[prefix + slot.foreign])
+    return weights
+
+
+def given(slots: Iterable[Slot], weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Their tensors out of ours."""
+    return {prefix + slot.foreign: slot.to_foreign(weights) for slot in slots}
