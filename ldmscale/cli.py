@@ -20,6 +20,8 @@ JOB_SUMMARIES = {
     "diffusion": "trains the conditional model on latents, or online from images",
     "submit": "freezes a job and queues it with Slurm: ldmscale submit JOB cluster=NAME ...",
     "sample": "draws images for prompts (a list, a file or standard input)",
+    "import": "reads a CompVis checkpoint or a diffusers folder into a folder that sample and export take",
+    "export": "writes a run or an imported model as a diffusers folder or a CompVis checkpoint",
 }
 USAGE = "usage: ldmscale JOB [group=option ...] [key=value ...] [--help | --cfg job | --multirun | --shell-completion ...]"
 FINISHED, FAULTY, FAILED, STOPPED = 0, 2, 1, 75

@@ -85,19 +85,25 @@ def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") 
 
 
 def load(path: str | Path, ema: bool | str = True, dtype: torch.dtype = torch.float32) -> Parts:
-    """The parts of a run folder, by its newest complete checkpoint, or of one checkpoint; on the CPU.
+    """The parts of a run folder, by its newest complete checkpoint, of one checkpoint, or of a foreign model; on the CPU.
 
     Args:
-        path: the folder of an autoencoder or diffusion run, or one of its checkpoints/step_*.
+        path: the folder of an autoencoder or diffusion run, or one of its checkpoints/step_*; an imported model's folder;
+            a diffusers folder; a CompVis .ckpt or .safetensors with its yaml beside it.
         ema: averaged weights where the run kept them, raw ones otherwise; or the name of another average: "ema_0.999"
             of ema.decays, or "power_0.08" of any relative width, made from the stored power-function averages.
         dtype: of the weights; the autoencoder of a diffusion run stays in float32 (half precision blurs and overflows).
 
     Raises:
-        ConfigError: the folder is no run.
+        ConfigError: the folder is no run, and no model of another format.
+        DataError: a model of another format is not whole, or cannot be followed.
         CheckpointError: the run has no complete checkpoint, or it does not fit the configuration.
     """
     given = Path(path)
+    if is_foreign(given):
+        from ldmscale.interop.loading import load_model  # it imports Parts from here
+
+        return load_model(given, ema, dtype)
     checkpoint = given if (given / "manifest.json").is_file() and given.name.startswith("step_") else None
     folder = RunFolder(given if checkpoint is None else given.parent.parent)
     values = folder.config()
@@ -108,6 +114,13 @@ def load(path: str | Path, ema: bool | str = True, dtype: torch.dtype = torch.fl
     if values["job"] == "autoencoder":
         return _load_autoencoder(read(AutoencoderJob, values), reader, ema, dtype)
     return _load_diffusion(read(DiffusionJob, values), folder, reader, ema, dtype)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether this is a model of another format, or an imported one, and no run."""
+    return path.is_file() or any(
+        (path / name).is_file() for name in ("model.json", "model_index.json", "config.json")
+    )
 
 
 def _load_autoencoder(config: AutoencoderJob, reader: Reader, ema: bool | str, dtype: torch.dtype) -> Parts:

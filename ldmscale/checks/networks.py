@@ -11,7 +11,7 @@ def check_widths(name: str, network: AutoencoderConfig | UNetConfig) -> list[str
         f"{name}.channels={channels} times {mult} is no multiple of {name}.norm_groups={groups}: "
         f"give {name}.channels={max(1, round(channels / groups)) * groups}"
         for mult in network.channel_mult
-        if groups < 1 or channels * mult % groups
+        if groups < 1 or round(channels * mult) % groups
     ][:1]
 
 
@@ -47,7 +47,7 @@ def check_unet(unet: UNetConfig) -> list[str]:
     if wrong := [level for level in unet.attention_levels if not 0 <= level < levels]:
         faults.append(f"unet.attention_levels has {wrong}: this U-Net's levels are 0 to {levels - 1}")
     for level in unet.attention_levels:
-        width = unet.channels * unet.channel_mult[level] if level < levels else 0
+        width = round(unet.channels * unet.channel_mult[level]) if level < levels else 0
         for name, divisor in (("heads", unet.heads), ("head_channels", unet.head_channels)):
             if divisor and width % divisor:
                 faults.append(

@@ -160,6 +160,13 @@ def check_same_autoencoder(config: DiffusionJob) -> list[str]:
     ]
 
 
+def check_model(path: str, key: str) -> list[str]:
+    """A run, or a model in one of the formats that can be imported."""
+    given = Path(path)
+    imported = any((given / name).is_file() for name in ("model.json", "model_index.json", "config.json"))
+    return [] if given.is_file() or imported else check_run(path, key)
+
+
 def check_run(path: str, key: str) -> list[str]:
     try:
         RunFolder(path).config()

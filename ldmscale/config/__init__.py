@@ -6,6 +6,7 @@ Hydra composes plain YAML; `validate.read` turns it into these frozen dataclasse
 from ldmscale.config.cluster import ClusterConfig
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
+from ldmscale.config.interop import ExportJob, HeadsConfig, ImportJob
 from ldmscale.config.jobs import (
     JOBS,
     AutoencoderJob,
@@ -58,7 +59,10 @@ __all__ = [
     "EmaConfig",
     "EmbeddingsConfig",
     "EncoderConfig",
+    "ExportJob",
     "FirstStageConfig",
+    "HeadsConfig",
+    "ImportJob",
     "IndexJob",
     "Job",
     "LatentsConfig",

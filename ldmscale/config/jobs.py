@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from ldmscale.config.cluster import ClusterConfig
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
+from ldmscale.config.interop import ExportJob, ImportJob
 from ldmscale.config.networks import (
     AutoencoderConfig,
     ClassEmbedderConfig,
@@ -128,7 +129,17 @@ class SubmitJob:
 
 
 TrainingJob = AutoencoderJob | DiffusionJob
-Job = IndexJob | AutoencoderJob | LatentsJob | DiffusionJob | SampleJob | QuickstartJob | SubmitJob
+Job = (
+    IndexJob
+    | AutoencoderJob
+    | LatentsJob
+    | DiffusionJob
+    | SampleJob
+    | QuickstartJob
+    | SubmitJob
+    | ImportJob
+    | ExportJob
+)
 JOBS: dict[str, type[Job]] = {
     "quickstart": QuickstartJob,
     "index": IndexJob,
@@ -137,4 +148,6 @@ JOBS: dict[str, type[Job]] = {
     "diffusion": DiffusionJob,
     "sample": SampleJob,
     "submit": SubmitJob,
+    "import": ImportJob,
+    "export": ExportJob,
 }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmscale.config import ClassEmbedderConfig, SpatialConfig
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import compvis_names as names_there
 from ldmscale.interop import compvis_shapes as shapes_there
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 UNET, FIRST_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 TEXT = "cond_stage_model.transformer."
+CLASSES, MAPPER = "cond_stage_model.embedding.weight", "cond_stage_model.channel_mapper.weight"
 BUFFERS = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
@@ -63,6 +65,7 @@ def from_state(state: Mapping[str, Tensor], hints: Hints) -> Model:
             reader.read_autoencoder(FIRST_STAGE)
         if any(name.startswith((TEXT + "token_emb.", TEXT + "attn_layers.")) for name in state):
             reader.read_text_encoder()
+        reader.read_small_readers()
     elif any(name.startswith("encoder.") for name in state):
         reader.read_autoencoder("")
     else:
@@ -76,7 +79,9 @@ def from_state(state: Mapping[str, Tensor], hints: Hints) -> Model:
 class _Reader:
     def __init__(self, state: Mapping[str, Tensor], hints: Hints) -> None:
         self.state, self.hints = state, hints
-        self.model, self.faults, self.used = Model(), [], set[str]()
+        self.model = Model()
+        self.faults: list[str] = []
+        self.used: set[str] = set()
         self.unreadable: list[str] = []  # prefixes of parts whose architecture cannot be told
 
     def read_unet(self) -> None:
@@ -129,6 +134,26 @@ class _Reader:
                 self.used.add(TEXT + name)
                 if part is not None:
                     part.head[name] = found[name]
+
+    def read_small_readers(self) -> None:
+        """The table of classes and the channel mapper of maps: one tensor each."""
+        if CLASSES in self.state:
+            rows, width = self.state[CLASSES].shape
+            null = bool(self.hints.null_class)
+            config = ClassEmbedderConfig(classes=rows - int(null), width=width, null_class=null)
+            self.model.parts["class_embedder"] = Part(config, {"embedding.weight": self.state[CLASSES]})
+            self.used.add(CLASSES)
+        if MAPPER in self.state:
+            joined, classes = self.state[MAPPER].shape[:2]
+            if self.hints.halvings is None:
+                self.faults.append(shapes_there.HALVINGS)
+            spatial = SpatialConfig(
+                kind="map", channels=joined, map_classes=classes, halvings=self.hints.halvings or 0
+            )
+            self.model.parts["spatial_rescaler"] = Part(
+                spatial, {"channel_mapper.weight": self.state[MAPPER]}
+            )
+            self.used.add(MAPPER)
 
     def finished(self) -> Model:
         for name in self.state:
@@ -196,7 +221,7 @@ class _Reader:
         if "scale_factor" in self.state:
             factor = float(self.state["scale_factor"])
         if factor is not None and (autoencoder := model.autoencoder) is not None:
-            channels = autoencoder.codebook_dim or autoencoder.latent_channels
+            channels = autoencoder.latent_width
             model.scale = LatentScale(torch.zeros(channels), torch.full((channels,), factor))
 
 
@@ -218,8 +243,10 @@ def unwritable(model: Model) -> list[str]:
         faults.append("first_stage.scale=channel: CompVis' latents have one factor, not one a channel")
     if model.diffusion is not None and model.diffusion.prediction not in ("eps", "x0"):
         faults.append(f"diffusion.prediction={model.diffusion.prediction}: CompVis knows eps and x0")
-    if "text_encoder" in model.parts and "unet" not in model.parts:
-        faults.append("a text encoder without a U-Net: CompVis' checkpoints have none alone")
+    if model.diffusion is not None and model.diffusion.zero_terminal_snr:
+        faults.append("diffusion.zero_terminal_snr=true: CompVis' schedules keep some signal")
+    if "unet" not in model.parts and (alone := sorted(set(model.parts) - {"autoencoder"})):
+        faults.append(f"{', '.join(alone)} without a U-Net: CompVis' checkpoints have none alone")
     return faults
 
 
@@ -237,6 +264,8 @@ def to_state(model: Model) -> dict[str, Tensor]:
             assert model.autoencoder is not None
             slots = names_there.autoencoder_slots(model.autoencoder, names)
             prefix, averaged_as = (FIRST_STAGE, "") if "unet" in model.parts else ("", "")
+        elif name in ("class_embedder", "spatial_rescaler"):
+            slots, prefix, averaged_as = [Slot(n, (n,)) for n in names], "cond_stage_model.", ""
         else:
             slots = names_there.text_slots(names, bool(model.source.get("nested_norms")))
             prefix, averaged_as = TEXT, ""

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ldmscale.config import DiffusionConfig
+from ldmscale.config import DiffusionConfig, SpatialConfig
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.errors import DataError
 from ldmscale.interop.model import Model
@@ -34,6 +34,8 @@ class Hints:
     scale_factor: float | None = None
     latent_size: int | None = None
     dropout: float = 0.0
+    halvings: int | None = None  # of a map, by the spatial rescaler
+    null_class: bool | None = None  # whether the last row of the table of classes stands for none
 
 
 def read_hints(values: Mapping[str, Any], where: str) -> Hints:
@@ -81,6 +83,7 @@ def read_hints(values: Mapping[str, Any], where: str) -> Hints:
         scale_factor=None if by_std else float(params.get("scale_factor", 1.0)),
         latent_size=params.get("image_size") if isinstance(params.get("image_size"), int) else None,
         dropout=float(unet.get("dropout", 0.0)),
+        halvings=text.get("n_stages"),
     )
 
 
@@ -115,7 +118,7 @@ def schedule_of(betas: Tensor) -> DiffusionConfig | None:
             start, end = (1e-4, 2e-2) if kind == "cosine" else (first, last)
             return DiffusionConfig(
                 timesteps=len(betas),
-                schedule=kind,  # type: ignore[arg-type]
+                schedule=kind,
                 beta_start=start,
                 beta_end=end,
             )
@@ -136,7 +139,7 @@ def written(model: Model) -> dict[str, Any]:
         inner = {
             "target": f"ldm.models.autoencoder.{'AutoencoderKL' if autoencoder.kind == 'kl' else 'VQModelInterface'}",
             "params": {
-                "embed_dim": autoencoder.codebook_dim or autoencoder.latent_channels,
+                "embed_dim": autoencoder.latent_width,
                 **_autoencoder(model),
             },
         }
@@ -197,6 +200,22 @@ def written(model: Model) -> dict[str, Any]:
                 "max_seq_len": text.max_tokens,
                 # BERTEmbedder takes none of these: it says so, instead of drawing with other heads.
                 **({} if fixed else {"heads": text.heads, "dim_head": text.head_channels}),
+            },
+        }
+    if "class_embedder" in model.parts:
+        rows, width = model.parts["class_embedder"].weights["embedding.weight"].shape
+        params["cond_stage_config"] = {
+            "target": "ldm.modules.encoders.modules.ClassEmbedder",
+            "params": {"n_classes": rows, "embed_dim": width},
+        }
+    if (spatial := model.parts.get("spatial_rescaler")) is not None:
+        assert isinstance(spatial.config, SpatialConfig)
+        params["cond_stage_config"] = {
+            "target": "ldm.modules.encoders.modules.SpatialRescaler",
+            "params": {
+                "n_stages": spatial.config.halvings,
+                "in_channels": spatial.config.map_classes,
+                "out_channels": spatial.config.channels,
             },
         }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}

@@ -24,6 +24,10 @@ UNET_HEADS = HEADS.format(
     part="unet", or_size=" or unet.head_channels=N, or config=FILE, the yaml that CompVis publishes with it"
 )
 TEXT_HEADS = HEADS.format(part="text_encoder", or_size=" and text_encoder.head_channels=N")
+HALVINGS = (
+    "the number of halvings of the map is not known: the shapes of a checkpoint do not tell it; give spatial=NAME of its "
+    "configuration in conf/, or config=FILE, the yaml that CompVis publishes with it"
+)
 # BERTEmbedder has no setting for its heads: x-transformers' defaults.
 BERT_HEADS, BERT_HEAD_CHANNELS = 8, 64
 
@@ -53,7 +57,7 @@ def infer_unet(found: Found, heads: int | None, head_channels: int | None) -> UN
         in_channels=first[1],
         out_channels=last[0],
         channels=first[0],
-        channel_mult=multiples([first[0], *widths]),  # type: ignore[arg-type]
+        channel_mult=multiples([first[0], *widths]),
         blocks_per_level=blocks,
         attention_levels=tuple(
             level for level, i in enumerate(starts) if f"input_blocks.{i}.1.norm.weight" in found
@@ -86,7 +90,7 @@ def infer_autoencoder(found: Found) -> AutoencoderConfig:
         kind="vq" if vq else "kl",
         latent_channels=features if vq else features // 2,
         channels=first[0],
-        channel_mult=multiples([first[0], *widths]),  # type: ignore[arg-type]
+        channel_mult=multiples([first[0], *widths]),
         blocks_per_level=_count(found, r"encoder\.down\.0\.block\.(\d+)\."),
         attention_levels=tuple(
             level for level in range(levels) if f"encoder.down.{level}.attn.0.norm.weight" in found

@@ -84,7 +84,7 @@ def unet_config(values: Values) -> UNetConfig:
         in_channels=values.get("in_channels", 4 if conditional else 3),
         out_channels=values.get("out_channels", 4 if conditional else 3),
         channels=widths[0],
-        channel_mult=multiples([widths[0], *widths]),  # type: ignore[arg-type]
+        channel_mult=multiples([widths[0], *widths]),
         blocks_per_level=cast(int, blocks),
         attention_levels=tuple(levels),
         heads=heads,
@@ -223,7 +223,7 @@ def autoencoder_config(values: Values) -> AutoencoderConfig:
         kind="vq" if vq else "kl",
         latent_channels=latent,
         channels=widths[0],
-        channel_mult=multiples([widths[0], *widths]),  # type: ignore[arg-type]
+        channel_mult=multiples([widths[0], *widths]),
         blocks_per_level=values.get("layers_per_block", 1),
         attention_levels=tuple(i for i, kind in enumerate(down) if kind.startswith("Attn")),
         mid_attention=values.get("mid_block_add_attention", True),
@@ -324,9 +324,8 @@ def schedule_config(values: Values) -> DiffusionConfig:
         faults.append(f"beta_schedule={kind!r}: only {', '.join(SCHEDULES)} can be read")
     if prediction not in PREDICTIONS:
         faults.append(f"prediction_type={prediction!r}: only {', '.join(PREDICTIONS)} can be read")
-    for key in ("trained_betas", "rescale_betas_zero_snr"):
-        if values.get(key):
-            faults.append(f"{key} is set: such a schedule cannot be read")
+    if values.get("trained_betas"):
+        faults.append("trained_betas is set: such a schedule cannot be read")
     if faults:
         raise DataError([f"scheduler: {fault}" for fault in faults])
     return DiffusionConfig(
@@ -335,6 +334,7 @@ def schedule_config(values: Values) -> DiffusionConfig:
         beta_start=values.get("beta_start", 1e-4),
         beta_end=values.get("beta_end", 2e-2),
         prediction=PREDICTIONS[prediction],  # type: ignore[arg-type]
+        zero_terminal_snr=bool(values.get("rescale_betas_zero_snr", False)),
     )
 
 
@@ -352,7 +352,7 @@ def schedule_values(config: DiffusionConfig) -> dict[str, Any]:
         "steps_offset": 1,
         "timestep_spacing": "leading",
         "thresholding": False,
-        "rescale_betas_zero_snr": False,
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
     }
 
 

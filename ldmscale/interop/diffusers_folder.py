@@ -130,7 +130,7 @@ def _read_component(model: Model, name: str, folder: Path, faults: list[str]) ->
     model.parts[part] = Part(config, weights, averaged, head)
     model.source["components"][part] = options | {"name": name}
     if isinstance(config, AutoencoderConfig) and "scaling_factor" in values:
-        channels = config.codebook_dim or config.latent_channels
+        channels = config.latent_width
         factor = torch.full((channels,), float(values["scaling_factor"]))
         model.scale = LatentScale(torch.zeros(channels), factor)
     if isinstance(config, UNetConfig) and isinstance(values.get("sample_size"), int):
@@ -142,6 +142,7 @@ def _build(config: PartConfig) -> torch.nn.Module:
         return build_unet(config)
     if isinstance(config, AutoencoderConfig):
         return build_autoencoder(config)
+    assert isinstance(config, TextEncoderConfig)
     return build_text_encoder(config)
 
 
@@ -178,7 +179,8 @@ def _read_weights(
     elif pickled.is_file():
         found, file = read_pickle(pickled), plain.name
     else:
-        raise DataError(f"{plain.name} is missing, and {pickled.name} too" + (f"; there are {', '.join(variants)}" if variants else ""))  # fmt: skip
+        there = f"; there are the variants {', '.join(variants)}" if variants else ""
+        raise DataError(f"{plain.name} is missing, and {pickled.name} too{there}")
     other = next((kind for kind in (RAW_BESIDE_AVERAGED, AVERAGED_BESIDE_RAW) if kind in variants), None)
     if unread := [path.name for kind, path in variants.items() if kind != other]:
         log.warning("%s: %s are copies of the same weights by their names and are not read", folder, unread)
@@ -199,13 +201,7 @@ def write_folder(model: Model, folder: Path, ema: bool) -> None:
     described = _described(model)
     for part, (place, name, values, options) in described.items():
         _write_component(model.parts[part], folder / place, name, values, options, ema)
-    if (
-        model.source.get("layout") == "single"
-        or len(described) == 1
-        and model.source.get("format") != "diffusers"
-    ):
-        pass
-    else:
+    if any(place for place, *_ in described.values()):
         _write_pipeline(
             model, folder, {part: (place, values) for part, (place, _, values, _) in described.items()}
         )
@@ -237,6 +233,11 @@ def _described(model: Model) -> Described:
         faults.append(
             "first_stage.scale=channel: diffusers' latents have one scaling_factor, not one a channel"
         )
+    for part in ("class_embedder", "spatial_rescaler"):
+        if part in model.parts:
+            faults.append(
+                f"{part}: diffusers has no such network; give 'parts=[unet,autoencoder]' to leave it out, or format=compvis"
+            )
     several = len(model.parts) > 1
     if several and "unet" in model.parts:
         if model.scale is None and "autoencoder" in model.parts:
@@ -248,7 +249,7 @@ def _described(model: Model) -> Described:
                 "the noise schedule is not known: import again with diffusion=NAME, or config= of the checkpoint"
             )
     values: dict[str, dict[str, Any]] = {}
-    for part in model.parts:
+    for part in set(model.parts) & set(FOLDERS):
         try:
             values[part] = _values_of(model, part)
         except ConfigError as error:

@@ -18,7 +18,14 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ldmscale.config import AutoencoderConfig, DiffusionConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config import (
+    AutoencoderConfig,
+    ClassEmbedderConfig,
+    DiffusionConfig,
+    SpatialConfig,
+    TextEncoderConfig,
+    UNetConfig,
+)
 from ldmscale.errors import DataError
 from ldmscale.interop.compvis_names import TEXT_HEAD
 from ldmscale.interop.files import read_json, read_safetensors, write_json, write_safetensors
@@ -28,12 +35,14 @@ from ldmscale.validate import read as read_values
 MODEL_FILE = "model.json"
 FORMAT = "ldmscale imported model"
 VERSION = 1
-SCHEDULE_KEYS = ("timesteps", "schedule", "beta_start", "beta_end", "prediction")
-PartConfig = UNetConfig | AutoencoderConfig | TextEncoderConfig
+SCHEDULE_KEYS = ("timesteps", "schedule", "beta_start", "beta_end", "prediction", "zero_terminal_snr")
+PartConfig = UNetConfig | AutoencoderConfig | TextEncoderConfig | ClassEmbedderConfig | SpatialConfig
 KINDS: dict[str, type[PartConfig]] = {
     "unet": UNetConfig,
     "autoencoder": AutoencoderConfig,
     "text_encoder": TextEncoderConfig,
+    "class_embedder": ClassEmbedderConfig,
+    "spatial_rescaler": SpatialConfig,
 }
 
 
@@ -95,7 +104,11 @@ class Model:
     @property
     def factor(self) -> float | None:
         """The one number that latents are multiplied by; None where there is no scale, or not one number."""
-        if self.scale is None or bool(self.scale.shift.any()) or len(self.scale.factor.unique()) > 1:
+        if (
+            self.scale is None
+            or bool(self.scale.shift.any())
+            or bool((self.scale.factor != self.scale.factor[0]).any())
+        ):
             return None
         # The shortest number that float32 holds as this one: 0.18215, not 0.18215000629425049.
         return float(str(self.scale.factor[0].numpy()))

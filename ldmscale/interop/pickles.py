@@ -53,9 +53,9 @@ def _numpy_scalar(kind: _NumpyType, stored: bytes | str) -> Any:
     code = str(kind.arguments[0])
     if code.lstrip("<>|=")[:1] not in ("b", "i", "u", "f"):
         raise pickle.UnpicklingError(f"a numpy scalar of type {code!r}")
-    order = kind.state[1] if kind.state else "="
+    big = bool(kind.state) and kind.state[1] == ">"
     raw = stored if isinstance(stored, bytes) else stored.encode("latin1")
-    return np.frombuffer(raw, np.dtype(code).newbyteorder(order if order in ("<", ">") else "="))[0].item()
+    return np.frombuffer(raw, np.dtype(code).newbyteorder(">" if big else "="))[0].item()
 
 
 def _plain_dict(*_: Any) -> dict[Any, Any]:
@@ -116,7 +116,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
             f"{path} is a pickle that calls {', '.join(refused)}: a model needs no such thing, and it could do harm, so the "
             "file was not opened; if you trust where it comes from, load it there and save its state_dict as .safetensors"
         )
-    with safe_globals(stand_ins):  # type: ignore[arg-type,no-untyped-call]
+    with safe_globals(stand_ins):  # type: ignore[arg-type]
         try:
             found = _torch_load(path)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmscale.config import DiffusionConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config import (
+    ClassEmbedderConfig,
+    DiffusionConfig,
+    SpatialConfig,
+    TextEncoderConfig,
+    UNetConfig,
+)
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import compvis
@@ -41,6 +47,8 @@ class Given:
     text_encoder: TextEncoderConfig | None = None
     text_heads: int | None = None
     text_head_channels: int | None = None
+    class_embedder: ClassEmbedderConfig | None = None
+    spatial: SpatialConfig | None = None
     diffusion: DiffusionConfig | None = None
     scale_factor: float | None = None
     latent_size: int | None = None
@@ -111,6 +119,10 @@ def _over(hints: Hints, given: Given) -> Hints:
     text_size = given.text_head_channels or (text.head_channels if text else None)
     if text_heads is not None or text_size is not None:
         hints = replace(hints, text_heads=text_heads, text_head_channels=text_size)
+    if given.class_embedder is not None:
+        hints = replace(hints, null_class=given.class_embedder.null_class)
+    if given.spatial is not None:
+        hints = replace(hints, halvings=given.spatial.halvings)
     if given.diffusion is not None:
         hints = replace(hints, diffusion=given.diffusion)
     if given.scale_factor is not None:
@@ -123,7 +135,13 @@ def _over(hints: Hints, given: Given) -> Hints:
 def _settle(model: Model, given: Given) -> None:
     """Compare whole given configurations with what was found; take what formats other than CompVis' leave open."""
     faults = []
-    for name, wanted in (("unet", given.unet), ("text_encoder", given.text_encoder)):
+    whole = {
+        "unet": given.unet,
+        "text_encoder": given.text_encoder,
+        "class_embedder": given.class_embedder,
+        "spatial_rescaler": given.spatial,
+    }
+    for name, wanted in whole.items():
         if wanted is None:
             continue
         if name not in model.parts:
@@ -139,8 +157,15 @@ def _settle(model: Model, given: Given) -> None:
     model.diffusion = given.diffusion or model.diffusion
     model.latent_size = given.latent_size or model.latent_size
     if given.scale_factor is not None and (first := model.autoencoder) is not None:
-        channels = first.codebook_dim or first.latent_channels
+        channels = first.latent_width
         model.scale = LatentScale(torch.zeros(channels), torch.full((channels,), given.scale_factor))
+
+
+def one_average(ema: bool | str) -> bool:
+    """Models of other formats have one average at most. Raises ConfigError where another one is asked for by name."""
+    if isinstance(ema, str):
+        raise ConfigError(f"ema={ema}: only runs of ldmscale keep averages by name; give ema=true or ema=false")
+    return ema
 
 
 def add_tokenizer(model: Model, name_or_folder: str, folder: Path) -> None:

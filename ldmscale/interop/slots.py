@@ -48,7 +48,7 @@ class Slot:
             return tensors[0]
         if self.form != "qkv":
             return tensors[0].reshape(self.foreign_shape({self.ours[0]: tensors[0].shape}))
-        by_head = [t.unflatten(0, (self.heads, -1)) for t in tensors]  # each [H, C/H(, C)]
+        by_head = [t.reshape(self.heads, -1, *t.shape[1:]) for t in tensors]  # each [H, C/H(, C)]
         joined = torch.stack(by_head, dim=1).flatten(0, 2)  # [3C(, C)]
         return joined[..., None] if joined.dim() == 2 else joined
 

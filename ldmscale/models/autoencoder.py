@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         image_channels: int,
         out_channels: int,
         channels: int,
-        channel_mult: Sequence[int],
+        channel_mult: Sequence[float],
         blocks_per_level: int,
         attention_levels: Sequence[int],
         mid_attention: bool,
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
-        sizes = [channels * m for m in channel_mult]
+        sizes = [round(channels * m) for m in channel_mult]
         self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
         self.down_blocks = nn.ModuleList()
         current = channels
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         image_channels: int,
         latent_channels: int,
         channels: int,
-        channel_mult: Sequence[int],
+        channel_mult: Sequence[float],
         blocks_per_level: int,
         attention_levels: Sequence[int],
         mid_attention: bool,
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__()
-        sizes = [channels * m for m in channel_mult]
+        sizes = [round(channels * m) for m in channel_mult]
         current = sizes[-1]
         self.conv_in = nn.Conv2d(latent_channels, current, 3, padding=1)
         self.mid_block = Blocks(
@@ -213,7 +213,7 @@ class KLAutoencoder(nn.Module):
         image_channels: int = 3,
         latent_channels: int,
         channels: int,
-        channel_mult: Sequence[int],
+        channel_mult: Sequence[float],
         blocks_per_level: int,
         attention_levels: Sequence[int] = (),
         mid_attention: bool = True,
@@ -289,7 +289,7 @@ class VQAutoencoder(nn.Module):
         image_channels: int = 3,
         latent_channels: int,
         channels: int,
-        channel_mult: Sequence[int],
+        channel_mult: Sequence[float],
         blocks_per_level: int,
         codebook_size: int,
         codebook_dim: int | None = None,
@@ -356,7 +356,7 @@ class VQAutoencoder(nn.Module):
         return self.decode(codes.quantized, quantize=False), codes
 
 
-def _check(checkpointing: str, attention_levels: Sequence[int], channel_mult: Sequence[int]) -> None:
+def _check(checkpointing: str, attention_levels: Sequence[int], channel_mult: Sequence[float]) -> None:
     check_checkpointing(checkpointing)
     wrong = sorted(level for level in attention_levels if not 0 <= level < len(channel_mult))
     if wrong:

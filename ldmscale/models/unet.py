@@ -39,7 +39,7 @@ class UNet(nn.Module):
         in_channels: channels of the first convolution, including those of `concat`.
         out_channels: channels of the prediction.
         channels: channels of level 0 before `channel_mult`; the sinusoids of time have as many.
-        channel_mult: one factor a level.
+        channel_mult: one factor a level; channels times it is rounded, since others have widths like 64 and 96.
         blocks_per_level: residual blocks of a level on the way down (one more on the way up).
         attention_levels: levels whose residual blocks are each followed by attention. The middle always has
             it.
@@ -63,7 +63,7 @@ class UNet(nn.Module):
         in_channels: int,
         out_channels: int,
         channels: int,
-        channel_mult: Sequence[int],
+        channel_mult: Sequence[float],
         blocks_per_level: int,
         attention_levels: Sequence[int],
         heads: int | None = None,
@@ -86,7 +86,7 @@ class UNet(nn.Module):
         self.out_channels = out_channels
         self.context_dim = context_dim
         time_channels = 4 * channels
-        sizes = [channels * m for m in channel_mult]
+        sizes = [round(channels * m) for m in channel_mult]
 
         def resnet(
             inputs: int, outputs: int, resample: Literal["none", "down", "up"] = "none"

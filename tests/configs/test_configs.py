@@ -19,6 +19,8 @@ NEEDED = {
     "latents": ["data.shards=x.tar", "first_stage.path=a", "latents.path=b"],
     "diffusion": ["data.shards=x.tar", "train.global_batch=8", "train.rank_micro_batch=4"],
     "sample": ["sample.model=a", "sample.prompts=b"],
+    "import": ["src=a", "dst=b"],
+    "export": ["src=a", "dst=b", "format=diffusers"],
     "quickstart": [],
     "submit": ["cluster.nodes=1", "cluster.tasks_per_node=1"],
 }  # fmt: skip
