@@ -164,7 +164,9 @@ def _settle(model: Model, given: Given) -> None:
 def one_average(ema: bool | str) -> bool:
     """Models of other formats have one average at most. Raises ConfigError where another one is asked for by name."""
     if isinstance(ema, str):
-        raise ConfigError(f"ema={ema}: only runs of ldmscale keep averages by name; give ema=true or ema=false")
+        raise ConfigError(
+            f"ema={ema}: only runs of ldmscale keep averages by name; give ema=true or ema=false"
+        )
     return ema
 
 
