@@ -123,12 +123,12 @@ def diffusion_head_channels(config: DiffusionJob, dtype: torch.dtype) -> dict[to
 
 def unet_head_channels(config: UNetConfig) -> list[int]:
     """Head sizes of the attention layers of a U-Net."""
-    widths = [config.channels * config.channel_mult[level] for level in config.attention_levels]
-    widths.append(config.channels * config.channel_mult[-1])  # the middle block
+    widths = [round(config.channels * config.channel_mult[level]) for level in config.attention_levels]
+    widths.append(round(config.channels * config.channel_mult[-1]))  # the middle block
     return [config.head_channels or width // (config.heads or 1) for width in widths]
 
 
 def autoencoder_head_channels(config: AutoencoderConfig) -> list[int]:
     """Head sizes of the attention layers of an autoencoder: one head as wide as its level, 512 in the published ones."""
     levels = [*config.attention_levels, *([-1] if config.mid_attention else [])]
-    return [config.channels * config.channel_mult[level] for level in levels]
+    return [round(config.channels * config.channel_mult[level]) for level in levels]

@@ -18,7 +18,7 @@ from ldmscale.config import (
 )
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.interop.model import Model, Part
-from ldmscale.interop.reading import read
+from ldmscale.interop.reading import one_average, read
 from ldmscale.models.conditions import ClassEmbedder, SpatialRescaler
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.networks import build_autoencoder, build_schedule, build_text_encoder, build_unet
