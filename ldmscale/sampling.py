@@ -42,7 +42,7 @@ def sample(
     height: int | None = None,
     width: int | None = None,
     image: Tensor | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Draw one image for each prompt.
@@ -62,7 +62,8 @@ def sample(
         spacing: of the timesteps, "leading", "trailing" or "linspace"; the sampler's published one unless given.
         height, width: of the images in pixels; those that the model was trained at unless given.
         image: float [N,3,H,W] or [1,3,H,W] in [-1,1], to start from; gives height and width.
-        strength: share of the steps that are followed from the image; 1 keeps next to nothing of it.
+        strength: share of the steps that are followed from the image, 1 keeps next to nothing of it; 0.75 (as CompVis)
+            unless given, and 1 with a mask.
         mask: [N,1,H,W] or [1,1,H,W], above 0.5 where the image is drawn anew; the rest comes back as it is.
 
     Returns:
@@ -83,6 +84,7 @@ def sample(
     weight = next(parts.denoiser.parameters())
     options = SamplerOptions(steps, guidance, eta, parts.prediction, sampler, spacing, guidance_rescale)
     size = _size(parts, height, width, image)
+    strength = (0.75 if mask is None else 1.0) if strength is None else strength
     faults = [
         *_sampler_faults(options, parts.schedule),
         *_image_faults(parts, size, len(prompts), image, mask),
@@ -128,7 +130,7 @@ def sample(
     return torch.where(mask.cpu() > 0.5, images, image.float().cpu())
 
 
-def size_step(parts: Parts) -> int:
+def _size_step(parts: Parts) -> int:
     """Height and width of images are multiples of this many pixels: of the first stage's factor and the U-Net's levels."""
     assert parts.autoencoder and parts.unet
     factor: int = parts.autoencoder.downsampling
@@ -162,7 +164,7 @@ def _image_faults(
     parts: Parts, size: tuple[int, int], count: int, image: Tensor | None, mask: Tensor | None
 ) -> list[str]:
     faults = []
-    step = size_step(parts)
+    step = _size_step(parts)
     for name, value in zip(("height", "width"), size, strict=True):
         if value < step or value % step:
             near = max(step, round(value / step) * step)

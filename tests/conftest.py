@@ -18,9 +18,11 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def ldmscale() -> Run:
-    """ldmscale(JOB, ..., cwd=PATH, ranks=N): one process, or N gloo ranks by launch/local.sh."""
+    """ldmscale(JOB, ..., cwd=PATH, ranks=N, given=TEXT): one process, or N gloo ranks by launch/local.sh; its input."""
 
-    def run(*arguments: str, cwd: Path, ranks: int | None = None, timeout: int = 300):
+    def run(
+        *arguments: str, cwd: Path, ranks: int | None = None, timeout: int = 300, given: str | None = None
+    ):
         command = [sys.executable, "-m", "ldmscale", *arguments]
         if ranks is not None:
             command = [str(CHECKOUT / "launch" / "local.sh"), "-n", str(ranks), "--cpu", *arguments]
@@ -31,7 +33,14 @@ def ldmscale() -> Run:
             "DS_ACCELERATOR": "cpu",
         }
         return subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+            command,
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            input=given,
         )
 
     return run

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ldmscale.checks.cluster import check_cluster
 from ldmscale.checks.data import check_fixed_view, check_image_size, check_local, check_shards, check_source
+from ldmscale.checks.drawing import check_sample
 from ldmscale.checks.interop import check_export, check_import
 from ldmscale.checks.networks import check_autoencoder, check_conditions, check_unet
 from ldmscale.checks.stages import (
@@ -14,7 +15,6 @@ from ldmscale.checks.stages import (
     check_first_stage,
     check_latents,
     check_loss,
-    check_model,
     check_objective,
     check_perceptual,
     check_preview,
@@ -71,7 +71,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_local("latents.path", config.latents.path),
         ]
     if isinstance(config, SampleJob):
-        return check_model(config.sample.model, "sample.model")
+        return check_sample(config.sample)
     if isinstance(config, ImportJob):
         return check_import(config)
     if isinstance(config, ExportJob):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.values import STRICT, NotNegative, Positive
+from ldmscale.config.values import STRICT, NotNegative, Positive, Share
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -18,11 +18,24 @@ class SampleConfig:
     prompts: str | tuple[str, ...]  # a prompt, a list, a file of one prompt a line, or "-" for standard input
     out: str | None  # folder for PNGs and the grid; the samples/drawn of the model unless given
     steps: Positive = 50
-    sampler: Literal["ddim"] = "ddim"
-    eta: float = 0.0
-    guidance: float = 5.0
+    sampler: Literal["ddim", "ddpm", "plms", "dpmpp_2m", "euler"] = "ddim"
+    # Of the timesteps (Lin et al. 2023, table 2); null: the sampler's published one
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
+    eta: Share = 0.0  # of ddim; 0: deterministic, 1: the noise of ddpm
+    guidance: float = 5.0  # 1: as trained
+    # Share of the guided prediction that gets back the conditional one's spread (Lin et al. 2023)
+    guidance_rescale: Share = 0.0
+    # What guidance moves away from: one for all, or a list or file of one for each prompt; null: the null condition
+    negative_prompts: str | tuple[str, ...] | None = None
+    height: Positive | None = None  # of the images in pixels; null: as trained
+    width: Positive | None = None
+    image: str | None = None  # a file to start from (image-to-image), or to keep in part
+    strength: float | None = None  # share of the steps that change `image`; null: 0.75, and 1 with a mask
+    mask: str | None = None  # a file, white where `image` is drawn anew (inpainting)
     images_per_prompt: Positive = 1
     first_seed: NotNegative = 0
+    # Every image its own seed, as sets for metrics need; else the images of each prompt begin at first_seed
+    distinct_seeds: bool = False
     ema: bool | str = True  # true, false, or another average by its name: ema_0.999, power_0.08
     rank_batch: Positive = 16
     precision: Literal["bf16", "fp32"] = "fp32"

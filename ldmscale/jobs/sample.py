@@ -1,40 +1,29 @@
-"""`ldmscale sample`: draw images for prompts, one PNG each with its parameters inside, and a grid of all."""
+"""`ldmscale sample`: draw images for prompts, one PNG each with its parameters inside, and a grid of the first."""
 
 from __future__ import annotations
 
 import logging
-import re
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ldmscale import __version__
 from ldmscale.config import SampleConfig, SampleJob
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import ConfigError
 from ldmscale.jobs.start import configured
 
+if TYPE_CHECKING:
+    import torch
+
+    from ldmscale.jobs.sample_set import Prompts, SampleFolder, Wanted
+    from ldmscale.parts import Parts
+
 log = logging.getLogger(__name__)
 
-GRID_IMAGES = 64  # at most; a grid of thousands is no help
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One image: its file is named after its number, so a half-done set goes on where it stopped."""
-
-    number: int
-    prompt: str
-    seed: int
-
-    @property
-    def file_name(self) -> str:
-        words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:48]
-        return f"{self.number:06d}_{words or 'prompt'}_{self.seed}.png"
-
-    def told_with(self, made_by: dict[str, str]) -> dict[str, str]:
-        """Everything that its PNG tells."""
-        return {"prompt": self.prompt, "seed": str(self.seed), **made_by}
+PLAIN_LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -48,34 +37,33 @@ def _run(config: SampleConfig, ranks: Ranks) -> int:
 
     from ldmscale.distributed.collectives import barrier, from_main_rank
     from ldmscale.distributed.world import close_world, open_world
+    from ldmscale.jobs.sample_set import SampleFolder
     from ldmscale.parts import load
     from ldmscale.tracking.logs import set_up_logging
 
     world = open_world(ranks)
     set_up_logging(None, ranks)
-    prompts = from_main_rank(lambda: read_prompts(config.prompts))
-    wanted = [
-        Wanted(number, prompt, config.first_seed + i)
-        for number, (prompt, i) in enumerate((p, i) for p in prompts for i in range(config.images_per_prompt))
-    ]
-    out = Path(config.out) if config.out is not None else Path(config.model) / "samples" / "drawn"
-    out.mkdir(parents=True, exist_ok=True)
-    made_by = _parameters(config)
-    missing = [image for image in wanted if not _is_drawn(out / image.file_name, image, made_by)]
-    log.info("%d images for %d prompts, %d of them to be drawn", len(wanted), len(prompts), len(missing))
-    barrier()  # every rank has seen the same files before the first new one appears
-    parts = load(config.model, config.ema, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision])
-    for part in (parts.denoiser, parts.autoencoder):
-        if part is not None:
-            part.to(world.device)
-    mine = missing[ranks.rank :: ranks.size]
-    for start in range(0, len(mine), config.rank_batch):
-        _draw(parts, mine[start : start + config.rank_batch], config, made_by, out)
-        log.info("%d of %d images of this rank", min(start + config.rank_batch, len(mine)), len(mine))
+    made_by = parameters(config)
+    # Rank 0 looks alone: its answer stands, whatever the others draw meanwhile.
+    prompts, out, missing = from_main_rank(lambda: _settle(config, made_by))
+    folder = SampleFolder(out, made_by)
+    wanted = prompts.images(config.images_per_prompt, config.first_seed, config.distinct_seeds)
+    log.info(
+        "%d images for %d prompts, %d of them to be drawn", len(wanted), len(prompts.texts), len(missing)
+    )
+    if missing:
+        parts = load(
+            config.model, config.ema, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+        )
+        for part in (parts.denoiser, parts.autoencoder):
+            if part is not None:
+                part.to(world.device)
+        mine = [wanted[number] for number in missing[ranks.rank :: ranks.size]]
+        _draw(parts, mine, len(missing), config, folder, ranks)
     barrier()
     if ranks.is_main:
-        _write_grid(wanted[:GRID_IMAGES], out, config.images_per_prompt)
-        log.info("images and grid.png are in %s", out)
+        folder.write_grid(wanted, config.images_per_prompt if config.images_per_prompt > 1 else None)
+        log.info("images and grid.png are in %s", folder.path)
     close_world()
     return 0
 
@@ -85,15 +73,7 @@ def read_prompts(given: str | tuple[str, ...]) -> list[str]:
 
     Raises ConfigError where there is no prompt.
     """
-    if not isinstance(given, str):
-        prompts = list(given)
-    elif given == "-":
-        prompts = [line.strip() for line in sys.stdin]
-    elif Path(given).is_file():
-        prompts = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines()]
-    else:
-        prompts = [given]
-    prompts = [prompt for prompt in prompts if prompt]
+    prompts = [prompt for prompt in _lines(given) if prompt]
     if not prompts:
         raise ConfigError(
             "sample.prompts names no prompt: give 'sample.prompts=[a red dragon]', a file, or - for standard input"
@@ -101,69 +81,157 @@ def read_prompts(given: str | tuple[str, ...]) -> list[str]:
     return prompts
 
 
-def _parameters(config: SampleConfig) -> dict[str, str]:
-    """What an image depends on besides its prompt and seed, as its PNG tells it."""
+def read_negatives(given: str | tuple[str, ...] | None, count: int) -> list[str]:
+    """One negative prompt for each of `count` prompts: a list or the lines of a file one for each, else one for all.
+
+    Raises ConfigError where there are not as many.
+    """
+    if given is None:
+        return [""] * count
+    if isinstance(given, str) and (given == "-" or not Path(given).is_file()):
+        return [given] * count
+    negatives = _lines(given)
+    if len(negatives) != count:
+        raise ConfigError(
+            f"sample.negative_prompts has {len(negatives)} entries for {count} prompts: give one for each (an empty line is "
+            "the null condition), or one text for all"
+        )
+    return negatives
+
+
+def _lines(given: str | tuple[str, ...]) -> list[str]:
+    if not isinstance(given, str):
+        return [text.strip() for text in given]
+    if given == "-":
+        return [line.strip() for line in sys.stdin]
+    if len(given) < 255 and Path(given).is_file():
+        return [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines()]
+    return [given]
+
+
+def parameters(config: SampleConfig) -> dict[str, str]:
+    """What an image depends on besides its prompt and seed, as its PNG and sample.json tell it."""
+    from ldmscale.jobs.sample_set import file_digest
+
+    told = {
+        "ldmscale": __version__,
+        "model": str(Path(config.model).absolute()),
+        "checkpoint": _weights(Path(config.model)),
+    }
+    for name in ("ema", "precision", "sampler", "spacing", "steps", "eta", "guidance", "guidance_rescale",
+                 "height", "width", "strength", "images_per_prompt", "first_seed", "distinct_seeds"):  # fmt: skip
+        value = getattr(config, name)
+        told[name] = "" if value is None else str(value)
+    for name in ("image", "mask"):
+        path = getattr(config, name)
+        told[name] = "" if path is None else f"{path} ({file_digest(path)})"
+    return told
+
+
+def _weights(model: Path) -> str:
+    """What tells the weights of a model from others: the checkpoint's name and manifest, or the files of other formats."""
     from ldmscale.checkpoint import newest_checkpoint
+    from ldmscale.jobs.sample_set import file_digest, listing_digest
     from ldmscale.run_folder import RunFolder
 
-    checkpoint = newest_checkpoint(RunFolder(config.model).checkpoints)
-    return {
-        "model": str(Path(config.model).absolute()),
-        "checkpoint": "" if checkpoint is None else checkpoint.name,
-        "ema": str(config.ema),
-        "precision": config.precision,
-        "sampler": config.sampler,
-        "steps": str(config.steps),
-        "eta": str(config.eta),
-        "guidance": str(config.guidance),
-    }
+    run = RunFolder(model)
+    given = model if (model / "COMPLETE").is_file() else None
+    checkpoint = given or (newest_checkpoint(run.checkpoints) if run.config_file.is_file() else None)
+    if checkpoint is None:
+        return f"{model.name} ({listing_digest(model)})"
+    return f"{checkpoint.name} ({file_digest(checkpoint / 'manifest.json')})"
 
 
-def _is_drawn(path: Path, image: Wanted, made_by: dict[str, str]) -> bool:
-    """Whether the file is there, and was drawn for this prompt and seed with these parameters."""
-    from PIL import Image
+def _settle(config: SampleConfig, made_by: dict[str, str]) -> tuple[Prompts, Path, list[int]]:
+    """Prompts, folder and what is missing in it."""
+    from ldmscale.jobs.sample_set import Prompts, SampleFolder, free_folder
 
-    if not path.exists():
-        return False
-    with Image.open(path) as drawn:
-        told = drawn.info
-    return all(told.get(key) == value for key, value in image.told_with(made_by).items())
+    texts = read_prompts(config.prompts)
+    prompts = Prompts(texts, read_negatives(config.negative_prompts, len(texts)))
+    if config.out is None:
+        model = Path(config.model)
+        run = model.parent.parent if (model / "COMPLETE").is_file() else model
+        folder = free_folder(run / "samples", made_by, prompts)
+    else:
+        folder = SampleFolder(Path(config.out), made_by)
+        folder.settle(prompts)
+    wanted = prompts.images(config.images_per_prompt, config.first_seed, config.distinct_seeds)
+    return prompts, folder.path, folder.missing(wanted)
 
 
 def _draw(
-    parts: object, batch: Sequence[Wanted], config: SampleConfig, made_by: dict[str, str], out: Path
+    parts: Parts,
+    mine: Sequence[Wanted],
+    total: int,
+    config: SampleConfig,
+    folder: SampleFolder,
+    ranks: Ranks,
 ) -> None:
-    from PIL import Image, PngImagePlugin
-
-    from ldmscale.parts import Parts
+    """Draw this rank's images, `rank_batch` at a time; rank 0 shows how far all are, taking the others to be as fast."""
     from ldmscale.sampling import sample
     from ldmscale.stages.pictures import to_uint8
+    from ldmscale.tracking.console import ProgressDisplay
 
-    assert isinstance(parts, Parts)
-    images = sample(
-        parts,
-        [image.prompt for image in batch],
-        steps=config.steps,
-        sampler=config.sampler,
-        guidance=config.guidance,
-        seeds=[image.seed for image in batch],
-        eta=config.eta,
-    )
-    for image, pixels in zip(batch, to_uint8(images), strict=True):
-        about = PngImagePlugin.PngInfo()
-        for key, value in image.told_with(made_by).items():
-            about.add_itxt(key, value)
-        temporary = out / f".{image.file_name}"
-        Image.fromarray(pixels).save(temporary, "PNG", pnginfo=about)
-        temporary.rename(out / image.file_name)  # a file that is there is whole
+    image, mask = _given_picture(parts, config)
+    display = ProgressDisplay(total, "images") if ranks.is_main else None
+    began = said = time.monotonic()
+    if display is not None:
+        display.start()
+    for start in range(0, len(mine), config.rank_batch):
+        batch = mine[start : start + config.rank_batch]
+        images = sample(
+            parts,
+            [wanted.prompt for wanted in batch],
+            steps=config.steps,
+            sampler=config.sampler,
+            guidance=config.guidance,
+            seeds=[wanted.seed for wanted in batch],
+            eta=config.eta,
+            negative_prompts=[wanted.negative for wanted in batch],
+            guidance_rescale=config.guidance_rescale,
+            spacing=config.spacing,
+            height=config.height,
+            width=config.width,
+            image=image,
+            strength=config.strength,
+            mask=mask,
+        )
+        for wanted, pixels in zip(batch, to_uint8(images), strict=True):
+            folder.write(wanted, pixels)
+        if display is None:
+            continue
+        now, done = time.monotonic(), min((start + len(batch)) * ranks.size, total)
+        display.advance(done)
+        if now - said >= PLAIN_LINE_SECONDS or done == total:
+            display.show(done, {"throughput/images_per_second": done / max(now - began, 1e-9)})
+            said = now
+    if display is not None:
+        display.close()
 
 
-def _write_grid(images: Sequence[Wanted], out: Path, images_per_prompt: int) -> None:
+def _given_picture(parts: Parts, config: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`image` as float [1,3,H,W] in [-1,1] and `mask` as float [1,1,H,W], scaled and cut to the size that is drawn."""
     import numpy as np
-    from PIL import Image
+    import torch
+    from PIL import Image, ImageOps
 
-    from ldmscale.tracking.pictures import tile, write_png
+    if config.image is None:
+        return None, None
+    assert parts.latent_shape and parts.autoencoder
+    factor: int = parts.autoencoder.downsampling
+    width = config.width or parts.latent_shape[2] * factor
+    height = config.height or parts.latent_shape[1] * factor
 
-    pixels = np.stack([np.asarray(Image.open(out / image.file_name).convert("RGB")) for image in images])
-    columns = images_per_prompt if images_per_prompt > 1 else None
-    write_png(out / "grid.png", tile(pixels, columns), [image.prompt for image in images])
+    def pixels(path: str, mode: str, method: Image.Resampling) -> torch.Tensor:
+        try:
+            with Image.open(path) as opened:
+                upright = ImageOps.exif_transpose(opened).convert(mode)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read as a picture: {error}") from error
+        fitted = np.array(ImageOps.fit(upright, (width, height), method))
+        return torch.from_numpy(fitted).reshape(height, width, -1).permute(2, 0, 1)[None].float()
+
+    image = pixels(config.image, "RGB", Image.Resampling.BICUBIC) / 127.5 - 1
+    if config.mask is None:
+        return image, None
+    return image, pixels(config.mask, "L", Image.Resampling.NEAREST) / 255

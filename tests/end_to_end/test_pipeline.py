@@ -177,6 +177,45 @@ def test_a_prompt_gives_one_image_whatever_batch_and_ranks(place, ldmscale):
     assert abs(pixels - np.asarray(Image.open(place / "a" / names[0])).astype(int)).max() <= 1
 
 
+def test_a_half_done_set_goes_on_as_it_was_begun(place, ldmscale):
+    """Set "a" of the test before: one picture is lost, one is torn; then it grows, is asked otherwise, and is whole."""
+    names = sorted(p.name for p in (place / "a").glob("0*.png"))
+    (place / "a" / names[1]).unlink()
+    (place / "a" / names[2]).write_bytes((place / "b" / names[2]).read_bytes()[:-9])
+    kept = {name: (place / "a" / name).stat().st_mtime_ns for name in (names[0], names[3])}
+    prompts = "sample.prompts=[red circle,blue square,green triangle,orange circle,red square]"
+    common = ["sample", "sample.model=straight", prompts, "sample.out=a"]
+    done = finished(ldmscale(*common, "sample.steps=3", cwd=place, ranks=2))
+    assert "5 images for 5 prompts, 3 of them to be drawn" in done.stderr
+    assert "images 3/3" in done.stderr and "images/s" in done.stderr  # plain lines, for there is no terminal
+    for name in names:
+        one, other = (np.asarray(Image.open(place / x / name)).astype(int) for x in "ab")
+        assert abs(one - other).max() <= 1
+    assert all((place / "a" / name).stat().st_mtime_ns == before for name, before in kept.items())
+    done = finished(ldmscale(*common, "sample.steps=4", "sample.sampler=plms", cwd=place), status=2)
+    assert "give sample.steps=3" in done.stderr and "give sample.sampler=ddim" in done.stderr
+    assert len(list((place / "a").glob("0*.png"))) == 5
+
+
+def test_the_command_draws_over_pictures_in_other_sizes_from_standard_input(place, ldmscale):
+    Image.new("RGB", (300, 200), "blue").save(place / "blue.jpg")
+    Image.fromarray(np.tile(np.uint8([0] * 16 + [255] * 48), (48, 1))).save(place / "right.png")
+    how = ["sample.image=blue.jpg", "sample.mask=right.png", "sample.height=48", "sample.width=64", "sample.steps=2",
+           "sample.sampler=dpmpp_2m", "sample.negative_prompts=green", "sample.images_per_prompt=2",
+           "sample.distinct_seeds=true"]  # fmt: skip
+    finished(
+        ldmscale("sample", "sample.model=straight", "sample.prompts=-", *how, cwd=place, given="red\n\nred\n")
+    )
+    drawn = [Image.open(p) for p in sorted((place / "straight" / "samples" / "drawn").glob("0*.png"))]
+    assert [image.text["seed"] for image in drawn] == ["0", "1", "2", "3"]
+    assert len({image.tobytes() for image in drawn}) == 4
+    for image in drawn:
+        assert image.size == (64, 48) and image.text["negative_prompt"] == "green"
+        assert image.text["sampler"] == "dpmpp_2m" and image.text["mask"].startswith("right.png (")
+        pixels = np.asarray(image)
+        assert (abs(pixels[:, :16].astype(int) - [0, 0, 254]) <= 1).all() and pixels[:, 16:].std() > 1
+
+
 def test_a_signal_ends_with_75_after_a_save_and_the_same_command_goes_on(place, ldmscale):
     checkout = Path(__file__).resolve().parents[2]
     command = [str(checkout / "launch" / "local.sh"), "-n", "2", "--cpu", *DIFFUSION, "run.dir=signalled"]

@@ -1,0 +1,112 @@
+"""Faults of what is to be drawn: sampler, sizes, prompts and pictures beside the model that draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ldmscale.checks.data import check_local
+from ldmscale.checks.stages import check_model
+from ldmscale.config import SampleConfig
+from ldmscale.run_folder import RunFolder
+
+
+def check_sample(sample: SampleConfig) -> list[str]:
+    """Every fault of `ldmscale sample` that can be seen without the model's weights."""
+    given = Path(sample.model)
+    # A checkpoint of a run will do, too.
+    run = given.parent.parent if given.name.startswith("step_") and (given / "COMPLETE").is_file() else given
+    faults = check_model(str(run), "sample.model")
+    faults += [*_check_guidance(sample), *_check_pictures(sample)]
+    if sample.out is not None:
+        faults += check_local("sample.out", sample.out)
+    if sample.eta and sample.sampler != "ddim":
+        faults.append(
+            f"sample.eta={sample.eta} is a setting of ddim, and sample.sampler={sample.sampler}: give sample.eta=0"
+        )
+    elif given.is_file():
+        faults.append(
+            f"sample.out is not set, and sample.model={sample.model} is no folder: give sample.out=FOLDER"
+        )
+    if not RunFolder(run).config_file.is_file():
+        return faults  # no run: what other formats can draw is known when they have been read
+    model = RunFolder(run).config()
+    if model.get("job") != "diffusion":
+        return [
+            *faults,
+            f"sample.model={sample.model} is a run of {model.get('job')!r}: give the folder of a diffusion run",
+        ]
+    return [*faults, *_check_path(sample, model), *_check_size(sample, model)]
+
+
+def _check_guidance(sample: SampleConfig) -> list[str]:
+    faults = []
+    negatives = sample.negative_prompts
+    if negatives and sample.guidance == 1:
+        faults.append(
+            "sample.negative_prompts with sample.guidance=1: without guidance nothing moves away from them; give "
+            "sample.guidance=5, or no negative prompts"
+        )
+    lists = isinstance(negatives, tuple) and isinstance(sample.prompts, tuple)
+    if lists and len(negatives or ()) != len(sample.prompts):
+        faults.append(
+            f"sample.negative_prompts has {len(negatives or ())} entries for {len(sample.prompts)} prompts: give one for "
+            "each, or one text for all"
+        )
+    return faults
+
+
+def _check_pictures(sample: SampleConfig) -> list[str]:
+    faults = [
+        f"sample.{name}={path}: there is no such file; give the path of a picture"
+        for name, path in (("image", sample.image), ("mask", sample.mask))
+        if path is not None and not Path(path).is_file()
+    ]
+    if sample.mask is not None and sample.image is None:
+        faults.append(
+            "sample.mask is set without sample.image: give the picture that is redrawn where it is white"
+        )
+    if sample.strength is not None:
+        if sample.image is None:
+            faults.append("sample.strength is set without sample.image: give the picture that it changes")
+        if not 0 < sample.strength <= 1:
+            faults.append(f"sample.strength={sample.strength}: expected more than 0 and at most 1")
+        elif int(sample.steps * sample.strength) < 1:
+            faults.append(
+                f"sample.strength={sample.strength} of sample.steps={sample.steps} is less than one step: give "
+                f"sample.strength={1 / sample.steps:.3g} or more"
+            )
+    return faults
+
+
+def _check_path(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
+    """The sampler's timesteps; `diffusion.spacing.path_of` refuses the same."""
+    diffusion = model["diffusion"]
+    most = int(diffusion["timesteps"]) - (sample.sampler != "ddpm")
+    faults = []
+    if sample.steps > most:
+        faults.append(
+            f"sample.steps={sample.steps}: the model has {diffusion['timesteps']} timesteps; give 1 to {most}"
+        )
+    if diffusion.get("zero_terminal_snr", False):
+        if sample.sampler == "plms":
+            faults.append(
+                "sample.sampler=plms: it works on the noise alone, and this model's last timestep has no signal "
+                "(diffusion.zero_terminal_snr); give sample.sampler=ddim or dpmpp_2m"
+            )
+        if sample.spacing == "leading":
+            faults.append(
+                "sample.spacing=leading: it begins before the last timestep, which this model was trained to begin at "
+                "(diffusion.zero_terminal_snr); give sample.spacing=trailing"
+            )
+    return faults
+
+
+def _check_size(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
+    step = 2 ** (len(model["autoencoder"]["channel_mult"]) + len(model["unet"]["channel_mult"]) - 2)
+    return [
+        f"sample.{name}={value}: the networks halve it down to one pixel in {step}; give a multiple, "
+        f"sample.{name}={max(1, round(value / step)) * step}"
+        for name, value in (("height", sample.height), ("width", sample.width))
+        if value is not None and value % step
+    ]

@@ -1,0 +1,87 @@
+"""What `ldmscale sample` refuses before it loads anything, for a model whose configuration is known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ldmscale.checks import check
+from ldmscale.checks.drawing import check_sample
+from ldmscale.compose import compose_job
+from ldmscale.config import JOBS
+from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.spacing import SAMPLERS, SPACINGS, path_of
+from ldmscale.validate import plain, read
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Makes the folder of a run that looks finished."""
+
+    def make(job: str, *overrides: str) -> Path:
+        config = read(JOBS[job], compose_job(job, ["experiment=smoke", *overrides]))
+        (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "step_00000001" / "COMPLETE").touch()
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+        return tmp_path
+
+    return make
+
+
+def faults(model: Path, *overrides: str) -> list[str]:
+    values = compose_job("sample", [f"sample.model={model}", "sample.prompts=[a,b]", *overrides])
+    return check(read(JOBS["sample"], values), 1)
+
+
+def test_what_fits_has_no_fault(run):
+    model = run("diffusion")
+    assert faults(model) == []
+    assert (
+        faults(model, "sample.sampler=ddpm", "sample.steps=1000", "sample.height=48", "sample.width=8") == []
+    )
+    assert faults(model, "sample.negative_prompts=[x,y]", "sample.eta=1.0") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["sample.steps=1000"], "give 1 to 999"),
+        (["sample.steps=1001", "sample.sampler=ddpm"], "give 1 to 1000"),
+        (["sample.height=33"], "give a multiple, sample.height=32"),
+        (["sample.eta=0.5", "sample.sampler=plms"], "give sample.eta=0"),
+        (["sample.negative_prompts=x", "sample.guidance=1.0"], "or no negative prompts"),
+        (["sample.negative_prompts=[x,y,z]"], "or one text for all"),
+        (["sample.image=nowhere.png"], "give the path of a picture"),
+        (["sample.mask=nowhere.png"], "give the picture that is redrawn"),
+        (["sample.strength=0.5"], "give the picture that it changes"),
+        (["sample.image=x", "sample.strength=0.01"], "give sample.strength=0.02 or more"),
+        (["sample.image=x", "sample.strength=1.5"], "expected more than 0 and at most 1"),
+        (["sample.out=s3://bucket/drawn"], "give a path without ://"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_names_its_remedy(run, overrides, remedy):
+    told = faults(run("diffusion"), *overrides)
+    assert any(remedy in fault for fault in told), told
+
+
+def test_a_run_of_another_job_is_refused(run):
+    assert any("give the folder of a diffusion run" in fault for fault in faults(run("autoencoder")))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_check_and_the_sampler_refuse_the_same_paths(run, zero):
+    model = run("diffusion", "diffusion=v", f"diffusion.zero_terminal_snr={str(zero).lower()}")
+    schedule = NoiseSchedule.make("scaled_linear", 1000, 0.00085, 0.012, zero)
+    given = read(JOBS["sample"], compose_job("sample", [f"sample.model={model}", "sample.prompts=a"])).sample
+    for sampler in SAMPLERS:
+        for spacing in (*SPACINGS, None):
+            for steps in (1, 999, 1000, 1001):
+                told = check_sample(replace(given, sampler=sampler, spacing=spacing, steps=steps))
+                try:
+                    path_of(sampler, schedule, steps, spacing)
+                    refused = False
+                except ValueError:
+                    refused = True
+                assert bool(told) == refused, (sampler, spacing, steps, told)
