@@ -161,11 +161,18 @@ def test_averaged_weights_are_what_load_gives_and_differ_from_raw_ones(place):
     )
 
 
-def test_a_prompt_gives_one_image_whatever_batch_and_ranks(place, ldmscale):
+@pytest.fixture(scope="module")
+def sets(place, ldmscale) -> Path:
+    """Four prompts drawn twice: into "a" by one rank in one batch, into "b" by two ranks one by one."""
     prompts = "sample.prompts=[red circle,blue square,green triangle,orange circle]"
     common = ["sample", "sample.model=straight", prompts, "sample.steps=3"]
     finished(ldmscale(*common, "sample.out=a", "sample.rank_batch=4", cwd=place))
     finished(ldmscale(*common, "sample.out=b", "sample.rank_batch=1", cwd=place, ranks=2))
+    return place
+
+
+def test_a_prompt_gives_one_image_whatever_batch_and_ranks(sets):
+    place = sets
     names = sorted(p.name for p in (place / "a").glob("0*.png"))
     assert len(names) == 4 and (place / "b" / "grid.png").exists()
     for name in names:
@@ -177,8 +184,9 @@ def test_a_prompt_gives_one_image_whatever_batch_and_ranks(place, ldmscale):
     assert abs(pixels - np.asarray(Image.open(place / "a" / names[0])).astype(int)).max() <= 1
 
 
-def test_a_half_done_set_goes_on_as_it_was_begun(place, ldmscale):
-    """Set "a" of the test before: one picture is lost, one is torn; then it grows, is asked otherwise, and is whole."""
+def test_a_half_done_set_goes_on_as_it_was_begun(sets, ldmscale):
+    """One picture is lost, one is torn; the set grows, and is then asked for otherwise."""
+    place = sets
     names = sorted(p.name for p in (place / "a").glob("0*.png"))
     (place / "a" / names[1]).unlink()
     (place / "a" / names[2]).write_bytes((place / "b" / names[2]).read_bytes()[:-9])
