@@ -26,6 +26,7 @@ def run(tmp_path):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(config)))
         return tmp_path
 
+    make.folder = tmp_path
     return make
 
 
@@ -41,6 +42,15 @@ def test_what_fits_has_no_fault(run):
         faults(model, "sample.sampler=ddpm", "sample.steps=1000", "sample.height=48", "sample.width=8") == []
     )
     assert faults(model, "sample.negative_prompts=[x,y]", "sample.eta=1.0") == []
+
+
+def test_a_checkpoint_and_a_model_of_another_format_will_do(run, tmp_path_factory):
+    assert faults(run("diffusion") / "checkpoints" / "step_00000001") == []
+    assert "give 1 to 999" in faults(run.folder / "checkpoints" / "step_00000001", "sample.steps=1000")[0]
+    foreign = tmp_path_factory.mktemp("foreign")
+    (foreign / "model_index.json").touch()
+    assert faults(foreign) == []
+    assert "give sample.out=FOLDER" in faults(foreign / "model_index.json")[0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldmscale.errors import ConfigError
 from ldmscale.jobs.sample import read_negatives, read_prompts
-from ldmscale.jobs.sample_set import Prompts, SampleFolder, free_folder
+from ldmscale.jobs.sample_set import Prompts, SampleFolder, free_folder, listing_digest
 
 MADE_BY = {
     "checkpoint": "step_00000006 (ab)",
@@ -119,6 +119,17 @@ def test_a_grid_has_the_first_images_only(tmp_path):
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (8 * 130 - 2, 8 * 258 - 2)
         assert grid.getpixel((0, 0)) == (0, 0, 0) and grid.getpixel((1037, 2061)) == (63, 63, 63)
+
+
+def test_files_of_another_format_are_told_from_others_but_not_by_what_was_drawn(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "weights.safetensors").write_bytes(b"1")
+    before = listing_digest(tmp_path)
+    drawn(tmp_path / "samples" / "drawn")
+    assert listing_digest(tmp_path) == before
+    (tmp_path / "unet" / "weights.safetensors").write_bytes(b"12")
+    assert listing_digest(tmp_path) != before
+    assert listing_digest(tmp_path / "unet" / "weights.safetensors") not in ("", before)
 
 
 def test_prompts_come_from_lists_files_and_single_texts(tmp_path):
