@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldmscale.config import (
     AutoencoderConfig,
@@ -120,26 +119,6 @@ def build_discriminator(config: AutoencoderLossConfig) -> PatchDiscriminator:
         layers=config.discriminator_layers,
         norm=config.discriminator_norm,
     )
-
-
-def training_flops(config: DiffusionJob, latent_shape: Sequence[int]) -> int:
-    """Floating-point operations of forward and backward of one image with its conditions, counted on the meta device.
-
-    Matrix products, convolutions and attention count, as in MFU (Chowdhery et al. 2022); recomputation does not.
-    """
-    text = config.text_encoder
-    config = replace(
-        config,
-        unet=replace(config.unet, checkpointing="off"),
-        text_encoder=None if text is None else replace(text, checkpointing="off"),
-    )
-    with torch.device("meta"):
-        network = build_denoiser(config)
-        x, t = torch.empty(1, *latent_shape), torch.zeros(1, dtype=torch.int64)
-        conditions = blank_conditions(config, latent_shape)
-    with FlopCounterMode(display=False) as counter:
-        network(x, t, conditions).sum().backward()
-    return int(counter.get_total_flops())
 
 
 def blank_conditions(config: DiffusionJob, latent_shape: Sequence[int], batch: int = 1) -> Conditions:

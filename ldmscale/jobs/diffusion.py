@@ -45,8 +45,8 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         build_denoiser,
         build_objective,
         build_schedule,
-        training_flops,
     )
+    from ldmscale.planning.costs import training_flops
     from ldmscale.stages.diffusion import DiffusionStage
     from ldmscale.stages.drawing import SamplerOptions
     from ldmscale.tracking.throughput import peak_flops

@@ -1,0 +1,1 @@
+"""What a configuration costs, known before anything runs: parameters, operations, activations."""
