@@ -85,16 +85,32 @@ def settle(folder: Path) -> None:
     rename, or put COMPLETE into, is gone.
     """
     for old in folder.glob("step_*.replaced"):
-        target = old.with_suffix("")
-        if (old / COMPLETE).is_file() and not (target / COMPLETE).is_file():
-            log.warning("a save of %s was cut off: its former content is put back", target.name)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(old, target)
+        _put_back(old)
     for path in folder.glob("step_*"):
         if path.name.endswith(".tmp"):
             remove(path)
         elif step_of(path) is not None and path.is_dir() and not (path / COMPLETE).is_file():
             set_aside(path, ".unfinished")
+
+
+def _put_back(old: Path) -> None:
+    """Undo a save of an existing step that ended between its two renamings."""
+    target = old.with_suffix("")
+    if (old / COMPLETE).is_file() and not (target / COMPLETE).is_file():
+        log.warning("a save of %s was cut off: its former content is put back", target.name)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(old, target)
+
+
+def undo(target: Path) -> None:
+    """After a commit that failed: nothing is left of it, and what it replaced is back."""
+    try:
+        if target.is_dir() and not (target / COMPLETE).is_file():
+            shutil.rmtree(target)
+        if (old := target.with_name(target.name + ".replaced")).is_dir():
+            _put_back(old)
+    except OSError as error:
+        log.warning("what is left of %s cannot be cleared: %s", target, error)
 
 
 def set_aside(folder: Path, ending: str) -> None:

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ import torch.distributed as dist
 
 from ldmscale.checkpoint import folders
 from ldmscale.checkpoint import manifest as manifests
-from ldmscale.checkpoint.background import Background
 from ldmscale.checkpoint.files import FileRecord, sync, write_text
 from ldmscale.checkpoint.folders import Kept, Retention, complete_checkpoints, folder_name, step_of
+from ldmscale.checkpoint.remote import RemoteCheckpoints
+from ldmscale.checkpoint.search import Search
 from ldmscale.checkpoint.storage import Piece, Reader, mark_complete, write_pieces
-from ldmscale.distributed import collectives
-from ldmscale.errors import CheckpointError, LdmscaleError
+from ldmscale.checkpoint.two_parts import Outcome, TwoParts
+from ldmscale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -49,41 +50,27 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 @dataclass(frozen=True)
-class _Report:
-    """What one rank says of its part of a save."""
-
-    rank: int
-    failure: str | None
-    described: FileRecord | None  # the file that describes its pieces
-
-
-@dataclass
 class _Saving:
     """The save that is under way."""
 
     step: int
-    state: Mapping[str, Any]
     temporary: Path
-    target: Path
-    began: float = field(default_factory=time.perf_counter)
-    writing: Background[FileRecord] | None = None
-    committing: Background[None] | None = None  # rank 0 only
-    committed: bool = False  # all ranks have agreed on the files
-
-    @property
-    def work(self) -> Background[Any] | None:
-        return self.committing if self.committed else self.writing
+    work: TwoParts[FileRecord]
+    began: float
 
 
 class CheckpointManager:
     """The checkpoints of one run. All ranks call `begin`, `advance`, `finish`, `save` and `newest` together.
 
-    Between two steps the trainer calls `advance`, once no rank is `busy`. A save that fails leaves older
+    Between two steps the trainer calls `advance` with what is `busy` on any rank. A save that fails leaves older
     checkpoints as they were and is told loudly; more than `max_failed_saves` in a row, or one that
     `finish(must_hold=True)` waits for, raise CheckpointError on every rank.
 
     `attempt` numbers the starts of the run, and `fence` raises on rank 0 once another start has taken the run
     over: a process that came back from the dead publishes nothing.
+
+    With `url` every complete checkpoint is copied there, at most one at a time; a newer one that is complete
+    by then goes next. A failed upload is told and never stops a run.
     """
 
     def __init__(
@@ -94,13 +81,17 @@ class CheckpointManager:
         max_failed_saves: int = 0,
         attempt: int = 0,
         fence: Callable[[], None] | None = None,
+        url: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.retention = retention or Retention()
         self.max_failed_saves, self.attempt = max_failed_saves, attempt
         self.failed_saves = 0  # in a row
         self.last_seconds = 0.0  # from the copy of the last save to its end
-        self._fence = fence
+        self._fence = fence or (lambda: None)
+        self.remote = None if url is None else RemoteCheckpoints(url)
+        self._upload: tuple[int, TwoParts[None]] | None = None
+        self._next_upload: int | None = None
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.world_size = dist.get_world_size() if together else 1
@@ -127,68 +118,124 @@ class CheckpointManager:
         self.finish()
         target = self.folder / folder_name(step)
         temporary = self.folder / f"{target.name}.{self.attempt:05d}.tmp"
-        self._saving = _Saving(step, state, temporary, target)
-        self._saving.writing = Background(lambda: self._write(temporary, pieces), f"save {target.name}")
+        work = TwoParts(
+            self.rank,
+            lambda: self._write(temporary, pieces),
+            lambda described: self._commit(temporary, target, step, state, described),
+            ("write its file", "commit"),
+        )
+        self._saving = _Saving(step, temporary, work, time.perf_counter())
 
     @property
-    def saving(self) -> bool:
-        """Whether a save is under way; the same on all ranks."""
-        return self._saving is not None
+    def busy(self) -> tuple[bool, bool]:
+        """Whether this rank is at work on the present part of a save, and of an upload."""
+        return (
+            self._saving is not None and self._saving.work.busy,
+            self._upload is not None and self._upload[1].busy,
+        )
 
-    @property
-    def busy(self) -> bool:
-        """Whether this rank is still at work on the present part of a save."""
-        work = None if self._saving is None else self._saving.work
-        return work is not None and not work.done
+    def advance(self, saving: bool = False, uploading: bool = False) -> None:
+        """Agree on the outcome of parts that no rank is busy with any more, and go on to the next.
 
-    def advance(self) -> None:
-        """Agree on the outcome of a part that no rank is busy with any more, and go on to the next."""
-        if self._saving is None:
-            return
-        if self._saving.committed:
-            self._agree_on_commit(self._saving)
-        else:
-            self._agree_on_files(self._saving)
+        The arguments: `busy`, of any rank.
+        """
+        if self._saving is not None and not saving:
+            outcome = self._saving.work.advance()
+            if outcome is not None:
+                self._end_of_save(self._saving, outcome)
+        if self._upload is not None and not uploading:
+            step, work = self._upload
+            outcome = work.advance()
+            if outcome is not None:
+                self._end_of_upload(step, outcome)
 
-    def finish(self, *, must_hold: bool = False) -> None:
-        """Wait for the save that is under way, if there is one. With `must_hold` its failure raises."""
+    def finish(self, *, must_hold: bool = False, uploads: bool = False) -> None:
+        """Wait for the save that is under way, if there is one, and for uploads if asked.
+
+        With `must_hold` a failure of the save raises.
+        """
         failed_before = self.failed_saves
         while self._saving is not None:
-            if (work := self._saving.work) is not None:
-                work.wait()
-            self.advance()
+            self._saving.work.wait()
+            self.advance(uploading=True)
         if must_hold and self.failed_saves > failed_before:
             raise CheckpointError(self._last_failure)
+        while uploads and self._upload is not None:
+            self._upload[1].wait()
+            self.advance(saving=True)
+
+    def _end_of_save(self, saving: _Saving, outcome: Outcome) -> None:
+        self._saving = None
+        if not outcome.failures:
+            self.failed_saves = 0
+            self.last_seconds = time.perf_counter() - saving.began
+            log.info("saved step %d in %.1f s", saving.step, self.last_seconds)
+            self.upload(saving.step)
+            return
+        self.failed_saves += 1
+        self._last_failure = (
+            f"no checkpoint of step {saving.step} was written to {self.folder}; older ones are as they were. "
+            + "; ".join(outcome.failures)
+        )
+        if self.failed_saves > 1:
+            self._last_failure += f" ({self.failed_saves} saves have failed in a row)"
+        if self.rank == 0:
+            shutil.rmtree(saving.temporary, ignore_errors=True)
+            folders.undo(self.folder / folder_name(saving.step))
+        if outcome.final or self.failed_saves > self.max_failed_saves:
+            raise CheckpointError(self._last_failure)
+        log.error("%s; the run goes on without it", self._last_failure)
+
+    def upload(self, step: int) -> None:
+        """Copy a complete checkpoint to the URL, if there is one, after the upload that is under way."""
+        if self.remote is None:
+            return
+        if self._upload is not None:
+            self._next_upload = step
+            return
+        remote, folder = self.remote, self.folder / folder_name(step)
+
+        def send() -> None:
+            if self.rank == 0:
+                remote.withdraw(step)
+            names = [file.name for file in manifests.read_manifest(folder).files]
+            remote.put(folder, names[self.rank :: self.world_size])
+
+        def publish(_: list[None]) -> None:
+            self._fence()
+            remote.publish(folder)
+            known = remote.steps()
+            facts = [self._facts(self.folder / folder_name(old), remote) for old in known if old <= step]
+            stay = folders.staying(facts, self.retention)
+            for old in known:  # later ones are of a course that the run has left
+                if old not in stay:
+                    remote.remove(old)
+
+        self._upload = step, TwoParts(self.rank, send, publish, ("upload its file", "publish the upload"))
+
+    def _end_of_upload(self, step: int, outcome: Outcome) -> None:
+        assert self.remote is not None
+        self._upload = None
+        if outcome.failures:
+            told = "; ".join(outcome.failures)
+            log.error("step %d is not in %s, only in %s: %s", step, self.remote.url, self.folder, told)
+        else:
+            log.info("uploaded step %d to %s", step, self.remote.url)
+        if self._next_upload is not None:
+            step, self._next_upload = self._next_upload, None
+            self.upload(step)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint whose files are whole, or None if there never was a complete one.
 
-        A damaged one is logged and passed over. Raises CheckpointError if all are damaged, since starting
-        from nothing is then for the user to decide.
+        A damaged one is logged and passed over; one that the store still has is fetched from there. Raises
+        CheckpointError if all are damaged, since starting from nothing is then for the user to decide.
         """
-        collectives.from_main_rank(lambda: folders.settle(self.folder))
-        names = collectives.broadcast_object([path.name for path in complete_checkpoints(self.folder)])
-        faults = []
-        for name in reversed(names):
-            fault = self._faults(self.folder / name)
-            if not fault:
-                return self.folder / name
-            faults += fault
-            log.warning("checkpoint %s cannot be used, looking at the one before: %s", name, "; ".join(fault))
-        if faults:
-            raise CheckpointError(
-                f"every complete checkpoint in {self.folder} is damaged; move it away to start anew:\n"
-                + "\n".join(faults)
-            )
-        return None
-
-    def _faults(self, folder: Path) -> list[str]:
-        """Faults that any rank finds; the hashes of the files are shared out among the ranks."""
-        try:
-            found = Reader(folder).wrong_hashes(self.rank, self.world_size)
-        except (CheckpointError, OSError) as error:
-            found = [str(error)]
-        return list(dict.fromkeys(collectives.gather_lists(found)))
+        search = Search(self.folder, self.remote, self.rank, self.world_size, self.attempt)
+        found = search.newest()
+        if found is not None and found.name not in search.stored:
+            self.upload(step_of(found) or 0)  # the start before was stopped before it had done so
+        return found
 
     def _write(self, temporary: Path, pieces: Sequence[Piece]) -> FileRecord:
         temporary.mkdir(parents=True, exist_ok=True)
@@ -196,64 +243,23 @@ class CheckpointManager:
         part = write_pieces(path, self.rank, pieces)
         return manifests.write_part(path.with_suffix(".json"), part)
 
-    def _agree_on_files(self, saving: _Saving) -> None:
-        work = saving.writing
-        assert work is not None
-        failure = None if work.error is None else f"rank {self.rank} could not write its file: {work.error!r}"
-        mine = _Report(self.rank, failure, work.value if work.error is None else None)
-        reports = collectives.gather_lists([mine])
-        if failures := [report.failure for report in reports if report.failure is not None]:
-            self._fail(saving, failures)
-            return
-        saving.committed = True
-        if self.rank == 0:
-            described = [report.described for report in reports if report.described is not None]
-            saving.committing = Background(
-                lambda: self._commit(saving, described), f"commit {saving.target.name}"
-            )
-
-    def _agree_on_commit(self, saving: _Saving) -> None:
-        work = saving.committing
-        outcome: tuple[str | None, bool] = (None, False)
-        if work is not None and work.error is not None:
-            # What ldmscale raises on purpose says all there is; of other errors the kind matters too.
-            final = isinstance(work.error, LdmscaleError) and not isinstance(work.error, CheckpointError)
-            outcome = (f"rank 0 could not commit: {work.error!r}", final)
-        failure, final = collectives.broadcast_object(outcome)
-        if failure is not None:
-            self._fail(saving, [failure], final=final)
-            return
-        self._saving, self.failed_saves = None, 0
-        self.last_seconds = time.perf_counter() - saving.began
-        log.info("saved step %d in %.1f s", saving.step, self.last_seconds)
-
-    def _fail(self, saving: _Saving, failures: Sequence[str], *, final: bool = False) -> None:
-        self._saving = None
-        self.failed_saves += 1
-        self._last_failure = (
-            f"no checkpoint of step {saving.step} was written to {self.folder}; older ones are as they were. "
-            + "; ".join(failures)
-        )
-        if self.rank == 0:
-            shutil.rmtree(saving.temporary, ignore_errors=True)
-        if self.failed_saves > 1:
-            self._last_failure += f" ({self.failed_saves} saves have failed in a row)"
-        if final or self.failed_saves > self.max_failed_saves:
-            raise CheckpointError(self._last_failure)
-        log.error("%s; the run goes on without it", self._last_failure)
-
-    def _commit(self, saving: _Saving, described: Sequence[FileRecord]) -> None:
-        temporary, target, step = saving.temporary, saving.target, saving.step
+    def _commit(
+        self,
+        temporary: Path,
+        target: Path,
+        step: int,
+        state: Mapping[str, Any],
+        described: Sequence[FileRecord],
+    ) -> None:
         parts = [_visible_part(temporary, record) for record in described]
-        whole = manifests.merge(parts, step=step, state=saving.state)
+        whole = manifests.merge(parts, step=step, state=state)
         listed = {part.file.name for part in parts}
         for path in temporary.iterdir():
             if path.name not in listed:  # the descriptions, and files of a larger number of ranks before
                 path.unlink()
         manifests.write_manifest(temporary, whole)
         sync(temporary)
-        if self._fence is not None:
-            self._fence()
+        self._fence()
         for later in complete_checkpoints(self.folder):
             if (step_of(later) or 0) > step:
                 log.warning("checkpoint %s is of a later step than %d: set aside", later.name, step)
@@ -263,23 +269,30 @@ class CheckpointManager:
         os.replace(temporary, target)
         mark_complete(target)
         sync(self.folder)
-        write_text(self.folder / LATEST, target.name + "\n")
+        # It counts from here on: what follows is for people, and for space.
         self._known[target.name] = self._kept(step, whole.state)
         self._prune(step)
+        try:
+            write_text(self.folder / LATEST, target.name + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", self.folder / LATEST, error)
 
     def _prune(self, step: int) -> None:
         complete = complete_checkpoints(self.folder)
         stay = folders.staying([self._facts(path) for path in complete], self.retention)
+        if (uploading := self._upload) is not None:
+            stay.add(uploading[0])
         useless = [path for path in complete if step_of(path) not in stay]
         folders.remove_all([*useless, *folders.passed(self.folder, step)])
 
-    def _facts(self, folder: Path) -> Kept:
+    def _facts(self, folder: Path, remote: RemoteCheckpoints | None = None) -> Kept:
         if folder.name not in self._known:
             step = step_of(folder)
             assert step is not None
             try:
-                self._known[folder.name] = self._kept(step, manifests.read_manifest(folder).state)
-            except CheckpointError:
+                state = remote.state(step) if remote is not None else manifests.read_manifest(folder).state
+                self._known[folder.name] = self._kept(step, state)
+            except (CheckpointError, OSError, ValueError):
                 self._known[folder.name] = Kept(step)
         return self._known[folder.name]
 

@@ -96,4 +96,5 @@ class CheckpointConfig:
     best_is: Literal["lowest", "highest"] = "lowest"
     # saves in between, which go as soon as there are newer ones; 0: none
     ephemeral_every_steps: NotNegative = 0
+    url: str | None = None  # fsspec URL of a folder that gets a copy of every checkpoint
     max_failed_saves: NotNegative = 3  # in a row; after more the run stops

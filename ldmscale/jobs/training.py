@@ -304,6 +304,7 @@ def _checkpoints(run: Run, config: CheckpointConfig) -> CheckpointManager:
         max_failed_saves=config.max_failed_saves,
         attempt=run.identity["attempts"],
         fence=run.fence,
+        url=config.url,
     )
 
 

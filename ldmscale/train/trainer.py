@@ -98,9 +98,8 @@ class Trainer:
             while self.step < self.schedule.max_steps:
                 self._one_step(loader, sums)
                 last = self.step == self.schedule.max_steps
-                stopping, writing = any_true_of(self.stop.requested, self.checkpoints.busy)
-                if not writing:
-                    self.checkpoints.advance()
+                stopping, *busy = any_true_of(self.stop.requested, *self.checkpoints.busy)
+                self.checkpoints.advance(*busy)
                 if self._due(self.schedule.log_every_steps) or last or stopping:
                     self._log(sums)
                 else:
@@ -135,7 +134,7 @@ class Trainer:
             self._draw()
         self.finished_step = self.step
         self._save()
-        self.checkpoints.finish(must_hold=True)
+        self.checkpoints.finish(must_hold=True, uploads=True)
 
     def _one_step(self, loader: Loader, sums: MetricSums) -> None:
         active = self.stage.active(self.step)

@@ -1,0 +1,101 @@
+"""Copies of a run's checkpoints behind an fsspec URL (an object store, another file system).
+
+    URL/step_00001000/rank_*.safetensors COMPLETE manifest.json
+
+An object store moves nothing in one piece; there the manifest, uploaded last and removed first, is what makes
+a checkpoint count.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from ldmscale.checkpoint import manifest as manifests
+from ldmscale.checkpoint.files import sync
+from ldmscale.checkpoint.folders import folder_name, step_of
+from ldmscale.checkpoint.storage import COMPLETE
+
+log = logging.getLogger(__name__)
+
+
+class RemoteCheckpoints:
+    """One process's view of them. Every method may raise OSError, or what the store's library raises."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._fs: Any = None
+        self._root = ""
+
+    def _place(self, name: str, file: str = "") -> str:
+        if self._fs is None:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        return "/".join(filter(None, (self._root, name, file)))
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that count, oldest first."""
+        root = self._place("")
+        self._fs.invalidate_cache()
+        try:
+            found = [step_of(Path(path)) for path in self._fs.ls(root, detail=False)]
+        except FileNotFoundError:
+            return []
+        return sorted(step for step in found if step is not None and self._counts(step))
+
+    def _counts(self, step: int) -> bool:
+        return bool(self._fs.exists(self._place(folder_name(step), manifests.NAME)))
+
+    def put(self, folder: Path, names: list[str]) -> None:
+        """Upload some files of a checkpoint's folder."""
+        self._place("")
+        self._fs.makedirs(self._place(folder.name), exist_ok=True)
+        for name in names:
+            self._fs.put_file(str(folder / name), self._place(folder.name, name))
+
+    def withdraw(self, step: int) -> None:
+        """Make a checkpoint not count any more, before its files are replaced."""
+        place = self._place(folder_name(step), manifests.NAME)
+        if self._fs.exists(place):
+            self._fs.rm_file(place)
+
+    def publish(self, folder: Path) -> None:
+        """Upload what makes the checkpoint count, when its other files are there."""
+        self.put(folder, [COMPLETE, manifests.NAME])
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint's manifest there says besides tensors."""
+        state: dict[str, Any] = json.loads(self._read(step, manifests.NAME))["state"]
+        return state
+
+    def files(self, step: int) -> list[str]:
+        """Names of a checkpoint's files of tensors."""
+        return [file["name"] for file in json.loads(self._read(step, manifests.NAME))["files"]]
+
+    def _read(self, step: int, name: str) -> bytes:
+        place = self._place(folder_name(step), name)
+        content: bytes = self._fs.cat_file(place)
+        return content
+
+    def get_small(self, step: int, folder: Path) -> None:
+        """Download manifest and COMPLETE into a folder."""
+        for name in (manifests.NAME, COMPLETE):
+            (folder / name).write_bytes(self._read(step, name))
+            sync(folder / name)
+
+    def get(self, step: int, name: str, folder: Path) -> None:
+        """Download one file into a folder, flushed to the disk."""
+        place = self._place(folder_name(step), name)
+        self._fs.get_file(place, str(folder / name))
+        sync(folder / name)
+
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint. Failing to is no reason to stop a run."""
+        try:
+            self.withdraw(step)
+            self._fs.rm(self._place(folder_name(step)), recursive=True)
+        except Exception as error:  # each store's library has its own
+            log.warning("cannot remove step %d from %s: %s", step, self.url, error)

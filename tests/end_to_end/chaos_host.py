@@ -1,0 +1,125 @@
+"""Starts jobs on forked ranks, so that thirty starts do not pay thirty times for their imports.
+
+One process imports everything and forks: first a launcher, which forks its ranks and waits for them as ours
+does. Ranks and launchers are processes like any other, to be killed by their numbers; what runs in a rank is
+the real command line. A line of JSON on standard input starts a job:
+
+    {"arguments": [...], "ranks": 2, "folder": "...", "log": "..."}
+
+and the answers are {"launcher": PID, "ranks": [PID, ...]}, later {"status": STATUS}. Each rank appends the keys of the
+samples that it trains on, with their positions, to keys.jsonl in the folder of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401
+import torch
+
+import ldmscale.jobs.autoencoder
+import ldmscale.jobs.diffusion
+import ldmscale.jobs.latents
+import ldmscale.parts  # noqa: F401
+from ldmscale import cli, launcher
+from ldmscale.data import loader
+from ldmscale.jobs import training
+
+# What waits for the dead waits for less here.
+launcher._PATIENCE_AFTER_FAILURE = 0.3
+launcher._SECONDS_TO_TERMINATE = 2.0
+
+
+class WatchedLoader(loader.Loader):
+    """Writes down what it hands out."""
+
+    def __next__(self) -> dict[str, Any]:
+        batch = super().__next__()
+        lines = [
+            json.dumps({"position": position, "key": key})
+            for position, key in zip(batch["position"].tolist(), batch["key"], strict=True)
+        ]
+        with open(os.environ["CHAOS_KEYS"], "a") as file:
+            file.write("\n".join(lines) + "\n")
+        return batch
+
+
+training.Loader = WatchedLoader  # type: ignore[misc]
+
+
+class Rank:
+    """A forked rank, with as much of subprocess.Popen as the launcher's waiting needs."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.returncode = pid, None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+class InRank(Exception):
+    """Unwinds the host's stack in a forked rank."""
+
+
+def start(job: dict[str, Any]) -> None:
+    """In the launcher's process: fork the ranks, tell their numbers, wait for them."""
+    folder = Path(job["folder"])
+    os.chdir(folder)
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    shared = launcher.shared_environment(os.environ, job["ranks"], 0)
+    ranks: list[Rank] = []
+    for rank in range(job["ranks"]):
+        ask = launcher._end_with_parent()
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), launcher.LAUNCHER: str(os.getpid())}
+        if (pid := os.fork()) == 0:
+            assert ask is not None
+            ask()
+            os.dup2(log, 1)
+            os.environ.update(shared | own)
+            raise InRank
+        ranks.append(Rank(pid))
+    tell({"launcher": os.getpid(), "ranks": [rank.pid for rank in ranks]})
+    os._exit(launcher._wait(ranks))  # type: ignore[arg-type]
+
+
+def tell(answer: dict[str, Any]) -> None:
+    os.write(1, (json.dumps(answer) + "\n").encode())
+
+
+def jobs() -> Iterator[dict[str, Any]]:
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    for job in jobs():
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.environ["CHAOS_KEYS"] = job["keys"]
+            try:
+                start(job)
+            except InRank:
+                return cli.main(job["arguments"])
+        _, status = os.waitpid(pid, 0)
+        tell({"status": os.waitstatus_to_exitcode(status)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
