@@ -18,6 +18,8 @@ JOB_SUMMARIES = {
     "autoencoder": "fits the KL or VQ autoencoder; ends by measuring the latent scale",
     "latents": "encodes shards of images into shards of latents",
     "diffusion": "trains the conditional model on latents, or online from images",
+    "doctor": "checks this machine or allocation before a run; run.dir=DIR says what happened to a run",
+    "wandb-sync": "sends the metrics of a run to W&B, from its metrics.jsonl",
     "submit": "freezes a job and queues it with Slurm: ldmscale submit JOB cluster=NAME ...",
     "sample": "draws images for prompts (a list, a file or standard input)",
     "import": "reads a CompVis checkpoint or a diffusers folder into a folder that sample and export take",
@@ -72,7 +74,9 @@ def _run(job: str, arguments: list[str]) -> int:
 
 
 def _job_function(job: str) -> Callable[[Sequence[str]], int]:
-    function: Callable[[Sequence[str]], int] = importlib.import_module(f"ldmscale.jobs.{job}").main
+    function: Callable[[Sequence[str]], int] = importlib.import_module(
+        f"ldmscale.jobs.{job.replace('-', '_')}"
+    ).main
     return function
 
 

@@ -5,7 +5,7 @@ Each check returns sentences: what was found, what was expected, what to do.
 
 from __future__ import annotations
 
-from ldmscale.checks.cluster import check_cluster
+from ldmscale.checks.cluster import check_cluster, check_doctor, check_replay
 from ldmscale.checks.data import check_fixed_view, check_image_size, check_local, check_shards, check_source
 from ldmscale.checks.drawing import check_sample
 from ldmscale.checks.interop import check_export, check_import
@@ -25,6 +25,7 @@ from ldmscale.checks.stages import (
 from ldmscale.config import (
     AutoencoderJob,
     DiffusionJob,
+    DoctorJob,
     ExportJob,
     ImportJob,
     IndexJob,
@@ -33,6 +34,7 @@ from ldmscale.config import (
     QuickstartJob,
     SampleJob,
     SubmitJob,
+    WandbSyncJob,
 )
 
 
@@ -80,5 +82,9 @@ def check(config: Job, world_size: int) -> list[str]:
         return check_shards(config.data, needs=None)
     if isinstance(config, SubmitJob):
         return check_cluster(config.cluster)
+    if isinstance(config, WandbSyncJob):
+        return check_replay(config)
+    if isinstance(config, DoctorJob):
+        return check_doctor(config)
     assert isinstance(config, QuickstartJob)
     return check_source(config)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from ldmscale.config import ClusterConfig
+from ldmscale.compose import config_folder
+from ldmscale.config import ClusterConfig, DoctorJob, WandbSyncJob
 
 # sbatch's notations of a duration: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 _DURATION = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")
@@ -31,6 +33,32 @@ def check_cluster(cluster: ClusterConfig) -> list[str]:
         faults.append(
             f"cluster.min_nodes={cluster.min_nodes} is more than cluster.nodes={cluster.nodes}: give the smaller first"
         )
+    return faults
+
+
+def check_doctor(config: DoctorJob) -> list[str]:
+    """Faults of what the doctor is asked to look at."""
+    wanted = config.doctor
+    faults = []
+    if config.run.dir is not None and not Path(config.run.dir).is_dir():
+        faults.append(f"run.dir={config.run.dir}: there is no such folder; give the folder of a run")
+    if (
+        wanted.experiment is not None
+        and not (config_folder() / "experiment" / f"{wanted.experiment}.yaml").exists()
+    ):
+        faults.append(
+            f"doctor.experiment={wanted.experiment}: there is no conf/experiment/{wanted.experiment}.yaml"
+        )
+    return faults
+
+
+def check_replay(config: WandbSyncJob) -> list[str]:
+    """Faults of what is to be sent to W&B."""
+    faults = []
+    if not (Path(config.run.dir) / "metrics.jsonl").is_file():
+        faults.append(f"run.dir={config.run.dir}: it has no metrics.jsonl; give the folder of a run")
+    if config.tracking.wandb == "off":
+        faults.append("tracking.wandb=off: nothing would be sent; give online, offline or auto")
     return faults
 
 

@@ -5,12 +5,14 @@ Hydra composes plain YAML; `validate.read` turns it into these frozen dataclasse
 
 from ldmscale.config.cluster import ClusterConfig
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
+from ldmscale.config.doctor import DoctorConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
 from ldmscale.config.interop import ExportJob, HeadsConfig, ImportJob
 from ldmscale.config.jobs import (
     JOBS,
     AutoencoderJob,
     DiffusionJob,
+    DoctorJob,
     IndexJob,
     Job,
     LatentsJob,
@@ -19,6 +21,7 @@ from ldmscale.config.jobs import (
     StageOverrides,
     SubmitJob,
     TrainingJob,
+    WandbSyncJob,
 )
 from ldmscale.config.networks import (
     AutoencoderConfig,
@@ -56,6 +59,8 @@ __all__ = [
     "DataConfig",
     "DiffusionConfig",
     "DiffusionJob",
+    "DoctorConfig",
+    "DoctorJob",
     "EmaConfig",
     "EmbeddingsConfig",
     "EncoderConfig",
@@ -83,5 +88,6 @@ __all__ = [
     "TrainConfig",
     "TrainingJob",
     "UNetConfig",
+    "WandbSyncJob",
     "ZeroConfig",
 ]

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from ldmscale.config.cluster import ClusterConfig
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
+from ldmscale.config.doctor import DoctorConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
 from ldmscale.config.interop import ExportJob, ImportJob
 from ldmscale.config.networks import (
@@ -121,6 +122,33 @@ class QuickstartJob:
 
 
 @dataclass(frozen=True, config=STRICT)
+class RunToExamine:
+    dir: str | None = None  # null: look at this machine
+
+
+@dataclass(frozen=True, config=STRICT)
+class DoctorJob:
+    job: Literal["doctor"]
+    run: RunToExamine
+    doctor: DoctorConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunToSend:
+    dir: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class WandbSyncJob:
+    """A run's metrics, sent to W&B once more, from metrics.jsonl."""
+
+    job: Literal["wandb-sync"]
+    run: RunToSend
+    tracking: TrackingConfig
+    run_id: str | None = None  # of the new W&B run; one of W&B's own making unless given
+
+
+@dataclass(frozen=True, config=STRICT)
 class SubmitJob:
     """Only what `submit` itself reads; the rest of its command line belongs to the job that is queued."""
 
@@ -139,6 +167,8 @@ Job = (
     | SubmitJob
     | ImportJob
     | ExportJob
+    | DoctorJob
+    | WandbSyncJob
 )
 JOBS: dict[str, type[Job]] = {
     "quickstart": QuickstartJob,
@@ -150,4 +180,6 @@ JOBS: dict[str, type[Job]] = {
     "submit": SubmitJob,
     "import": ImportJob,
     "export": ExportJob,
+    "doctor": DoctorJob,
+    "wandb-sync": WandbSyncJob,
 }

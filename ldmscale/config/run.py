@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.values import STRICT
+from ldmscale.config.values import STRICT, NotNegative
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -31,3 +31,4 @@ class TrackingConfig:
     project: str = "ldmscale"
     entity: str | None = None
     tags: tuple[str, ...] = ()
+    wandb_images_per_hour: NotNegative = 120  # pictures beyond that stay in samples/ only

@@ -18,7 +18,7 @@ from ldmscale.cluster import frozen, queue
 from ldmscale.cluster.chain import Stage, stages_of
 from ldmscale.cluster.script import render
 from ldmscale.compose import compose_job, compose_valid
-from ldmscale.config import JOBS, ClusterConfig, Job, LatentsJob, SubmitJob
+from ldmscale.config import JOBS, AutoencoderJob, ClusterConfig, DiffusionJob, Job, LatentsJob, SubmitJob
 from ldmscale.distributed.environment import Ranks, in_slurm_step
 from ldmscale.errors import ConfigError
 from ldmscale.jobs.start import resolved
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     if in_slurm_step():
         raise ConfigError("submit runs once, on a login node, and not as a task of a job: leave srun away")
     job, *overrides = words
-    known = [name for name in JOBS if name not in ("submit", "quickstart", "doctor", "plan", "report")]
+    known = [name for name in JOBS if name not in ("submit", "quickstart", "plan", "report")]
     if job == "pipeline":
         stages, faults = stages_of(overrides)
     elif job in known:
@@ -120,7 +120,7 @@ def _plan(stage: Stage) -> Planned:
     if faults or cluster is None or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     owner = _owner(config)
-    if hasattr(config, "run"):
+    if isinstance(config, (AutoencoderJob, DiffusionJob)):
         RunFolder(owner).changes(plain(config))
     return Planned(stage.job, config, cluster, owner, ["ldmscale", stage.job, *of_job])
 
@@ -144,7 +144,7 @@ def _unchecked(stage: Stage, overrides: Sequence[str], error: ConfigError) -> Jo
 
 def _owner(config: Any) -> Path:
     """The folder beside whose results the submission is kept."""
-    if hasattr(config, "run"):
+    if getattr(config, "run", None) is not None and config.run.dir is not None:
         folder = Path(config.run.dir)
     elif isinstance(config, LatentsJob):
         folder = Path(config.latents.path)

@@ -28,12 +28,15 @@ class MetricsFile:
         values = {key: value if math.isfinite(value) else str(float(value)) for key, value in metrics.items()}
         self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
 
-    def resume_from(self, step: int) -> None:
-        """Forget what was written after `step`, because these steps will be taken again.
+    def resume_from(self, step: int) -> int:
+        """Forget what was written after `step`, because these steps will be taken again; returns the last step that the
+        file told of until now (0: none).
 
         Replaces the file atomically.
         """
-        kept = [line for line in self._path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        steps = [_step_of(line) for line in lines]
+        kept = [line for line, at in zip(lines, steps, strict=True) if at <= step]
         beside = self._path.with_name(self._path.name + ".tmp")
         with open(beside, "wb") as file:
             file.writelines(kept)
@@ -42,6 +45,7 @@ class MetricsFile:
         self._file.close()
         os.replace(beside, self._path)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+        return int(max((at for at in steps if math.isfinite(at)), default=0))
 
     def close(self) -> None:
         """Bring everything to the disk and close."""

@@ -30,6 +30,8 @@ class TrackingOptions(Protocol):
     def entity(self) -> str | None: ...
     @property
     def tags(self) -> tuple[str, ...]: ...
+    @property
+    def wandb_images_per_hour(self) -> int: ...
 
 
 class Tracker:
@@ -76,6 +78,7 @@ class Tracker:
             entity=options.entity,
             tags=options.tags,
             config=config,
+            images_per_hour=options.wandb_images_per_hour,
         )
 
     def resume_from(self, step: int) -> None:
@@ -84,8 +87,11 @@ class Tracker:
         """
         if self._active:
             self._fence()
-            self._file.resume_from(step)
+            told = self._file.resume_from(step)
             self._display.start(step)
+            if self._wandb is not None and told > step:
+                # W&B takes nothing back: steps that are taken again would stand in its curves twice.
+                self._wandb.go_on_after(told)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`; call it at steps that log nothing."""

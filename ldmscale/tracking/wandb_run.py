@@ -10,6 +10,8 @@ import logging
 import netrc
 import os
 import socket
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 _SERVER_SECONDS = 3.0  # how long "auto" waits for the server before it chooses offline
 _INIT_SECONDS = 60.0
 _FINISH_SECONDS = 120.0
+_IMAGES_PER_HOUR = 120
 
 
 class WandbRun:
@@ -31,19 +34,47 @@ class WandbRun:
     Every method logs failures instead of raising; after the first one the run is given up.
     """
 
-    def __init__(self, run: Any, mode: Literal["online", "offline"]) -> None:
+    def __init__(
+        self, run: Any, mode: Literal["online", "offline"], images_per_hour: int = _IMAGES_PER_HOUR
+    ) -> None:
         self._run = run
         self.mode = mode
+        self._images_per_hour, self._image_times = images_per_hour, deque[float]()
+        self._sent = 0  # steps up to here are with W&B already
+
+    def go_on_after(self, step: int) -> None:
+        """Send nothing of the steps up to `step`: an earlier start of the run sent them, and they are taken again."""
+        self._sent = step
+        # What the earlier start could not send any more is missing there: the server knows how far it got.
+        if self.mode == "online":
+            known = self._run.summary.get("step") if self._run is not None else None
+            self._sent = min(step, int(known)) if isinstance(known, (int, float)) else step
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one dictionary of metrics.
 
         The step is a metric of its own: W&B's internal one cannot go back on resume.
         """
-        self._guarded("log metrics", lambda: self._run.log({"step": step, **metrics}))
+        if step > self._sent:
+            self._guarded("log metrics", lambda: self._run.log({"step": step, **metrics}))
 
     def log_image(self, step: int, name: str, image: NDArray[np.uint8], caption: str | None = None) -> None:
-        """Send one picture, uint8 [H, W, 3]."""
+        """Send one picture, uint8 [H, W, 3], unless the hour's budget is used up."""
+        if step <= self._sent or self._run is None:
+            return
+        now = time.monotonic()
+        while self._image_times and now - self._image_times[0] > 3600:
+            self._image_times.popleft()
+        if len(self._image_times) >= self._images_per_hour:
+            log.info(
+                "%s of step %d is not sent to W&B: %d pictures went there within the hour "
+                "(tracking.wandb_images_per_hour); the file is in samples/",
+                name,
+                step,
+                len(self._image_times),
+            )
+            return
+        self._image_times.append(now)
         import wandb
 
         self._guarded(
@@ -83,6 +114,7 @@ def start_wandb(
     entity: str | None = None,
     tags: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
+    images_per_hour: int = _IMAGES_PER_HOUR,
 ) -> WandbRun | None:
     """Open the W&B run `run_id` with its files in folder/wandb, or go on with it; None if it is off or cannot
     be opened.
@@ -124,7 +156,7 @@ def start_wandb(
         )
         return None
     log.info("W&B is %s in %s", chosen, folder / "wandb")
-    return WandbRun(run, chosen)
+    return WandbRun(run, chosen, images_per_hour)
 
 
 def _choose_mode(mode: Literal["auto", "offline", "online"], base_url: str) -> Literal["online", "offline"]:

@@ -22,6 +22,8 @@ NEEDED = {
     "import": ["src=a", "dst=b"],
     "export": ["src=a", "dst=b", "format=diffusers"],
     "quickstart": [],
+    "doctor": [],
+    "wandb-sync": ["run.dir=a"],
     "submit": ["cluster.nodes=1", "cluster.tasks_per_node=1"],
 }  # fmt: skip
 # The job that a group's files belong to.

@@ -24,6 +24,7 @@ class Options:
     project: str = "tests"
     entity: str | None = None
     tags: tuple[str, ...] = ()
+    wandb_images_per_hour: int = 2
 
 
 def test_one_dictionary_reaches_console_file_and_wandb(tmp_path, capsys):
@@ -75,12 +76,38 @@ def test_tiles_stand_row_by_row_on_white():
     assert np.all(picture[3:5] == 255) and np.all(picture[:, 4:6] == 255)
 
 
-def test_a_resumed_tracker_has_no_double_points(tmp_path):
+def test_a_resumed_run_has_no_double_points_in_its_file_and_in_wandb(tmp_path):
     for start, loss in ((0, 1.0), (2, 2.0)):
-        tracker = Tracker(tmp_path, Ranks(), Options(), 10)
+        tracker = Tracker(tmp_path, Ranks(), Options("offline"), 10, run_id="abcd1234")
         tracker.resume_from(start)
-        for step in range(start + 1, 5):
+        for step in range(start + 1, 5 + start):
             tracker.log(step, {"loss/total": loss})
         tracker.close("stopped")
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss/total"]) for line in found] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert [(line["step"], line["loss/total"]) for line in found] == [
+        (1, 1.0),
+        (2, 1.0),
+        *((s, 2.0) for s in (3, 4, 5, 6)),
+    ]
+    # W&B takes nothing back: it keeps what the first start sent of steps 3 and 4, and gets the rest from the second.
+    sent = [
+        row
+        for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+        for row in read_wandb_file(file).history
+    ]
+    assert [(row["step"], row["loss/total"]) for row in sent] == [
+        *((s, 1.0) for s in (1, 2, 3, 4)),
+        (5, 2.0),
+        (6, 2.0),
+    ]
+
+
+def test_pictures_beyond_the_budget_of_an_hour_stay_in_their_folder(tmp_path, caplog):
+    tracker = Tracker(tmp_path, Ranks(), Options("offline"), 10, run_id="abcd1234")
+    with caplog.at_level("INFO"):
+        for step in (1, 2, 3):
+            tracker.images(step, "samples", np.full((4, 4, 3), step, dtype=np.uint8))
+    tracker.close("finished")
+    assert len(list(tmp_path.glob("samples/*.png"))) == 3
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+    assert "wandb_images_per_hour" in caplog.text
