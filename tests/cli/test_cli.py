@@ -40,7 +40,8 @@ def test_every_listed_job_exists_and_every_job_is_listed():
     folder = CHECKOUT / "ldmscale" / "jobs"
     assert set(JOB_SUMMARIES) == set(JOBS)
     assert all(
-        (folder / f"{job}.py").is_file() and (CHECKOUT / "conf" / f"{job}.yaml").is_file() for job in JOBS
+        (folder / f"{job.replace('-', '_')}.py").is_file() and (CHECKOUT / "conf" / f"{job}.yaml").is_file()
+        for job in JOBS
     )
 
 
