@@ -19,7 +19,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch tests/
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format clean
+.PHONY: help install quickstart test bench check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
@@ -43,6 +43,9 @@ quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in a
 
 test: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP) ## side by side with other implementations; make bench ARGS="unet_step_8 --seconds 60"
+	$(BIN)/python -m benchmarks $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, shell scripts
 	$(BIN)/ruff check .

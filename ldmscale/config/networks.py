@@ -8,6 +8,9 @@ from pydantic.dataclasses import dataclass
 
 from ldmscale.config.values import STRICT, NotNegative, Positive
 
+# What is kept for the backward pass: everything; inputs of blocks and results of attention; inputs of blocks
+Checkpointing = Literal["off", "selective", "full"]
+
 
 @dataclass(frozen=True, config=STRICT)
 class AutoencoderConfig:
@@ -29,7 +32,7 @@ class AutoencoderConfig:
     commitment: float = 0.25  # vq only
     # of every normalisation; narrow networks need fewer, or a group is a single channel
     norm_groups: int = 32
-    checkpointing: Literal["off", "full"] = "off"
+    checkpointing: Checkpointing = "off"
 
     @property
     def latent_width(self) -> int:
@@ -61,7 +64,7 @@ class UNetConfig:
     num_classes: int | None = None
     dropout: float = 0.0
     norm_groups: int = 32
-    checkpointing: Literal["off", "full"] = "off"
+    checkpointing: Checkpointing = "off"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -80,7 +83,7 @@ class TextEncoderConfig:
     vocab_size: int
     feedforward_mult: int = 4
     dropout: float = 0.0
-    checkpointing: Literal["off", "full"] = "off"
+    checkpointing: Checkpointing = "off"
 
 
 @dataclass(frozen=True, config=STRICT)

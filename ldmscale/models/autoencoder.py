@@ -204,7 +204,8 @@ class KLAutoencoder(nn.Module):
         attention_levels: levels (0 = image resolution) with attention after every residual block.
         mid_attention: attention at the lowest resolution.
         norm_groups: of every normalisation; 32 in the published models.
-        checkpointing: "full" keeps only the inputs of the blocks for the backward pass.
+        checkpointing: "full" keeps only the inputs of the blocks for the backward pass,
+            "selective" the results of attention too.
     """
 
     def __init__(

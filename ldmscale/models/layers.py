@@ -8,18 +8,19 @@ reinitialised a child would write into nothing.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ldmscale.models.lean import norm_silu
 
 NORM_GROUPS = 32  # of every published network; narrow ones need fewer, or a group is a single channel
 
-Checkpointing = Literal["off", "full"]
+Checkpointing = Literal["off", "selective", "full"]
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -93,18 +94,31 @@ def dropout_layer(rate: float) -> nn.Module:
     return nn.Dropout(rate) if rate > 0 else nn.Identity()
 
 
+def _keep_attention(context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Attention is the dearest to compute again and keeps little: its output and one number a row."""
+    name: str = operator.name()
+    kept = "attention" in name or "flash" in name  # PyTorch's on all devices, and those of xformers
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def run_block(block: nn.Module, checkpointing: Checkpointing, *inputs: Tensor | None) -> Tensor:
-    """Calls `block`; with "full" keeps only its inputs for backward and computes the rest once more then."""
-    if checkpointing == "full" and torch.is_grad_enabled():
-        result: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    """Calls `block`. With "full" only its inputs are kept for backward, which computes the rest once more.
+
+    With "selective" the results of attention are kept too.
+    """
+    if checkpointing == "off" or not torch.is_grad_enabled():
+        result: Tensor = block(*inputs)
+    elif checkpointing == "selective":
+        contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
+        result = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
     else:
-        result = block(*inputs)
+        result = checkpoint(block, *inputs, use_reentrant=False)
     return result
 
 
 def check_checkpointing(value: str) -> None:
-    if value not in ("off", "full"):
-        raise ValueError(f"checkpointing is {value!r}; expected off or full")
+    if value not in get_args(Checkpointing):
+        raise ValueError(f"checkpointing is {value!r}; expected off, selective or full")
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -160,11 +174,34 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = NearestConv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # [B, C, 2H, 2W]
+        result: Tensor = self.conv(x)  # [B, C, 2H, 2W]
         return result
+
+
+class NearestConv2d(nn.Conv2d):
+    """A 3x3 convolution of the map in which every position is repeated twice in height and width.
+
+    Of the nine taps at a position of the large map, those that fall on copies of one value can be added up
+    before: what remains is a transposed convolution by 4x4 taps and stride 2, with 4/9 of the multiplications and
+    no large copy. Exactly the same algebra. Measured on CPUs, there it takes half the time once the maps outweigh
+    the making of the taps; other devices and half-precision types, where the sums would be rounded, go the plain way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._pays(x):
+            result: Tensor = super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return result
+        rows = self.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # [4, 3]
+        taps = self.weight.flatten(2) @ torch.kron(rows, rows).T  # [out, in, 16]
+        taps = taps.view(*taps.shape[:2], 4, 4).transpose(0, 1)  # [in, out, 4, 4]
+        return F.conv_transpose2d(x, taps, self.bias, stride=2, padding=1)  # [B, out, 2H, 2W]
+
+    def _pays(self, x: Tensor) -> bool:
+        positions = x.shape[0] * x.shape[2] * x.shape[3]
+        return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and positions >= 512
 
 
 class ResnetBlock(nn.Module):

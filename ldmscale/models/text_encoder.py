@@ -54,7 +54,8 @@ class TextTransformer(nn.Module):
         max_tokens: longest sequence; shorter ones are accepted.
         width: D. heads x head_channels need not equal it (released: 8 x 64 at width 1280).
         feedforward_mult: inner width of the feed-forward layers, in widths.
-        checkpointing: "full" keeps only the inputs of the layers for the backward pass.
+        checkpointing: "full" keeps only the inputs of the layers for the backward pass,
+            "selective" the results of attention too.
     """
 
     def __init__(

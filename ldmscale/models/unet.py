@@ -51,7 +51,8 @@ class UNet(nn.Module):
         scale_shift_norm: time scales and shifts the second norm of a residual block instead of being added.
         norm_groups: of every group normalisation; 32 in the published models.
         num_classes: adds a table of class vectors to the time vector; forward then needs `labels`.
-        checkpointing: "full" keeps only the inputs of residual and attention blocks for the backward pass.
+        checkpointing: "full" keeps only the inputs of residual and attention blocks for the backward pass,
+            "selective" the results of attention too.
 
     Raises:
         ValueError: sizes that do not fit each other.

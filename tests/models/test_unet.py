@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from parity import randomise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmscale.models.unet import UNet
 
@@ -31,7 +33,7 @@ SMALL: dict[str, Any] = {
         ({"heads": None, "head_channels": 48}, "head_channels=48 does not divide"),
         ({"attention_levels": (0, 2)}, r"names \[2\], but channel_mult makes levels 0 to 1"),
         ({"channels": 24}, "multiples of 32"),
-        ({"checkpointing": "some"}, "expected off or full"),
+        ({"checkpointing": "some"}, "expected off, selective or full"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -62,7 +64,7 @@ def test_a_fresh_network_predicts_zero() -> None:
 @pytest.mark.parametrize("residual", [False, True])
 def test_checkpointing_gives_bit_equal_gradients(dropout: float, residual: bool) -> None:
     gradients = []
-    for checkpointing in ("off", "full"):
+    for checkpointing in ("off", "selective", "full"):
         network = UNet(**SMALL, dropout=dropout, residual_updown=residual, checkpointing=checkpointing)
         randomise(network)
         generator = torch.Generator().manual_seed(1)
@@ -71,7 +73,33 @@ def test_checkpointing_gives_bit_equal_gradients(dropout: float, residual: bool)
         torch.manual_seed(5)  # of dropout
         network(x, torch.tensor([1, 900]), context).square().mean().backward()
         gradients.append([context.grad, *(p.grad for p in network.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
+
+
+class Executed(TorchDispatchMode):
+    """Counts the operators that are really executed: what comes out of a cache never gets here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_computes_everything_again_but_attention() -> None:
+    calls = {}
+    for checkpointing in ("off", "selective", "full"):
+        network = UNet(**SMALL, checkpointing=checkpointing)
+        with Executed() as executed:
+            network(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, 3, 16)).sum().backward()
+        attention = executed.counts["aten::_scaled_dot_product_flash_attention_for_cpu"]
+        calls[checkpointing] = attention, executed.counts["aten::native_layer_norm"]
+    attention, norms = calls["off"]
+    assert attention > 0
+    assert calls["full"] == (2 * attention, 2 * norms)
+    assert calls["selective"] == (attention, 2 * norms)
 
 
 def saved_elements(network: UNet) -> int:
