@@ -225,14 +225,14 @@ class CheckpointManager:
             step, self._next_upload = self._next_upload, None
             self.upload(step)
 
-    def newest(self) -> Path | None:
+    def newest(self, accept: Callable[[Mapping[str, Any]], bool] | None = None) -> Path | None:
         """The newest complete checkpoint whose files are whole, or None if there never was a complete one.
 
-        A damaged one is logged and passed over; one that the store still has is fetched from there. Raises
-        CheckpointError if all are damaged, since starting from nothing is then for the user to decide.
+        With `accept` those whose state it refuses are passed over. A damaged one is logged and passed over; one that
+        the store still has is fetched from there. Raises CheckpointError if all are damaged, since starting from nothing is then for the user to decide.
         """
         search = Search(self.folder, self.remote, self.rank, self.world_size, self.attempt)
-        found = search.newest()
+        found = search.newest(accept)
         if found is not None and found.name not in search.stored:
             self.upload(step_of(found) or 0)  # the start before was stopped before it had done so
         return found

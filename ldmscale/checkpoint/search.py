@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ldmscale.checkpoint import folders
 from ldmscale.checkpoint.folders import complete_checkpoints, folder_name, step_of
@@ -27,7 +29,7 @@ class Search:
         self._rank, self._world_size, self._attempt = rank, world_size, attempt
         self.stored: list[str] = []  # names of those in the store, oldest first
 
-    def newest(self) -> Path | None:
+    def newest(self, accept: Callable[[Mapping[str, Any]], bool] | None = None) -> Path | None:
         """See `CheckpointManager.newest`."""
         collectives.from_main_rank(lambda: folders.settle(self._folder))
         here = collectives.broadcast_object([path.name for path in complete_checkpoints(self._folder)])
@@ -40,6 +42,8 @@ class Search:
                 assert self._remote is not None
                 log.warning("%s: fetching it from %s", "; ".join(fault), self._remote.url)
                 fault = self._fetched(name, self._remote)
+            if not fault and accept is not None and not accept(Reader(self._folder / name).state):
+                continue
             if not fault:
                 return self._folder / name
             faults += fault

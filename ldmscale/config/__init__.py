@@ -38,6 +38,7 @@ from ldmscale.config.objectives import (
     FirstStageConfig,
 )
 from ldmscale.config.run import RunConfig, TrackingConfig
+from ldmscale.config.safety import SafetyConfig
 from ldmscale.config.training import (
     CheckpointConfig,
     EmaConfig,
@@ -76,6 +77,7 @@ __all__ = [
     "PreviewConfig",
     "QuickstartJob",
     "RunConfig",
+    "SafetyConfig",
     "SampleConfig",
     "SampleJob",
     "ScoreConfig",

@@ -26,6 +26,7 @@ from ldmscale.config.objectives import (
     FirstStageConfig,
 )
 from ldmscale.config.run import RunConfig, TrackingConfig
+from ldmscale.config.safety import SafetyConfig
 from ldmscale.config.training import (
     CheckpointConfig,
     EmaConfig,
@@ -66,6 +67,7 @@ class AutoencoderJob:
     preview: PreviewConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
+    safety: SafetyConfig = SafetyConfig()
     codebook: CodebookConfig = CodebookConfig()
     scale_samples: Positive = 10_000  # images over which the latent scale is measured at the end
 
@@ -95,6 +97,7 @@ class DiffusionJob:
     preview: PreviewConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
+    safety: SafetyConfig = SafetyConfig()
     # What the U-Net is told; of the first three at most one. None of them: unconditional.
     text_encoder: TextEncoderConfig | None = None
     class_embedder: ClassEmbedderConfig | None = None

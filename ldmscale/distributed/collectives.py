@@ -9,6 +9,7 @@ waits for the GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -120,6 +121,18 @@ def from_main_rank(work: Callable[[], T]) -> T:
         error.shared = True
         raise error
     return cast(T, value)
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """How long every later collective of every group may take before it fails on the ranks that wait.
+
+    A group's first timeout must cover compiling, fetching and allocating; afterwards a hang should show soon.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    _host_group()  # so that it exists and gets its timeout, too
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _alone() -> bool:

@@ -14,7 +14,15 @@ import torch
 
 from ldmscale.checkpoint import CheckpointManager, Retention
 from ldmscale.checks.data import SYNTHETIC
-from ldmscale.config import CheckpointConfig, EmaConfig, OptimConfig, TrainConfig, TrainingJob, ZeroConfig
+from ldmscale.config import (
+    CheckpointConfig,
+    EmaConfig,
+    OptimConfig,
+    SafetyConfig,
+    TrainConfig,
+    TrainingJob,
+    ZeroConfig,
+)
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.ledger import Ledger
 from ldmscale.data.loader import Batch, Loader, MakeItem
@@ -35,6 +43,7 @@ from ldmscale.train.ema import PowerEma, ShardedEma, decay_kind
 from ldmscale.train.engine import Engine, connect, disconnect
 from ldmscale.train.engine_options import EngineOptions
 from ldmscale.train.rates import learning_rate
+from ldmscale.train.safety import Guard, SafetyOptions
 from ldmscale.train.stage import Stage
 from ldmscale.train.trainer import Schedule, Trainer
 from ldmscale.validate import plain
@@ -76,7 +85,7 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
     device = choose_device(ranks)
     if ranks.size > 1:
         export_rendezvous(ranks)
-    connect(device)
+    connect(device, timeout_seconds=60 * config.safety.first_step_timeout_minutes)
     lease = _hold(folder, config, stop)
     from_main_rank(lambda: folder.settle_config(plain(config)))
     set_up_logging(folder.path, ranks)
@@ -259,10 +268,13 @@ def train(
             picture_every_steps=config.preview.every_steps,
             average_every_steps=config.ema.store_every_steps,
             garbage_every_steps=config.train.garbage_every_steps,
+            dry_run=config.safety.dry_run,
+            step_timeout_seconds=60 * config.safety.step_timeout_minutes,
         ),
         rates,
         _checkpoints(run, config.checkpoint),
         CheckpointManager(run.folder.averages, retention=Retention(keep_last=sys.maxsize)),
+        Guard(_safety(config.safety), run.folder.skipped_steps),
         tracker,
         Throughput(
             run.device,
@@ -289,6 +301,16 @@ def train(
     barrier()
     disconnect()
     return 0 if status == "finished" else EXIT_STOPPED
+
+
+def _safety(config: SafetyConfig) -> SafetyOptions:
+    return SafetyOptions(
+        skips_before_rollback=config.skips_before_rollback,
+        max_rollbacks=config.max_rollbacks,
+        spike=config.spike,
+        spike_window=config.spike_window,
+        spike_threshold=config.spike_threshold,
+    )
 
 
 def _checkpoints(run: Run, config: CheckpointConfig) -> CheckpointManager:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldmscale.train.power_profile import decay_of_update, exponent
 
+_EXCHANGE_ELEMENTS = 1 << 24  # weights change places with their average in pieces of 64 MiB
 MAIN = "ema"  # the kind of the average that pictures are drawn by and that `load` takes
 
 
@@ -98,3 +99,15 @@ Averages = Mapping[str, Sequence[ShardedEma]]
 def main_average(averages: Averages, network: str) -> ShardedEma | None:
     """The average that a network's pictures are drawn by, if it has any."""
     return next(iter(averages.get(network, ())), None)
+
+
+@torch.no_grad()
+def exchange(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """Swap the contents of tensors pairwise, in place, through a small buffer."""
+    for one, other in zip(left, right, strict=True):
+        ones, others = one.detach().view(-1), other.view(-1)
+        halves = torch.split(ones, _EXCHANGE_ELEMENTS), torch.split(others, _EXCHANGE_ELEMENTS)
+        for a, b in zip(*halves, strict=True):
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)

@@ -13,7 +13,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -25,17 +25,16 @@ from torch import Tensor, nn
 
 from ldmscale.distributed.collectives import any_true
 from ldmscale.train.allocator import keep_freed_memory
-from ldmscale.train.ema import ShardedEma
+from ldmscale.train.ema import ShardedEma, exchange
 from ldmscale.train.engine_options import EngineOptions, deepspeed_json
 from ldmscale.train.fragments import Fragment, Layout, layout_of, zero3_range
 from ldmscale.train.optim import parameter_groups
 from ldmscale.train.replicated import Replicated
+from ldmscale.train.safety import poison_unless_finite
 
 __all__ = ["Engine", "EngineOptions", "connect", "deepspeed_json", "disconnect", "sharded_construction"]
 
 log = logging.getLogger(__name__)
-
-_EXCHANGE_ELEMENTS = 1 << 24  # weights change places with their average in pieces of 64 MiB
 
 
 @contextmanager
@@ -239,18 +238,21 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Back-propagate the mean loss of one micro-batch; it is divided by the accumulation steps here."""
         self.refuse_averaged("backward")
-        self._engine.backward(loss)
+        self._engine.backward(poison_unless_finite(loss))
 
-    def step(self) -> bool:
+    def step(self, *, discard: bool = False) -> bool:
         """Follows each backward. True when it closed an accumulation window and updated the weights.
 
-        A window with a non-finite gradient is thrown away on all ranks, counted in `skipped_updates`, and
-        gives False; `at_boundary` tells it from a window that goes on.
+        A window with a non-finite loss or gradient is thrown away on all ranks, counted in `skipped_updates`, and
+        gives False; `at_boundary` tells it from a window that goes on. With `discard` (on all ranks) a window is
+        thrown away whatever its gradient.
         """
         self.refuse_averaged("step")
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return False
+        if discard:
+            self._spoil_gradients()
         self._engine.step()
         self._norm = self._engine.get_global_grad_norm()
         updated = bool(self._engine.was_step_applied())
@@ -261,6 +263,54 @@ class Engine:
             self._norm = math.inf
         self._share_buffers()
         return updated
+
+    @torch.no_grad()
+    def _spoil_gradients(self) -> None:
+        """Make gradients nan, so that the way in which a window is refused is taken on all ranks.
+
+        The first element of rank 0's shards is never padding, which would stay as it is for the rest of the run.
+        """
+        if isinstance(self._engine, Replicated):
+            self._engine.refuse_next = True
+            return
+        if dist.get_rank():
+            return
+        optimizer = self._engine.optimizer
+        held = [
+            part for parts in getattr(optimizer, "averaged_gradients", {}).values() for part in parts or ()
+        ]
+        held += getattr(optimizer, "fp32_groups_gradients_flat", [])
+        held += [parameter.grad for parameter in self.network.parameters()]
+        for gradient in held:
+            if gradient is not None:
+                gradient.view(-1)[:1].fill_(math.nan)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Inside, one forward and backward may be run, which leaves nothing behind but its peak of memory.
+
+        The gradients are reduced as at the end of a window and thrown away; counters and buffers come back. On a GPU
+        the memory of AdamW's moments, which the first update will take, is held meanwhile.
+        """
+        inner = self._engine
+        counters = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+        before = {name: getattr(inner, name) for name in counters if hasattr(inner, name)}
+        ours = self.skipped_updates, self._norm
+        kept = [buffer.clone() for buffer in self.network.buffers()]
+        unborn = [
+            master for master in self.masters if master.is_cuda and not self.base_optimizer.state.get(master)
+        ]
+        moments = [torch.empty_like(master.detach()) for master in unborn for _ in range(2)]
+        inner.set_gradient_accumulation_boundary(True)
+        yield
+        self.step(discard=True)
+        del moments
+        inner._is_gradient_accumulation_boundary = None
+        for name, value in before.items():
+            setattr(inner, name, value)
+        self.skipped_updates, self._norm = ours
+        for buffer, value in zip(self.network.buffers(), kept, strict=True):
+            buffer.copy_(value)
 
     @torch.no_grad()
     def _share_buffers(self) -> None:
@@ -354,12 +404,12 @@ class Engine:
             yield
             return
         self._averaged = True
-        _exchange(self.masters, ema.averages)
+        exchange(self.masters, ema.averages)
         self.layout.publish()
         try:
             yield
         finally:
-            _exchange(self.masters, ema.averages)
+            exchange(self.masters, ema.averages)
             self.layout.publish()
             self._averaged = False
 
@@ -367,15 +417,3 @@ class Engine:
         """Raise RuntimeError inside `averaged_weights`, where masters and average have changed places."""
         if self._averaged:
             raise RuntimeError(f"{action} of {self.name} inside averaged_weights: leave that block first")
-
-
-@torch.no_grad()
-def _exchange(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
-    """Swap the contents of tensors pairwise, in place, through a small buffer."""
-    for one, other in zip(left, right, strict=True):
-        ones, others = one.detach().view(-1), other.view(-1)
-        halves = torch.split(ones, _EXCHANGE_ELEMENTS), torch.split(others, _EXCHANGE_ELEMENTS)
-        for a, b in zip(*halves, strict=True):
-            kept = a.clone()
-            a.copy_(b)
-            b.copy_(kept)

@@ -94,6 +94,8 @@ class Replicated:
         self._options = options
         self._norm = 0.0
         self._applied = False
+        self.refuse_next = False  # the next update, whatever its gradient
+        self._is_gradient_accumulation_boundary: bool | None = None
         self._flats = [_Flat(group["params"]) for group in groups]
         with torch.no_grad():
             self._start_equal()
@@ -126,7 +128,13 @@ class Replicated:
         (loss / self._options.accumulation_steps).backward()  # type: ignore[no-untyped-call]
 
     def is_gradient_accumulation_boundary(self) -> bool:
+        if self._is_gradient_accumulation_boundary is not None:
+            return self._is_gradient_accumulation_boundary
         return (self.micro_steps + 1) % self._options.accumulation_steps == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """What `is_gradient_accumulation_boundary` says until it is set to None again, as in DeepSpeed's engine."""
+        self._is_gradient_accumulation_boundary = is_boundary
 
     def get_global_grad_norm(self) -> float:
         return self._norm
@@ -148,7 +156,8 @@ class Replicated:
                     dist.all_reduce(bucket)
         parts = [torch.linalg.vector_norm(f.gradient.view(-1, _ROW), dim=1) for f in self._flats]
         self._norm = float(torch.linalg.vector_norm(torch.cat(parts))) / ranks
-        self._applied = math.isfinite(self._norm)
+        self._applied = math.isfinite(self._norm) and not self.refuse_next
+        self.refuse_next = False
         if self._applied:
             # AdamW divides by it on its way: the mean over the ranks and the clipping cost no pass of their own.
             scale = ranks / self._clipping()

@@ -8,18 +8,21 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.data.loader import Loader
-from ldmscale.distributed.collectives import any_true_of, gather_lists
+from ldmscale.distributed.collectives import any_true_of, gather_lists, set_collective_timeout
 from ldmscale.distributed.stop import StopFlag
-from ldmscale.errors import DataError
+from ldmscale.errors import DataError, LdmscaleError
 from ldmscale.tracking.metrics import MetricSums
 from ldmscale.tracking.throughput import Throughput
 from ldmscale.tracking.tracker import Tracker
 from ldmscale.train.host_copies import HostCopies
-from ldmscale.train.stage import Stage
+from ldmscale.train.rehearsal import rehearse
+from ldmscale.train.safety import Guard
+from ldmscale.train.stage import Batch, Stage
 from ldmscale.train.state import restore, snapshot, snapshot_averages
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ class Schedule:
     picture_every_steps: int
     average_every_steps: int  # power-function averages are stored
     garbage_every_steps: int
+    dry_run: bool = False  # one forward and backward that leaves nothing behind, before the first step
+    step_timeout_seconds: float | None = None  # of collectives, once the first step is done
 
 
 class Trainer:
@@ -55,6 +60,7 @@ class Trainer:
         learning_rates: Mapping[str, Callable[[int], float]],
         checkpoints: CheckpointManager,
         stored_averages: CheckpointManager,
+        guard: Guard,
         tracker: Tracker,
         throughput: Throughput,
         stop: StopFlag,
@@ -62,41 +68,57 @@ class Trainer:
         self.stage, self.schedule = stage, schedule
         self.learning_rates = learning_rates
         self.checkpoints, self.stored_averages = checkpoints, stored_averages
+        self.guard = guard
         self.tracker, self.throughput, self.stop = tracker, throughput, stop
         self.step = 0  # optimiser steps done
         self.finished_step: int | None = None  # at which the stage has made its last measurements
         self.position = 0
         self._copies = HostCopies()
         self._measured: dict[str, float] = {}  # since the last save
+        self._ahead: Batch | None = None  # fetched and not yet trained on
         self._loader_from, self._data_fingerprint = loader_from, data_fingerprint
 
     def resume(self) -> None:
         """Go back to the newest complete checkpoint, if there is one."""
         newest = self.checkpoints.newest()
         if newest is not None:
-            state = restore(newest, self.stage.engines, self.stage.averages)
-            if state["data"] != self._data_fingerprint:
-                raise DataError(
-                    f"the shards are not those that {newest} was trained on (some were added, removed or changed): "
-                    "give the data.shards of before, or another run.name to start a new run"
-                )
-            self.step = int(state["step"])
-            self.finished_step = self.step if state["finished"] else None
-            self.position = int(state["position"])
-            self.stage.restore(state["stage"])
+            self._restore(newest)
             log.info("resumed from %s: step %d, %d images seen", newest, self.step, self.position)
         self.tracker.resume_from(self.step)
 
+    def _restore(self, checkpoint: Path) -> None:
+        state = restore(checkpoint, self.stage.engines, self.stage.averages)
+        if state["data"] != self._data_fingerprint:
+            raise DataError(
+                f"the shards are not those that {checkpoint} was trained on (some were added, removed or changed): "
+                "give the data.shards of before, or another run.name to start a new run"
+            )
+        self.step = int(state["step"])
+        self.finished_step = self.step if state["finished"] else None
+        self.position = int(state["position"])
+        self.stage.restore(state["stage"])
+        self.guard = self.guard.restored(state.get("safety", {}))
+
     def fit(self) -> bool:
         """Train. Returns whether `max_steps` was reached; False: a signal came, and all is saved."""
-        sums = MetricSums()
+        sums, shortened, postponed = MetricSums(), False, False
         loader = self._loader_from(self.position)
         # Python's collector runs on all ranks at the same steps, or some rank always keeps the others waiting.
         gc.collect()
         gc.disable()
         try:
+            if self.schedule.dry_run and self.step < self.schedule.max_steps:
+                self._ahead = next(loader)
+                rehearse(self.stage, self._ahead, self.schedule.max_steps)
             while self.step < self.schedule.max_steps:
                 self._one_step(loader, sums)
+                if self.schedule.step_timeout_seconds is not None and not shortened:
+                    set_collective_timeout(self.schedule.step_timeout_seconds)
+                    shortened = True
+                if self.guard.must_go_back:
+                    self._go_back()
+                    sums = MetricSums()
+                    continue
                 last = self.step == self.schedule.max_steps
                 stopping, *busy = any_true_of(self.stop.requested, *self.checkpoints.busy)
                 self.checkpoints.advance(*busy)
@@ -112,8 +134,11 @@ class Trainer:
                     gc.collect()
                 # Also before `finish`, which may take long or fail: nothing trained is ever lost to it.
                 lasting = last or self._due(self.schedule.save_every_steps)
-                if lasting or stopping or self._due(self.schedule.ephemeral_every_steps):
-                    self._save(ephemeral=not lasting)
+                if lasting or stopping or postponed or self._due(self.schedule.ephemeral_every_steps):
+                    # A checkpoint to go back to must not lie among steps that were skipped.
+                    postponed = self.guard.skipped_in_a_row > 0 and not (last or stopping)
+                    if not postponed:
+                        self._save(ephemeral=not lasting)
                 if stopping:
                     self._tell_why()
                     self.checkpoints.finish(must_hold=True)
@@ -141,22 +166,53 @@ class Trainer:
         waited = loader.wait_seconds
         for name in active:
             self.stage.engines[name].set_learning_rate(self.learning_rates[name](self.step))
-        for _ in range(self.schedule.accumulation_steps):
-            metrics = self.stage.micro_step(next(loader), self.step)
-            sums.add(metrics)
+        measured, updated = [], set[str]()
+        for number in range(1, self.schedule.accumulation_steps + 1):
+            batch = self._ahead if self._ahead is not None else next(loader)
+            self._ahead = None
+            measured.append(self.stage.micro_step(batch, self.step))
+            self.guard.note(batch["key"], measured[-1]["loss/total"])
+            discard = number == self.schedule.accumulation_steps and self.guard.spiking(self.step)
             for name in active:
-                if self.stage.engines[name].step():
+                if self.stage.engines[name].step(discard=discard):
+                    updated.add(name)
                     for average in self.stage.averages.get(name, ()):
                         average.update()
         for name in active:
             # Named after the network only where there are several.
             prefix, engine = "" if len(self.stage.engines) == 1 else f"{name}/", self.stage.engines[name]
-            sums.add({f"{prefix}gradient_norm": engine.gradient_norm()})
+            if name in updated:
+                sums.add({f"{prefix}gradient_norm": engine.gradient_norm()})
             if engine.skipped_updates:  # windows without a finite gradient, since the run began
                 sums.add({f"{prefix}skipped_updates": float(engine.skipped_updates)})
         self.step += 1
+        if left := [name for name in active if name not in updated]:
+            self.guard.skipped(self.step, range(self.position, loader.position), left)
+        else:
+            self.guard.updated(self.step)
+            for metrics in measured:
+                sums.add(metrics)
         self.throughput.step(loader.position - self.position, loader.wait_seconds - waited)
         self.position = loader.position
+
+    def _go_back(self) -> None:
+        """To the newest checkpoint's weights, and on with the data behind the steps that were skipped."""
+        self.guard.check_further_return(self.step)
+        self.checkpoints.finish()
+        # One among skipped steps, written because the run was stopped there, is the second choice.
+        newest = self.checkpoints.newest(Guard.was_calm) or self.checkpoints.newest()
+        if newest is None:
+            raise LdmscaleError(
+                f"step {self.step}: {self.guard.skipped_in_a_row} updates in a row were skipped, and there is no "
+                f"checkpoint to go back to; {self.guard.file} names the samples. Lower optim.lr, or look at the data"
+            )
+        before, position = self.guard, self.position
+        self._restore(newest)
+        left_out = range(self.position, position)
+        self.position = position
+        self.guard.went_back(before, self.step, left_out)
+        self.tracker.resume_from(self.step)
+        self._save()  # a resume must know which samples are left out
 
     def _log(self, sums: MetricSums) -> None:
         rates = {
@@ -188,6 +244,7 @@ class Trainer:
                 "ephemeral": ephemeral,
                 "metrics": self._measured,
                 "stage": self.stage.state(),
+                "safety": self.guard.state(),
             }
             pieces, description = snapshot(self.stage.engines, self.stage.averages, self._copies)
             self.checkpoints.begin(self.step, pieces, description | state)

@@ -4,6 +4,7 @@ should be.
 
 import os
 import signal
+import time
 
 import torch
 
@@ -45,4 +46,16 @@ with StopFlag().install() as stop:
     assert stop.agreed()
     assert stop.requested == (rank == 1)
     collectives.barrier()
+
+    # the other rank hangs: with the short timeout it is noticed before the world's own half hour is over
+    collectives.set_collective_timeout(1.0)
+    if rank == 1:
+        time.sleep(4)
+    else:
+        began, failed = time.monotonic(), False
+        try:
+            collectives.any_true(False)
+        except RuntimeError:
+            failed = True
+        assert failed and time.monotonic() - began < 3
     close_world()

@@ -1,0 +1,57 @@
+"""The dry run: one micro-batch forward and backward before the first step, so that missing memory shows at once.
+
+All shapes of a run are fixed, so one micro-batch with every network active is the largest there is. It changes
+nothing: gradients are thrown away, and buffers, counters and random states come back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+
+import torch
+
+from ldmscale.errors import ConfigError
+from ldmscale.tracking.throughput import memory_peaks
+from ldmscale.train.stage import Batch, Stage
+
+log = logging.getLogger(__name__)
+
+
+def rehearse(stage: Stage, batch: Batch, step: int) -> None:
+    """Run one micro-batch as at `step`, without an update. Collective.
+
+    Raises ConfigError where it does not fit into memory.
+    """
+    began = time.perf_counter()
+    random_state = torch.get_rng_state()
+    gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        with ExitStack() as rehearsals:
+            for name in stage.active(step):
+                rehearsals.enter_context(stage.engines[name].rehearsal())
+            stage.micro_step(batch, step)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        peaks = ", ".join(f"{name} {value:.1f}" for name, value in memory_peaks(_device(stage)).items())
+        raise ConfigError(
+            f"a micro-batch of {len(batch['key'])} samples does not fit into memory ({str(error).splitlines()[0]}; "
+            f"{peaks}): give a smaller train.rank_micro_batch, unet.checkpointing=full (or autoencoder.checkpointing), "
+            "zero=3, or more ranks"
+        ) from error
+    torch.set_rng_state(random_state)
+    if gpu_state is not None:
+        torch.cuda.set_rng_state(gpu_state)
+    peaks = ", ".join(f"{name} {value:.2f}" for name, value in memory_peaks(_device(stage)).items())
+    log.info("a dry run of one micro-batch went well in %.1f s: %s", time.perf_counter() - began, peaks)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said
+
+
+def _device(stage: Stage) -> torch.device:
+    return next(iter(stage.engines.values())).device
