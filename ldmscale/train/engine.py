@@ -13,7 +13,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -273,17 +273,13 @@ class Engine:
         if isinstance(self._engine, Replicated):
             self._engine.refuse_next = True
             return
-        if dist.get_rank():
-            return
         optimizer = self._engine.optimizer
-        held = [
-            part for parts in getattr(optimizer, "averaged_gradients", {}).values() for part in parts or ()
-        ]
-        held += getattr(optimizer, "fp32_groups_gradients_flat", [])
-        held += [parameter.grad for parameter in self.network.parameters()]
+        # DeepSpeed's bf16 optimiser has whole gradients on each rank, which judges them by itself.
+        held = list(getattr(optimizer, "fp32_groups_actual_gradients_flat", []))
+        if not held and dist.get_rank() == 0:
+            held = [part for parts in optimizer.averaged_gradients.values() for part in parts or ()]
         for gradient in held:
-            if gradient is not None:
-                gradient.view(-1)[:1].fill_(math.nan)
+            gradient.view(-1)[:1].fill_(math.nan)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -303,7 +299,11 @@ class Engine:
         moments = [torch.empty_like(master.detach()) for master in unborn for _ in range(2)]
         inner.set_gradient_accumulation_boundary(True)
         yield
+        chatter = logging.getLogger("DeepSpeed")
+        level = chatter.level
+        chatter.setLevel(logging.ERROR)  # it warns of every window that is thrown away
         self.step(discard=True)
+        chatter.setLevel(level)
         del moments
         inner._is_gradient_accumulation_boundary = None
         for name, value in before.items():

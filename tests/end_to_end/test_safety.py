@@ -15,7 +15,7 @@ SAMPLES = 128
 BAD_POSITIONS = (10, 33, 44)  # of batches of 8: one step alone, then two in a row
 COMMAND = [
     "diffusion", "experiment=smoke", "data=latents", "data.shards='latents/*.tar'", "data.workers=0", "data.image_size=null",
-    "diffusion=v", "first_stage.fixed_factor=1", "checkpoint.save_every_steps=2", "safety.skips_before_rollback=2", "tracking.wandb=off",
+    "diffusion=v", "first_stage.fixed_factor=1", "checkpoint.save_every_steps=2", "safety.skips_before_rollback=2",
 ]  # fmt: skip
 
 
