@@ -229,7 +229,8 @@ class CheckpointManager:
         """The newest complete checkpoint whose files are whole, or None if there never was a complete one.
 
         With `accept` those whose state it refuses are passed over. A damaged one is logged and passed over; one that
-        the store still has is fetched from there. Raises CheckpointError if all are damaged, since starting from nothing is then for the user to decide.
+        the store still has is fetched from there. Raises CheckpointError if all are damaged, since starting from
+        nothing is then for the user to decide.
         """
         search = Search(self.folder, self.remote, self.rank, self.world_size, self.attempt)
         found = search.newest(accept)
