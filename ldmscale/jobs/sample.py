@@ -41,7 +41,8 @@ def _run(config: SampleConfig, ranks: Ranks) -> int:
     from ldmscale.parts import load
     from ldmscale.tracking.logs import set_up_logging
 
-    world = open_world(ranks)
+    # The ranks meet when all have drawn their share, which may be hours after the first.
+    world = open_world(ranks, timeout_minutes=24 * 60.0)
     set_up_logging(None, ranks)
     made_by = parameters(config)
     # Rank 0 looks alone: its answer stands, whatever the others draw meanwhile.
@@ -58,6 +59,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> int:
         for part in (parts.denoiser, parts.autoencoder):
             if part is not None:
                 part.to(world.device)
+        _warn_of_late_start(parts, config)
         mine = [wanted[number] for number in missing[ranks.rank :: ranks.size]]
         _draw(parts, mine, len(missing), config, folder, ranks)
     barrier()
@@ -207,6 +209,25 @@ def _draw(
             said = now
     if display is not None:
         display.close()
+
+
+def _warn_of_late_start(parts: Parts, config: SampleConfig) -> None:
+    """Noise that a network is told is only partly noise gives washed-out images: say so."""
+    from ldmscale.diffusion.spacing import path_of
+
+    if parts.schedule is None:
+        return  # `sample` says what is missing
+    try:
+        first = path_of(config.sampler, parts.schedule, config.steps, config.spacing).timesteps[0]
+    except ValueError:
+        return  # `sample` says what cannot be
+    last = parts.schedule.timesteps - 1
+    if first < 0.9 * last:
+        log.warning(
+            "sample.steps=%d of the leading spacing begins at timestep %d of %d: images will be washed out; give "
+            "sample.spacing=trailing, or another number of steps",
+            config.steps, first, last,
+        )  # fmt: skip
 
 
 def _given_picture(parts: Parts, config: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -29,6 +29,8 @@ AUTOENCODER = [
 DIFFUSION = [
     "diffusion", "experiment=smoke", "data=latents", "data.workers=0", "data.shards='latents/*.tar'", "first_stage.path=ae",
     "preview.sampler_steps=2", "preview.images=3", "checkpoint.save_every_steps=3", "train.max_steps=6",
+    # Everything that the objective may draw besides noise and timestep, so that ranks and resumes must agree on it.
+    "diffusion=v", "diffusion.weighting=min_snr", "diffusion.offset_noise=0.1", "diffusion.input_perturbation=0.1",
 ]  # fmt: skip
 
 
@@ -72,6 +74,9 @@ def test_the_run_folder_has_what_scripts_rely_on(place):
                 "time/data_wait_share", "memory/peak_gib"):  # fmt: skip
         assert key in first
     assert first["images_seen"] == 8
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {f"loss/bin_{k}" for k in range(1, 5)} <= {key for line in lines for key in line}
+    assert all(0 < line["loss/total"] < line["loss/unweighted"] for line in lines if "loss/total" in line)
 
 
 def test_every_term_of_the_autoencoders_loss_is_measured(place):

@@ -1,6 +1,8 @@
 """The folder of a set of images: it goes on where it stopped, and holds images that were drawn alike."""
 
 import json
+import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +108,27 @@ def test_without_a_folder_given_a_set_finds_its_own_again(tmp_path):
     assert free_folder(tmp_path, MADE_BY | {"steps": "20"}, PROMPTS).path.name == "drawn_2"
     assert free_folder(tmp_path, MADE_BY, Prompts(["else"], [""])).path.name == "drawn_3"
     assert free_folder(tmp_path, MADE_BY | {"steps": "20"}, PROMPTS).path.name == "drawn_2"
+
+
+def test_thirty_thousand_images_are_listed_in_little_memory(tmp_path):
+    folder = SampleFolder(tmp_path, MADE_BY)
+    prompts = Prompts([f"prompt {n}" for n in range(30_000)], [""] * 30_000)
+    folder.settle(prompts)
+    images = prompts.images(1, 0, distinct_seeds=True)
+    folder.write(images[0], picture(0))
+    for image in images[1:20_000]:  # one file under many names
+        os.link(tmp_path / images[0].file_name, tmp_path / image.file_name)
+    tracemalloc.start()
+    try:
+        again = SampleFolder(tmp_path, MADE_BY)
+        again.settle(prompts)
+        missing = again.missing(prompts.images(1, 0, distinct_seeds=True))
+        again.write_grid(images, None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert missing == list(range(20_000, 30_000))
+    assert peak < 40e6  # the pictures alone would be 86 MB
 
 
 def test_a_grid_has_the_first_images_only(tmp_path):
