@@ -24,7 +24,7 @@ from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
 from ldmscale.networks import build_autoencoder, build_denoiser, build_schedule
-from ldmscale.run_folder import RunFolder
+from ldmscale.run_folder import RunFolder, is_foreign
 from ldmscale.stages.first_stage import digest
 from ldmscale.stages.latent_scale import LatentScale
 from ldmscale.validate import read
@@ -114,13 +114,6 @@ def load(path: str | Path, ema: bool | str = True, dtype: torch.dtype = torch.fl
     if values["job"] == "autoencoder":
         return _load_autoencoder(read(AutoencoderJob, values), reader, ema, dtype)
     return _load_diffusion(read(DiffusionJob, values), folder, reader, ema, dtype)
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether this is a model of another format, or an imported one, and no run."""
-    return path.is_file() or any(
-        (path / name).is_file() for name in ("model.json", "model_index.json", "config.json")
-    )
 
 
 def _load_autoencoder(config: AutoencoderJob, reader: Reader, ema: bool | str, dtype: torch.dtype) -> Parts:

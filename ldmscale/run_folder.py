@@ -125,6 +125,16 @@ class RunFolder:
         return int(step) if step is not None else None
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether a file or folder is a model of another format, or an imported one, and no run of ours."""
+    if path.is_file():
+        return True
+    if (path / "checkpoints").is_dir() or (path / "manifest.json").is_file():
+        return False
+    patterns = ("model.json", "model_index.json", "config.json", "*/config.json", "*.ckpt", "*.safetensors")
+    return any(file for pattern in patterns for file in path.glob(pattern))
+
+
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

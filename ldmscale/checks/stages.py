@@ -16,7 +16,7 @@ from ldmscale.config import (
     TrainConfig,
 )
 from ldmscale.errors import ConfigError
-from ldmscale.run_folder import RunFolder
+from ldmscale.run_folder import RunFolder, is_foreign
 from ldmscale.validate import differences, plain_part
 
 LARGEST_SCALED_RATE = (
@@ -162,9 +162,7 @@ def check_same_autoencoder(config: DiffusionJob) -> list[str]:
 
 def check_model(path: str, key: str) -> list[str]:
     """A run, or a model in one of the formats that can be imported."""
-    given = Path(path)
-    imported = any((given / name).is_file() for name in ("model.json", "model_index.json", "config.json"))
-    return [] if given.is_file() or imported else check_run(path, key)
+    return [] if is_foreign(Path(path)) else check_run(path, key)
 
 
 def check_run(path: str, key: str) -> list[str]:

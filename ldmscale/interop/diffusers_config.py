@@ -237,7 +237,7 @@ def autoencoder_config(values: Values) -> AutoencoderConfig:
 def autoencoder_values(
     config: AutoencoderConfig, scaling_factor: float | None, sample_size: int
 ) -> dict[str, Any]:
-    """config.json of AutoencoderKL or VQModel; `scaling_factor` None is 1, latents as they are."""
+    """config.json of AutoencoderKL or VQModel; `scaling_factor` None where it is not known."""
     attending = set(config.attention_levels)
     down = [
         "AttnDownEncoderBlock2D" if i in attending else "DownEncoderBlock2D"
@@ -256,7 +256,7 @@ def autoencoder_values(
         "act_fn": "silu",
         "norm_num_groups": config.norm_groups,
         "mid_block_add_attention": config.mid_attention,
-        "scaling_factor": 1.0 if scaling_factor is None else scaling_factor,
+        "scaling_factor": scaling_factor,
     }
     if config.kind == "vq":
         values |= {"num_vq_embeddings": config.codebook_size, "vq_embed_dim": config.codebook_dim}

@@ -129,7 +129,7 @@ def _read_component(model: Model, name: str, folder: Path, faults: list[str]) ->
         weights, averaged = averaged, weights
     model.parts[part] = Part(config, weights, averaged, head)
     model.source["components"][part] = options | {"name": name}
-    if isinstance(config, AutoencoderConfig) and "scaling_factor" in values:
+    if isinstance(config, AutoencoderConfig) and values.get("scaling_factor") is not None:
         channels = config.latent_width
         factor = torch.full((channels,), float(values["scaling_factor"]))
         model.scale = LatentScale(torch.zeros(channels), factor)
@@ -239,15 +239,6 @@ def _described(model: Model) -> Described:
                 f"{part}: diffusers has no such network; give 'parts=[unet,autoencoder]' to leave it out, or format=compvis"
             )
     several = len(model.parts) > 1
-    if several and "unet" in model.parts:
-        if model.scale is None and "autoencoder" in model.parts:
-            faults.append(
-                "the latent scale is not known: import again with scale_factor=N, or config= of the checkpoint"
-            )
-        if model.diffusion is None:
-            faults.append(
-                "the noise schedule is not known: import again with diffusion=NAME, or config= of the checkpoint"
-            )
     values: dict[str, dict[str, Any]] = {}
     for part in set(model.parts) & set(FOLDERS):
         try:
@@ -276,7 +267,9 @@ def _values_of(model: Model, part: str) -> dict[str, Any]:
         return config_there.text_values(model.text_encoder)
     assert model.autoencoder is not None
     if model.scale is None:
-        log.warning("the latent scale is not known: config.json says scaling_factor 1, latents as they are")
+        log.warning(
+            "the latent scale is not known, scaling_factor is null: import again with scale_factor=N if there is one"
+        )
     size = (model.latent_size or 32) * model.autoencoder.factor
     return config_there.autoencoder_values(model.autoencoder, model.factor, size)
 
@@ -342,7 +335,15 @@ def _pipeline(model: Model) -> str | None:
     if unet is None or first is None:
         return None
     reason = "diffusers has no pipeline for its condition"
-    if text is not None and text.max_tokens != PIPELINE_TOKENS:
+    if model.scale is None:
+        reason = (
+            "the latent scale is not known (import again with scale_factor=N, or config= of the checkpoint)"
+        )
+    elif model.diffusion is None:
+        reason = (
+            "the noise schedule is not known (import again with diffusion=NAME, or config= of the checkpoint)"
+        )
+    elif text is not None and text.max_tokens != PIPELINE_TOKENS:
         reason = f"LDMTextToImagePipeline has captions of {PIPELINE_TOKENS} tokens and this model of {text.max_tokens}"
     elif text is not None:
         return "LDMTextToImagePipeline"

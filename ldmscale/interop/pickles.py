@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import pickletools
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,7 +158,11 @@ def _globals(source: Any) -> Iterator[str]:
 
 
 def _modern(name: str) -> str:
-    return name.replace("__builtin__.", "builtins.", 1) if name.startswith("__builtin__.") else name
+    """Names that Python 2 gave, as PyTorch's loader translates them."""
+    module, _, short = name.rpartition(".")
+    if (module, short) in NAME_MAPPING:
+        return ".".join(NAME_MAPPING[module, short])
+    return f"{IMPORT_MAPPING.get(module, module)}.{short}"
 
 
 def plain(value: Any) -> Any:

@@ -54,13 +54,6 @@ class Given:
     latent_size: int | None = None
 
 
-def is_readable(path: Path) -> bool:
-    """Whether `read` has a way to read this."""
-    if path.is_dir():
-        return (path / MODEL_FILE).is_file() or is_diffusers(path)
-    return path.is_file() and path.suffix in CHECKPOINTS
-
-
 def read(path: Path, given: Given | None = None) -> Model:
     """The model in a file or folder that is not a run of ours. Its tensors are mapped, not read.
 
@@ -152,6 +145,15 @@ def _settle(model: Model, given: Given) -> None:
         for key, value in vars(wanted).items():
             if key not in free and getattr(found, key) != value:
                 faults.append(f"{name}.{key}={value} is given, and the source has {getattr(found, key)}")
+    stored = model.kept.get("scale_factor")
+    if (
+        stored is not None
+        and given.scale_factor is not None
+        and abs(float(stored) - given.scale_factor) > 1e-6
+    ):
+        faults.append(
+            f"scale_factor={given.scale_factor} is given, and the source has {float(stored):.6g}: remove it"
+        )
     if faults:
         raise ConfigError(faults)
     model.diffusion = given.diffusion or model.diffusion

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldmscale.config import ExportJob
 from ldmscale.jobs.start import configured
+from ldmscale.run_folder import is_foreign
 
 log = logging.getLogger(__name__)
 
@@ -15,15 +16,18 @@ log = logging.getLogger(__name__)
 def main(overrides: Sequence[str]) -> int:
     """Export as configured; see `cli` for the exit status."""
     config, ranks = configured(ExportJob, overrides)
-    from ldmscale.interop.reading import is_readable, one_average, read
+    from ldmscale.interop.reading import one_average, read
     from ldmscale.interop.run import read_run
     from ldmscale.interop.writing import chosen, write
     from ldmscale.tracking.logs import set_up_logging
 
     set_up_logging(None, ranks)
     src, dst = Path(config.src), Path(config.dst)
-    model = read(src) if is_readable(src) else read_run(src, config.ema)
-    ema = one_average(config.ema) if is_readable(src) else True
+    if is_foreign(src):
+        ema = one_average(config.ema)
+        model = read(src)
+    else:
+        ema, model = True, read_run(src, config.ema)
     if config.parts is not None:
         model = chosen(model, config.parts)
     write(model, dst, config.format, ema, config.overwrite)

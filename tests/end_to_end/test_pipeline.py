@@ -299,3 +299,41 @@ def test_latents_pass_over_what_cannot_be_used_and_write_it_down(place, ldmscale
     manifest = json.loads((place / "clean" / "manifest.json").read_text())
     assert (manifest["samples"], manifest["skipped"]) == (4, 2)
     assert len((place / "clean" / "data_ledger.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("form", ["diffusers", "compvis"])
+def test_a_run_is_exported_and_draws_the_same_images(form, place, ldmscale):
+    out = f"exported_{form}"
+    for ema in ("true", "false"):
+        folder = f"{out}_{ema}"
+        finished(
+            ldmscale("export", "src=straight", f"dst={folder}", f"format={form}", f"ema={ema}", cwd=place)
+        )
+        run = library.load(place / "straight", ema=ema == "true")
+        if form == "compvis":
+            # Heads, schedule, scale and size of latents come from the yaml that was written beside the checkpoint.
+            tokens = ["tokenizer=straight/tokenizer", f"dst={folder}_in", f"src={folder}/model.ckpt"]
+            finished(ldmscale("import", *tokens, cwd=place))
+            folder += "_in"
+        parts = library.load(place / folder)
+        for mine, there in zip(run.denoiser.parameters(), parts.denoiser.parameters(), strict=True):
+            assert torch.equal(mine, there)
+        noise = torch.randn(2, *run.latent_shape, generator=torch.Generator().manual_seed(1))
+        drawn = [library.sample(p, ["a red dragon", "two"], steps=3, noise=noise) for p in (run, parts)]
+        assert torch.equal(*drawn)
+
+
+def test_an_autoencoder_run_is_exported(place, ldmscale):
+    from diffusers import AutoencoderKL
+
+    finished(ldmscale("export", "src=ae", "dst=ae_there", "format=diffusers", cwd=place))
+    finished(ldmscale("export", "src=ae", "dst=ae.safetensors", "format=compvis", cwd=place))
+    run = library.load(place / "ae")
+    there = AutoencoderKL.from_pretrained(place / "ae_there")
+    assert there.config.scaling_factor == pytest.approx(run.latent_statistics["factor"], rel=1e-6)
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = there.encode(images).latent_dist.mean
+        for parts in (run, library.load(place / "ae_there"), library.load(place / "ae.safetensors")):
+            found = parts.autoencoder.encode(images).mean
+            assert float((found - expected).abs().max() / expected.abs().max()) < 5e-6
