@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 # Keys that a resume may change: how it runs, how long, and where its data lie (their fingerprint is checked).
 # A longer run stretches a decaying learning rate; that is said like every change.
 FREE_KEYS = (
-    "run.", "checkpoint.", "ema.store_every_steps", "safety.", "tracking.", "preview.", "zero.", "scale_samples",
+    "run.", "checkpoint.", "ema.store_every_steps", "safety.", "tracking.", "preview.", "zero.", "scale_samples", "warm_start",
     "train.max_steps", "train.log_every_steps", "train.rank_micro_batch", "train.attention", "train.garbage_every_steps",
     "data.shards", "data.heldout_shards", "data.workers", "data.max_bad_share", "data.allow_pipe", "first_stage.path",
     "diffusion.loss_bins",

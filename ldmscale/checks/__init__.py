@@ -21,6 +21,7 @@ from ldmscale.checks.stages import (
     check_rate,
     check_run,
     check_same_autoencoder,
+    check_warm_start,
 )
 from ldmscale.config import (
     AutoencoderJob,
@@ -46,6 +47,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
             *check_local("run.dir", config.run.dir),
+            *check_warm_start(config.warm_start.path),
             *check_autoencoder(config.autoencoder),
             *check_loss(config),
             *check_image_size(config.data, config.autoencoder),
@@ -57,6 +59,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
             *check_local("run.dir", config.run.dir),
+            *check_warm_start(config.warm_start.path),
             *check_unet(config.unet),
             *check_conditions(config),
             *check_latents(config),

@@ -45,6 +45,7 @@ from ldmscale.config.training import (
     OptimConfig,
     PreviewConfig,
     TrainConfig,
+    WarmStartConfig,
     ZeroConfig,
 )
 
@@ -91,5 +92,6 @@ __all__ = [
     "TrainingJob",
     "UNetConfig",
     "WandbSyncJob",
+    "WarmStartConfig",
     "ZeroConfig",
 ]

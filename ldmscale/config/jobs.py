@@ -33,6 +33,7 @@ from ldmscale.config.training import (
     OptimConfig,
     PreviewConfig,
     TrainConfig,
+    WarmStartConfig,
     ZeroConfig,
 )
 from ldmscale.config.values import STRICT, Positive
@@ -68,6 +69,7 @@ class AutoencoderJob:
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     safety: SafetyConfig = SafetyConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
     codebook: CodebookConfig = CodebookConfig()
     scale_samples: Positive = 10_000  # images over which the latent scale is measured at the end
 
@@ -98,6 +100,7 @@ class DiffusionJob:
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     safety: SafetyConfig = SafetyConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
     # What the U-Net is told; of the first three at most one. None of them: unconditional.
     text_encoder: TextEncoderConfig | None = None
     class_embedder: ClassEmbedderConfig | None = None

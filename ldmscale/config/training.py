@@ -98,3 +98,11 @@ class CheckpointConfig:
     ephemeral_every_steps: NotNegative = 0
     url: str | None = None  # fsspec URL of a folder that gets a copy of every checkpoint
     max_failed_saves: NotNegative = 3  # in a row; after more the run stops
+
+
+@dataclass(frozen=True, config=STRICT)
+class WarmStartConfig:
+    """Weights that a new run begins with; its optimiser, averages and data position are new."""
+
+    path: str | None = None  # a run folder, one of its checkpoints, or a model of another format
+    weights: Literal["ema", "raw"] = "ema"  # averaged ones, where there are any

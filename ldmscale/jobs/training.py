@@ -35,6 +35,7 @@ from ldmscale.distributed.world import choose_device
 from ldmscale.errors import ConfigError, StoppedEarlyError
 from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.synthetic import synthetic_shards
+from ldmscale.jobs.warm_start import begin_with
 from ldmscale.run_folder import RunFolder
 from ldmscale.tracking.logs import quiet_libraries, set_up_logging
 from ldmscale.tracking.throughput import Throughput, peak_flops
@@ -286,7 +287,8 @@ def train(
     )
     status: Any = "failed"
     try:
-        trainer.resume()
+        if not trainer.resume():
+            begin_with(config.warm_start, stage)
         finished = trainer.fit()
         if finished:
             trainer.finish()

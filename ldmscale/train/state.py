@@ -119,7 +119,7 @@ def _pieces_of(
                 yield from _piece(copies, name, kind, fragment, fragment.of(moments[kind]))
     for average in averages:
         yield from _average_pieces(copies, name, engine, average)
-    for fragment, values in _frozen(engine):
+    for fragment, values in frozen_fragments(engine):
         yield from _piece(copies, name, "frozen", fragment, values)
     if dist.get_rank() == 0:
         for buffer_name, buffer in engine.buffers():
@@ -145,7 +145,7 @@ def _piece(
         yield Piece(key, fragment.shape, offset, copies.take(key, values))
 
 
-def _frozen(engine: Engine) -> Iterator[tuple[Fragment, Tensor]]:
+def frozen_fragments(engine: Engine) -> Iterator[tuple[Fragment, Tensor]]:
     """Each frozen parameter's fragment on this rank, with a view of its elements."""
     for name, parameter in engine.frozen():
         shard: Tensor | None = getattr(parameter, "ds_tensor", None)
@@ -154,7 +154,7 @@ def _frozen(engine: Engine) -> Iterator[tuple[Fragment, Tensor]]:
             yield fragment, parameter.detach().view(-1)
         else:
             offset, numel = engine.zero3_range(parameter)
-            fragment = Fragment(name, _whole_shape(parameter), offset, numel, flat=-1)
+            fragment = Fragment(name, whole_shape(parameter), offset, numel, flat=-1)
             yield fragment, shard.detach().view(-1)[:numel]
 
 
@@ -163,7 +163,7 @@ def _differences(reader: Reader, name: str, engine: Engine) -> list[str]:
     if name not in reader.networks():
         return [f"it has no network {name!r}, only {reader.networks()}"]
     wanted = {
-        f"{name}/{'master' if parameter.requires_grad else 'frozen'}/{key}": _whole_shape(parameter)
+        f"{name}/{'master' if parameter.requires_grad else 'frozen'}/{key}": whole_shape(parameter)
         for key, parameter in engine.network.named_parameters()
     } | {f"{name}/buffer/{key}": tuple(buffer.shape) for key, buffer in engine.buffers()}
     found = {
@@ -181,7 +181,7 @@ def _differences(reader: Reader, name: str, engine: Engine) -> list[str]:
     return sorted(faults)
 
 
-def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -197,7 +197,7 @@ def _restore_engine(reader: Reader, name: str, engine: Engine) -> None:
         for kind in _MOMENTS:
             key = f"{name}/{kind}/{fragment.name}"
             reader.fill(key, fragment.offset, fragment.of(moments[fragment.flat][kind]))
-    for fragment, values in _frozen(engine):
+    for fragment, values in frozen_fragments(engine):
         reader.fill(f"{name}/frozen/{fragment.name}", fragment.offset, values)
     for buffer_name, buffer in engine.buffers():
         buffer.copy_(reader.tensor(f"{name}/buffer/{buffer_name}"))

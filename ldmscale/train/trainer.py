@@ -78,13 +78,14 @@ class Trainer:
         self._ahead: Batch | None = None  # fetched and not yet trained on
         self._loader_from, self._data_fingerprint = loader_from, data_fingerprint
 
-    def resume(self) -> None:
-        """Go back to the newest complete checkpoint, if there is one."""
+    def resume(self) -> bool:
+        """Go back to the newest complete checkpoint; returns whether there is one."""
         newest = self.checkpoints.newest()
         if newest is not None:
             self._restore(newest)
             log.info("resumed from %s: step %d, %d images seen", newest, self.step, self.position)
         self.tracker.resume_from(self.step)
+        return newest is not None
 
     def _restore(self, checkpoint: Path) -> None:
         state = restore(checkpoint, self.stage.engines, self.stage.averages)

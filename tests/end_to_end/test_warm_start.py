@@ -1,0 +1,51 @@
+"""A new run begins with the averaged or raw weights of another run, or of an exported model, at any ZeRO stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldmscale.checkpoint import Reader
+from ldmscale.checkpoint.folders import complete_checkpoints
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+COMMON = [
+    "data.workers=0",
+    "preview.every_steps=0",
+    "tracking.wandb=off",
+    "ema.decay=0.5",
+    "ema.warmup=false",
+]
+# Steps so small that they leave the weights as they began.
+STILL = ["optim.lr=1e-30", "optim.weight_decay=0", "train.max_steps=1", "seed=9"]
+
+
+def weights(run: Path, kind: str) -> dict[str, torch.Tensor]:
+    return Reader(complete_checkpoints(run / "checkpoints")[-1]).weights("denoiser", kind)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(one[name], other[name], rtol=0, atol=1e-20) for name in other)
+
+
+def test_a_run_begins_with_the_weights_of_another_one(host: Any, tmp_path: Path) -> None:
+    job, keys = ["diffusion", "experiment=smoke", *COMMON], tmp_path / "keys.jsonl"
+    host.finish([*job, "run.dir=first", "train.max_steps=3", "optim.lr=1e-2"], keys)
+    first = tmp_path / "first"
+    averaged, raw = weights(first, "ema"), weights(first, "master")
+    assert not same(averaged, raw)
+    still = [*job, *STILL, "warm_start.path=first"]
+    host.finish([*still, "run.dir=averaged", "zero=3", "zero.persistence_threshold=0"], keys)
+    assert same(weights(tmp_path / "averaged", "master"), averaged)
+    assert same(weights(tmp_path / "averaged", "ema"), averaged)  # the average begins from there too
+    host.finish([*still, "run.dir=raw", "zero=1", "warm_start.weights=raw"], keys)
+    assert same(weights(tmp_path / "raw", "master"), raw)
+    # A wider network does not fit, and the message says where.
+    host.start([*still, "run.dir=wider", "unet.channels=64"], keys)
+    assert host.answer()["status"] == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert "do not fit this model" in log and "this model's has [64," in log
