@@ -9,8 +9,8 @@ from typing import Literal
 from ldmscale.checkpoint import Reader, newest_checkpoint
 from ldmscale.config.training import WarmStartConfig
 from ldmscale.errors import CheckpointError
-from ldmscale.parts import is_foreign, load
-from ldmscale.run_folder import RunFolder
+from ldmscale.parts import load
+from ldmscale.run_folder import RunFolder, is_foreign
 from ldmscale.train.ema import MAIN
 from ldmscale.train.stage import Stage
 from ldmscale.train.warm_start import SavedWeights, Weights, WholeWeights, warm_start
