@@ -21,6 +21,7 @@ JOB_SUMMARIES = {
     "doctor": "checks this machine or allocation before a run; run.dir=DIR says what happened to a run",
     "wandb-sync": "sends the metrics of a run to W&B, from its metrics.jsonl",
     "submit": "freezes a job and queues it with Slurm: ldmscale submit JOB cluster=NAME ...",
+    "evaluate": "measures a model on images that it was not trained on, by a protocol written into the result",
     "sample": "draws images for prompts (a list, a file or standard input)",
     "import": "reads a CompVis checkpoint or a diffusers folder into a folder that sample and export take",
     "export": "writes a run or an imported model as a diffusers folder or a CompVis checkpoint",

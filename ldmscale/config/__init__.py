@@ -7,12 +7,14 @@ from ldmscale.config.cluster import ClusterConfig
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
 from ldmscale.config.doctor import DoctorConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
+from ldmscale.config.evaluation import EvaluateConfig
 from ldmscale.config.interop import ExportJob, HeadsConfig, ImportJob
 from ldmscale.config.jobs import (
     JOBS,
     AutoencoderJob,
     DiffusionJob,
     DoctorJob,
+    EvaluateJob,
     IndexJob,
     Job,
     LatentsJob,
@@ -45,6 +47,7 @@ from ldmscale.config.training import (
     OptimConfig,
     PreviewConfig,
     TrainConfig,
+    ValidationConfig,
     WarmStartConfig,
     ZeroConfig,
 )
@@ -66,6 +69,8 @@ __all__ = [
     "EmaConfig",
     "EmbeddingsConfig",
     "EncoderConfig",
+    "EvaluateConfig",
+    "EvaluateJob",
     "ExportJob",
     "FirstStageConfig",
     "HeadsConfig",
@@ -91,6 +96,7 @@ __all__ = [
     "TrainConfig",
     "TrainingJob",
     "UNetConfig",
+    "ValidationConfig",
     "WandbSyncJob",
     "WarmStartConfig",
     "ZeroConfig",

@@ -10,6 +10,7 @@ from ldmscale.config.cluster import ClusterConfig
 from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
 from ldmscale.config.doctor import DoctorConfig
 from ldmscale.config.drawing import SampleConfig, ScoreConfig
+from ldmscale.config.evaluation import EvaluateConfig
 from ldmscale.config.interop import ExportJob, ImportJob
 from ldmscale.config.networks import (
     AutoencoderConfig,
@@ -33,6 +34,7 @@ from ldmscale.config.training import (
     OptimConfig,
     PreviewConfig,
     TrainConfig,
+    ValidationConfig,
     WarmStartConfig,
     ZeroConfig,
 )
@@ -71,6 +73,7 @@ class AutoencoderJob:
     safety: SafetyConfig = SafetyConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     codebook: CodebookConfig = CodebookConfig()
+    validation: ValidationConfig = ValidationConfig()
     scale_samples: Positive = 10_000  # images over which the latent scale is measured at the end
 
 
@@ -112,6 +115,13 @@ class DiffusionJob:
 class SampleJob:
     job: Literal["sample"]
     sample: SampleConfig
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluateJob:
+    job: Literal["evaluate"]
+    data: DataConfig
+    evaluate: EvaluateConfig
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -165,6 +175,7 @@ class SubmitJob:
 TrainingJob = AutoencoderJob | DiffusionJob
 Job = (
     IndexJob
+    | EvaluateJob
     | AutoencoderJob
     | LatentsJob
     | DiffusionJob
@@ -188,4 +199,5 @@ JOBS: dict[str, type[Job]] = {
     "export": ExportJob,
     "doctor": DoctorJob,
     "wandb-sync": WandbSyncJob,
+    "evaluate": EvaluateJob,
 }

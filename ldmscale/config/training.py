@@ -73,6 +73,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ValidationConfig:
+    """Figures of held-out images (data.heldout_shards) while training, by all ranks together."""
+
+    every_steps: NotNegative = 0  # 0: never
+    images: Positive = 256  # the first so many, kept in memory
+    rank_batch: Positive = 8
+
+
+@dataclass(frozen=True, config=STRICT)
 class PreviewConfig:
     """Pictures drawn while training, by all ranks together."""
 

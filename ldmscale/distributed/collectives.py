@@ -77,6 +77,14 @@ def mean_tensor_over_ranks(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def sum_tensor_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum of a tensor over ranks, the same on all and a new one; travels on the tensor's own device."""
+    total = tensor.detach().clone()
+    if not _alone():
+        dist.all_reduce(total)
+    return total
+
+
 def gather_lists(items: Sequence[T]) -> list[T]:
     """The items of all ranks in the order of ranks, on every rank. Items must pickle and be small."""
     if _alone():

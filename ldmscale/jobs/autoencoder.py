@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ldmscale.config import AutoencoderJob
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.stop import StopFlag
 from ldmscale.jobs.start import configured
+
+if TYPE_CHECKING:
+    from ldmscale.evaluation.held_out import HeldOut
+    from ldmscale.frozen import Distance
+    from ldmscale.jobs.training import Run
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +44,10 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
         train,
     )
     from ldmscale.networks import build_autoencoder, build_discriminator
-    from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms, RealAndFake
+    from ldmscale.stages.adversary import Adversary, AdversaryTerms, RealAndFake
+    from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms
+    from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
+    from ldmscale.stages.log_variance import LogVariance
     from ldmscale.train.engine import Engine, sharded_construction
 
     if already_finished(config, ranks):
@@ -71,10 +80,34 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
         for _ in range(-(-wanted // config.train.global_batch) * run.accumulation_steps):
             yield next(loader)
 
+    averages = averages_of(generator, config.ema)
+    adversary = Adversary(
+        discriminator,
+        generator_network.last_layer,
+        AdversaryTerms(
+            loss.gan,
+            loss.gan_weight,
+            loss.gan_adaptive,
+            loss.gan_start_step,
+            loss.r1_weight,
+            loss.r1_every_steps,
+        ),
+    )
+    codebook, options_of = None, config.codebook
+    if config.autoencoder.codebook_size is not None:
+        kept = CodebookOptions(
+            config.autoencoder.codebook_size,
+            options_of.start == "kmeans",
+            options_of.kmeans_rounds,
+            options_of.revive_after_steps,
+            options_of.usage_window_steps,
+            options_of.alarm_usage,
+        )
+        codebook = CodebookKeeper(generator, averages, kept, config.seed)
     stage = AutoencoderStage(
         generator,
-        discriminator,
-        averages_of(generator, config.ema),
+        adversary,
+        averages,
         distance,
         LossTerms(
             sum_over_image=loss.reduction == "sum",
@@ -82,13 +115,19 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
             perceptual_weight=loss.perceptual_weight,
             kl_weight=loss.kl_weight,
             codebook_weight=loss.codebook_weight,
-            gan=loss.gan,
-            gan_weight=loss.gan_weight,
-            gan_start_step=loss.gan_start_step,
         ),
+        LogVariance(
+            loss.logvar_start,
+            learned=loss.logvar == "learned",
+            passes=run.accumulation_steps,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+        ),
+        codebook,
         config.seed,
         measure_batches,
         picture_batch(run, config, reader),
+        _held_out(config, run, distance),
         run.device,
     )
     rates = {
@@ -96,3 +135,18 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
         "discriminator": rate_curve(config.optim, config.train, loss.discriminator_lr_scale),
     }
     return train(run, config, stage, reader, rates, stop, flops_per_image=None)
+
+
+def _held_out(config: AutoencoderJob, run: Run, distance: Distance | None) -> HeldOut | None:
+    """The held-out images that figures are taken of while training; None where nobody asks for figures."""
+    from ldmscale.data.shards import expand
+    from ldmscale.evaluation.held_out import HeldOut
+    from ldmscale.jobs.held_out import ImageSet
+    from ldmscale.jobs.open_index import open_index
+
+    wanted, data = config.validation, config.data
+    if not wanted.every_steps or data.heldout_shards is None:
+        return None
+    index = open_index(expand(data.heldout_shards, allow_pipe=data.allow_pipe), run.ranks)
+    images = ImageSet(index, data, min(wanted.images, index.total))
+    return HeldOut(list(images.batches(wanted.rank_batch, run.ranks)), distance, run.device)

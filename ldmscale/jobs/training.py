@@ -15,6 +15,7 @@ import torch
 from ldmscale.checkpoint import CheckpointManager, Retention
 from ldmscale.checks.data import SYNTHETIC
 from ldmscale.config import (
+    AutoencoderJob,
     CheckpointConfig,
     EmaConfig,
     OptimConfig,
@@ -267,6 +268,7 @@ def train(
             save_every_steps=config.checkpoint.save_every_steps,
             ephemeral_every_steps=config.checkpoint.ephemeral_every_steps,
             picture_every_steps=config.preview.every_steps,
+            validate_every_steps=config.validation.every_steps if isinstance(config, AutoencoderJob) else 0,
             average_every_steps=config.ema.store_every_steps,
             garbage_every_steps=config.train.garbage_every_steps,
             dry_run=config.safety.dry_run,

@@ -2,6 +2,9 @@
 
 `Posterior` and `Codes` are named tuples on purpose: DeepSpeed looks for tensors in the tuples, lists and
 dictionaries that a network returns and warns about every other type.
+
+Both offer what the rest of the first stage needs without asking which one it is: `moments` (what a latent shard
+stores), `spread` (mean and log-variance of a latent), `regulariser` (their term of the loss).
 """
 
 from __future__ import annotations
@@ -31,6 +34,14 @@ class Posterior(NamedTuple):
         """[B, 2C, h, w], what `from_moments` takes."""
         return torch.cat([self.mean, self.logvar], dim=1)
 
+    def spread(self) -> tuple[Tensor, Tensor | None]:
+        """Mean and log-variance of the latent, [B, C, h, w] each."""
+        return self.mean, self.logvar
+
+    def regulariser(self) -> Tensor:
+        """The divergence from the standard normal in nats, summed over a sample, averaged over the batch."""
+        return self.kl().mean()
+
     def sample(self, noise: Tensor) -> Tensor:
         """mean + exp(logvar / 2) * noise; noise [B, C, h, w] standard normal, drawn by the caller."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise  # [B, C, h, w]
@@ -57,6 +68,21 @@ class Codes(NamedTuple):
     """[B, h, w] int64 rows of the table."""
     loss: Tensor
     """Scalar: encoder towards vectors plus `commitment` times vectors towards encoder."""
+
+    def moments(self) -> Tensor:
+        """[B, C, h, w], the latent before quantisation."""
+        return self.latent
+
+    def spread(self) -> tuple[Tensor, Tensor | None]:
+        """The latent [B, C, h, w]; a point has no log-variance."""
+        return self.latent, None
+
+    def regulariser(self) -> Tensor:
+        """The codebook loss, averaged over all elements."""
+        return self.loss
+
+
+Bottleneck = Posterior | Codes
 
 
 class VectorQuantizer(nn.Module):

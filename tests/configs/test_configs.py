@@ -18,6 +18,7 @@ NEEDED = {
                     "loss.perceptual_heads=b"],
     "latents": ["data.shards=x.tar", "first_stage.path=a", "latents.path=b"],
     "diffusion": ["data.shards=x.tar", "train.global_batch=8", "train.rank_micro_batch=4"],
+    "evaluate": ["data.shards=x.tar", "evaluate.model=a"],
     "sample": ["sample.model=a", "sample.prompts=b"],
     "import": ["src=a", "dst=b"],
     "export": ["src=a", "dst=b", "format=diffusers"],

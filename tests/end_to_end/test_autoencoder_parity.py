@@ -83,9 +83,8 @@ def reference(config: AutoencoderJob, shards: list[str]) -> list[dict[str, float
     return found
 
 
-@pytest.mark.parametrize("zero", [3, 1])
-def test_the_gan_stage_equals_plain_pytorch(tmp_path, ldmscale, zero):
-    done = ldmscale("autoencoder", *OVERRIDES, f"zero={zero}", cwd=tmp_path, ranks=2)
+def test_the_gan_stage_equals_plain_pytorch(tmp_path, ldmscale):
+    done = ldmscale("autoencoder", *OVERRIDES, "zero=3", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     config = read(AutoencoderJob, compose_job("autoencoder", OVERRIDES))

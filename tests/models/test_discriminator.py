@@ -26,13 +26,13 @@ def test_layers_stand_at_the_published_places() -> None:
     names = [type(layer).__mro__[1].__name__ for layer in PatchDiscriminator(layers=2).main]
     assert names == [
         "Conv2d",
-        "Module",
+        "LeakyReLU",
         "Conv2d",
         "BatchNorm2d",
-        "Module",
+        "LeakyReLU",
         "Conv2d",
         "BatchNorm2d",
-        "Module",
+        "LeakyReLU",
         "Conv2d",
     ]
 
@@ -50,3 +50,24 @@ def test_only_batch_norm_makes_logits_depend_on_the_other_images(norm: str, mixe
 def test_an_unknown_norm_is_refused() -> None:
     with pytest.raises(ValueError, match="expected batch or group"):
         PatchDiscriminator(norm="layer")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_derivative_along_a_direction_carries_the_gradient_penalty_of_double_backward(norm: str) -> None:
+    torch.manual_seed(0)
+    network = PatchDiscriminator(channels=32, layers=2, norm=norm).double()  # type: ignore[arg-type]
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    logits = network(images)
+    (slope,) = torch.autograd.grad(logits.mean((1, 2, 3)).sum(), images, create_graph=True)
+    penalty = slope.square().sum((1, 2, 3)).mean() / 2
+    expected = torch.autograd.grad(penalty, list(network.parameters()), allow_unused=True)
+    again, along = network(images.detach(), slope.detach())
+    assert torch.equal(again, logits)
+    torch.testing.assert_close(along.mean() / 2, penalty)
+    found = torch.autograd.grad(along.mean(), list(network.parameters()), allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        if other is None or not other.any():
+            assert one is None or float(one.abs().max()) < 1e-12
+        else:
+            assert one is not None
+            torch.testing.assert_close(one, other)

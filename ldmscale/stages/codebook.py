@@ -1,0 +1,149 @@
+"""The health of a vq autoencoder's table: who is chosen, how it starts, and what becomes of rows that nobody chooses.
+
+All ranks hold the same counts, draw the same rows and write the same values, whatever the number of ranks: candidates
+are numbered by the samples' places in the data, and whoever holds one hands it to the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmscale.distributed.collectives import gather_lists, sum_tensor_over_ranks
+from ldmscale.distributed.seeds import shuffled
+from ldmscale.train.ema import ShardedEma
+from ldmscale.train.engine import Engine
+from ldmscale.train.rewrite import overwrite_rows
+
+log = logging.getLogger(__name__)
+
+PARAMETER = "quantize.embedding"
+_BLOCK = 8192  # latents compared with the table at a time
+
+
+@dataclass(frozen=True)
+class CodebookOptions:
+    """`config.CodebookConfig` tells their meaning."""
+
+    size: int
+    kmeans: bool
+    kmeans_rounds: int
+    revive_after_steps: int
+    usage_window_steps: int
+    alarm_usage: float
+
+
+class CodebookKeeper:
+    """Counts the choices of every step over all ranks, and rewrites the table where the options ask for it."""
+
+    def __init__(
+        self, engine: Engine, averages: Sequence[ShardedEma], options: CodebookOptions, seed: int
+    ) -> None:
+        self.engine, self.options, self.seed = engine, options, seed
+        self.averages = averages
+        self.idle = torch.zeros(options.size, dtype=torch.int64)  # steps since each row was chosen
+        self._counts = torch.zeros(options.size, dtype=torch.int64, device=engine.device)
+        self._passes = 0
+
+    def prepare(self, step: int, positions: Sequence[int], latents: Callable[[], Tensor]) -> None:
+        """Before the first pass of a step: start or revive rows on the present latents. Collective.
+
+        `latents` gives this rank's latents [B,C,h,w] of the samples at `positions`; it is called on all ranks or none.
+        """
+        every = self.options.revive_after_steps
+        if step == 0 and self.options.kmeans:
+            pool = _Pool(positions, latents())
+            rows = torch.arange(self.options.size)
+            centres = kmeans(pool, self.options.size, self.options.kmeans_rounds, self.seed)
+            overwrite_rows(self.engine, PARAMETER, rows, centres, self.averages)
+            log.info("the codebook starts at %d centres of %d latents", len(rows), pool.total)
+        elif every and step and step % every == 0:
+            dead = torch.nonzero(self.idle >= every).flatten()  # equal on all ranks, as the counts are
+            if not len(dead):
+                return
+            pool = _Pool(positions, latents())
+            dead = dead[: pool.total]
+            chosen = torch.from_numpy(shuffled(pool.total, self.seed, step, "codebook/revive"))[: len(dead)]
+            overwrite_rows(self.engine, PARAMETER, dead, pool.pick(chosen), self.averages)
+            self.idle[dead] = 0
+            log.info("step %d: %d dead rows of the codebook were put on present latents", step, len(dead))
+
+    def count(self, indices: Tensor, step: int) -> dict[str, Tensor]:
+        """Take in the choices [B,h,w] of one pass; at the end of a step its metrics over all ranks. Collective then."""
+        self._counts += torch.bincount(indices.flatten(), minlength=self.options.size)
+        self._passes += 1
+        if self._passes < self.engine.options.accumulation_steps:
+            return {}
+        counts = sum_tensor_over_ranks(self._counts).cpu()
+        self._counts.zero_()
+        self._passes = 0
+        self.idle = torch.where(counts > 0, 0, self.idle + 1)
+        shares = counts.double() / counts.sum()
+        perplexity = torch.exp(-torch.special.xlogy(shares, shares).sum())
+        usage = (self.idle < self.options.usage_window_steps).double().mean()
+        alarm = step + 1 >= self.options.usage_window_steps and float(usage) < self.options.alarm_usage
+        if alarm and (step + 1) % self.options.usage_window_steps == 0:
+            log.warning(
+                "the codebook collapses: %.1f%% of its rows were chosen in the last %d steps, perplexity %.1f; "
+                "see docs/autoencoder.md (codebook.start=kmeans, codebook.revive_after_steps)",
+                100 * float(usage), self.options.usage_window_steps, float(perplexity),
+            )  # fmt: skip
+        return {
+            "codebook/perplexity": perplexity,
+            "codebook/usage": usage,
+            "codebook/chosen": (counts > 0).double().mean(),
+            "codebook/alarm": torch.tensor(float(alarm)),
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {"idle": self.idle.tolist()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.idle = torch.tensor(state["idle"], dtype=torch.int64)
+
+
+class _Pool:
+    """The latents of all ranks, numbered by sample and place; each rank holds its own. Construction is collective."""
+
+    def __init__(self, positions: Sequence[int], latents: Tensor) -> None:
+        self.places = latents.shape[2] * latents.shape[3]
+        self.values = latents.detach().float().movedim(1, -1).reshape(len(positions), self.places, -1)
+        order = {position: number for number, position in enumerate(sorted(gather_lists(positions)))}
+        self.numbers = {order[position]: row for row, position in enumerate(positions)}
+        self.total = len(order) * self.places
+
+    def pick(self, chosen: Tensor) -> Tensor:
+        """The latents [n,C] with the numbers `chosen` [n], on every rank. Collective; exact, since all but one add zero."""
+        found = torch.zeros(len(chosen), self.values.shape[-1], device=self.values.device)
+        for at, number in enumerate(chosen.tolist()):
+            row = self.numbers.get(number // self.places)
+            if row is not None:
+                found[at] = self.values[row, number % self.places]
+        return sum_tensor_over_ranks(found)
+
+    def flat(self) -> Tensor:
+        return self.values.reshape(-1, self.values.shape[-1])  # [n,C]
+
+
+def kmeans(pool: _Pool, size: int, rounds: int, seed: int) -> Tensor:
+    """Centres [size,C] of all ranks' latents by Lloyd's rounds from randomly chosen ones. Collective.
+
+    With fewer latents than centres some are chosen twice: the later one is never the nearest and stays free to be revived.
+    """
+    order = torch.from_numpy(shuffled(pool.total, seed, 0, "codebook/kmeans"))
+    centres = pool.pick(order[torch.arange(size) % pool.total])
+    latents = pool.flat()
+    for _ in range(rounds):
+        sums, counts = torch.zeros_like(centres), torch.zeros(size, device=centres.device)
+        for block in torch.split(latents, _BLOCK):
+            nearest = torch.addmm(centres.square().sum(1), block, centres.t(), alpha=-2.0).argmin(1)
+            sums.index_add_(0, nearest, block)
+            counts += torch.bincount(nearest, minlength=size)
+        sums, counts = sum_tensor_over_ranks(sums), sum_tensor_over_ranks(counts)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+    return centres
