@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 FREE_KEYS = (
     "run.", "checkpoint.", "ema.store_every_steps", "safety.", "tracking.", "preview.", "zero.", "scale_samples", "warm_start",
     "train.max_steps", "train.log_every_steps", "train.rank_micro_batch", "train.attention", "train.garbage_every_steps",
-    "data.shards", "data.heldout_shards", "data.workers", "data.max_bad_share", "data.allow_pipe", "first_stage.path",
+    "data.shards", "data.heldout_shards", "data.workers", "data.max_bad_share", "data.max_bad_in_a_row",
+    "data.allow_pipe", "data.storage.", "train.global_batch", "first_stage.path",
     "diffusion.loss_bins",
     "unet.checkpointing", "text_encoder.checkpointing", "autoencoder.checkpointing",
     "validation.", "codebook.usage_window_steps", "codebook.alarm_usage",

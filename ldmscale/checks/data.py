@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from ldmscale.config import AutoencoderConfig, DataConfig, QuickstartJob
+from ldmscale.config.data import WeightedShardsConfig
+from ldmscale.data.buckets import bucket_shapes
+from ldmscale.data.expression import Condition
 from ldmscale.data.shards import expand
-from ldmscale.errors import DataError
+from ldmscale.data.storage import Storage
+from ldmscale.errors import ConfigError, DataError
 
 SYNTHETIC = "synthetic"
 
@@ -21,18 +26,66 @@ def check_shards(data: DataConfig, needs: str | None) -> list[str]:
         )
     if data.caption != "txt" and not data.caption.startswith("json:"):
         faults.append(f"data.caption={data.caption!r}: expected txt or json:KEY")
-    for name, patterns in (("data.shards", data.shards), ("data.heldout_shards", data.heldout_shards)):
-        if patterns in (None, SYNTHETIC):
+    faults += _selection_faults(data)
+    if data.decoder == "turbo" and not find_spec("simplejpeg"):
+        faults.append(
+            "data.decoder=turbo needs simplejpeg: install ldmscale[fast], or give data.decoder=pillow"
+        )
+    given = data.storage
+    # Whoever starts a job wants to hear of a wrong endpoint now, not after the patience of a running one.
+    storage = Storage(given.options, given.endpoint, min(10.0, given.patience_seconds), given.request_seconds)
+    for patterns in _patterns(data):
+        if patterns == SYNTHETIC:
             continue
-        assert patterns is not None
         try:
-            expand(patterns, allow_pipe=data.allow_pipe)
+            expand(patterns, allow_pipe=data.allow_pipe, storage=storage)
         except DataError as error:
+            name = "data.heldout_shards" if patterns is data.heldout_shards else "data.shards"
             faults += [f"{name}: {fault}" for fault in error.faults]
     return faults
 
 
+def _patterns(data: DataConfig) -> list[str | tuple[str, ...]]:
+    sets = [entry.shards for entry in data.shards if isinstance(entry, WeightedShardsConfig)]
+    found: list[str | tuple[str, ...]] = list(sets)
+    if not sets:
+        found.append(data.shards if isinstance(data.shards, str) else tuple(map(str, data.shards)))
+    return found if data.heldout_shards is None else [*found, data.heldout_shards]
+
+
+def _selection_faults(data: DataConfig) -> list[str]:
+    faults: list[str] = []
+    if data.filter is not None:
+        try:
+            Condition(data.filter)
+        except ConfigError as error:
+            faults += error.faults
+    if data.max_caption_words is not None and data.max_caption_words < data.min_caption_words:
+        faults.append(
+            f"data.min_caption_words={data.min_caption_words} is above data.max_caption_words="
+            f"{data.max_caption_words}: no caption fits"
+        )
+    if data.kind == "latents" and (data.bucket_step is not None or data.min_image_side):
+        faults.append(
+            "data.bucket_step or data.min_image_side is set, but latents are no images: select when you make them"
+        )
+    if data.bucket_step is not None and data.image_size is not None:
+        try:
+            bucket_shapes(data.image_size, data.bucket_step, data.bucket_max_ratio)
+        except ConfigError as error:
+            faults += error.faults
+    weights = [entry.weight is None for entry in data.shards if isinstance(entry, WeightedShardsConfig)]
+    if any(weights) and not all(weights):
+        faults.append("data.shards gives a weight to some sets and not to others: give it to all, or to none")
+    return faults
+
+
 def check_image_size(data: DataConfig, autoencoder: AutoencoderConfig) -> list[str]:
+    if data.bucket_step is not None and data.bucket_step % autoencoder.factor:
+        return [
+            f"data.bucket_step={data.bucket_step} is no multiple of the autoencoder's factor {autoencoder.factor}: give "
+            f"data.bucket_step={-(-data.bucket_step // autoencoder.factor) * autoencoder.factor}"
+        ]
     if data.image_size is not None and data.image_size % autoencoder.factor:
         size = -(-data.image_size // autoencoder.factor) * autoencoder.factor
         return [
@@ -43,6 +96,8 @@ def check_image_size(data: DataConfig, autoencoder: AutoencoderConfig) -> list[s
 
 
 def check_fixed_view(data: DataConfig) -> list[str]:
+    if data.bucket_step is not None:
+        return ["data.bucket_step is set: the latents of a set have one shape; give data.bucket_step=null"]
     if data.crop == "random" or data.flip:
         return [
             "data.crop=random or data.flip=true: stored latents are one view of an image; give data.crop=center data.flip=false"

@@ -65,6 +65,12 @@ def check_latents(config: DiffusionJob) -> list[str]:
     ]
     if config.data.kind == "images":
         faults += check_image_size(config.data, config.autoencoder)
+        whole = config.autoencoder.factor * 2 ** (len(config.unet.channel_mult) - 1)
+        if config.data.bucket_step is not None and config.data.bucket_step % whole:
+            faults.append(
+                f"data.bucket_step={config.data.bucket_step}: the latents' sides must halve evenly through the U-Net; give "
+                f"a multiple of {whole}"
+            )
         if config.first_stage.path is None:
             faults.append(
                 "first_stage.path is not set: images need an autoencoder; give the folder of an autoencoder run, or data=latents"

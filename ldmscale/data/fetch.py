@@ -1,26 +1,36 @@
-"""Position to item, with a deterministic stand-in for what cannot be used.
+"""Ticket to item, with a deterministic stand-in for what cannot be used.
 
 A batch must stay full and equal on all ranks, so a sample that cannot be read or decoded is replaced by
-another one. Which one is a function of (seed, position) and of the data alone: every rank, worker count and
-resume finds the same.
+another one of its bucket. Which one is a function of (seed, position) and of the data alone: every rank, worker
+count and resume finds the same. A store that cannot be reached is no sample's fault, and replaced by nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.ledger import Ledger
-from ldmscale.data.order import Order
+from ldmscale.data.mixture import Mixture
 from ldmscale.data.samples import Sample, SampleReader
+from ldmscale.data.sequence import Sequence
+from ldmscale.data.storage import StoreError
 from ldmscale.distributed.seeds import generator
 from ldmscale.errors import DataError
 
 _STAND_INS = 16
 
 T = TypeVar("T")
+
+
+class Ticket(NamedTuple):
+    """What to fetch: the position in the run, which gives the draws, and the sample's number in its bucket."""
+
+    position: int
+    bucket: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Fetcher(Generic[T]):
 
     Args:
         index: where the samples are.
-        order: which of them stands at a position.
+        sequence: which of them stands where.
         make_item: makes the item of (sample, position); raises DataError for a sample that it cannot use.
         seed: the run's seed; draws the stand-ins.
         ledger: takes down what was passed over.
@@ -45,42 +55,48 @@ class Fetcher(Generic[T]):
 
     def __init__(
         self,
-        index: ShardIndex,
-        order: Order,
+        index: ShardIndex | Mixture,
+        sequence: Sequence,
         make_item: Callable[[Sample, int], T],
         *,
         seed: int,
         ledger: Ledger,
     ) -> None:
         self.reader = SampleReader(index)
-        self.order = order
+        self.sequence = sequence
         self.make_item = make_item
         self.seed = seed
         self.ledger = ledger
 
-    def fetch(self, position: int) -> Fetched[T]:
-        """Fetches the item at `position`, or its stand-in.
+    def fetch(self, ticket: Ticket) -> Fetched[T]:
+        """Fetches the item of a ticket, or its stand-in.
 
         The stand-in keeps the position, and with it the position's noise, timestep and crop.
 
         Raises:
-            DataError: if the sample and 16 stand-ins drawn from the whole set cannot be used.
+            DataError: if the sample and 16 stand-ins drawn from its whole bucket cannot be used.
+            StoreError: if the shards' store cannot be reached.
         """
-        _, shard, index = self.order.sample_at(position)
+        position, bucket, number = ticket
+        place = self.sequence.place(bucket, number)
         draws = None
         reason = ""
         for skipped in range(_STAND_INS + 1):
             key = ""
             try:
-                sample = self.reader.read(shard, index)
+                sample = self.reader.read(place.shard, place.index, bucket)
                 key = sample.key
                 return Fetched(key, self.make_item(sample, position), skipped)
+            except StoreError:
+                raise
             except DataError as error:
                 reason = str(error)
-            url = self.reader.index.shards[shard]
-            self.ledger.record(shard=url, key=key or f"number {index}", reason=reason, position=position)
-            draws = draws or generator(self.seed, position, "stand-in")
-            shard, index = self.order.locate(int(draws.integers(self.order.total)))
+            url = self.reader.index.shards[place.shard]
+            self.ledger.record(
+                shard=url, key=key or f"number {place.index}", reason=reason, position=position
+            )
+            draws = draws or generator(self.seed, position, "stand-in").bit_generator
+            place = self.sequence.stand_in(bucket, int(draws.random_raw()))
         raise DataError(
             f"position {position}: the sample and {_STAND_INS} stand-ins drawn from the whole set cannot be "
             f"used (last: {reason}); "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ldmscale.data.buckets import Shape
 from ldmscale.data.captions import caption_of
 from ldmscale.data.decode import MAX_PIXELS, decode_image, image_member
 from ldmscale.data.latents import LatentFormat, read_latent
@@ -16,12 +17,13 @@ from ldmscale.distributed.seeds import generator
 
 @dataclass(frozen=True)
 class ImageItem:
-    """Makes {"image": uint8 [3, size, size]} of a sample, with "caption" and "tokens" if asked for.
+    """Makes {"image": uint8 [3, height, width]} of a sample, with "caption" and "tokens" if asked for.
 
     Attributes:
         size: side of the square in pixels.
+        shapes: (width, height) of the aspect-ratio buckets, in place of the square; empty without buckets.
         seed: the run's seed; with the position it gives crop and flip.
-        crop, flip, max_pixels: as `decode.decode_image`.
+        crop, flip, max_pixels, decoder: as `decode.decode_image`.
         caption_source: "txt" or "json:KEY"; None leaves captions out (an autoencoder needs none).
         tokenizer: adds "tokens" int64 [max_tokens].
     """
@@ -33,6 +35,8 @@ class ImageItem:
     max_pixels: int = MAX_PIXELS
     caption_source: str | None = None
     tokenizer: Tokenizer | None = None
+    shapes: tuple[Shape, ...] = ()
+    decoder: str = "pillow"
 
     def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
         """Makes the item.
@@ -44,7 +48,13 @@ class ImageItem:
         _, data = image_member(sample.members)
         draws = generator(self.seed, position, "crop") if self.crop == "random" or self.flip else None
         item["image"] = decode_image(
-            data, size=self.size, crop=self.crop, flip=self.flip, generator=draws, max_pixels=self.max_pixels
+            data,
+            size=self.shapes[sample.bucket] if self.shapes else self.size,
+            crop=self.crop,
+            flip=self.flip,
+            generator=draws,
+            max_pixels=self.max_pixels,
+            decoder=self.decoder,
         )
         return item
 

@@ -2,7 +2,7 @@
 
 The dataset is keyed by position and a batch sampler names the positions, so torch's DataLoader gives batches
 back in the sampler's order whichever worker made them. Nothing about workers needs to be saved: the data
-state is `position`.
+state is `position`, and with aspect-ratio buckets how many samples each bucket has given.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldmscale.data.fetch import Fetcher
+from ldmscale.data.buckets import BucketCursor
+from ldmscale.data.fetch import Fetcher, Ticket
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.ledger import Ledger
-from ldmscale.data.order import Order
+from ldmscale.data.mixture import Mixture
 from ldmscale.data.samples import Sample
+from ldmscale.data.sequence import Sequence as SampleSequence
 from ldmscale.data.shards import is_local
+from ldmscale.data.storage import StoreError
 from ldmscale.data.stream import check_batch, rank_positions
 from ldmscale.errors import ConfigError, DataError
 
@@ -36,7 +40,8 @@ MakeItem = Callable[[Sample, int], Item]
 Batch = dict[str, Any]
 
 _SKIPPED = "skipped"
-_FREE_FAULTS = 20  # samples that may be bad before their share counts
+_FAULT = "fault"
+_UNREACHABLE = "store"
 
 
 class Loader:
@@ -55,11 +60,11 @@ class Loader:
         rank_micro_batch: samples a micro-batch of one rank; global_batch / (world * rank_micro_batch) make a
             step.
         position: samples consumed by all ranks before.
+        consumed: of a run with buckets, the `consumed` of the loader that stopped at `position`; None: all steps so
+            far had this global batch.
         workers: loading processes; 0 loads in this one.
         ledger: takes down samples that cannot be used.
         block_shards: shards whose samples are shuffled together.
-        max_bad_share: share of samples that may be replaced, on this rank and since the start, before it
-            stops. The first 20 are free.
         pin_memory: give batches in page-locked memory, for copies to a GPU that do not block.
 
     Raises:
@@ -68,7 +73,7 @@ class Loader:
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: ShardIndex | Mixture,
         make_item: MakeItem,
         *,
         seed: int,
@@ -77,10 +82,10 @@ class Loader:
         global_batch: int,
         rank_micro_batch: int,
         position: int = 0,
+        consumed: Sequence[int] | None = None,
         workers: int = 0,
         ledger: Ledger | None = None,
         block_shards: int = 16,
-        max_bad_share: float = 1.0,
         pin_memory: bool = False,
     ) -> None:
         check_batch(rank=rank, world=world, global_batch=global_batch, position=position)
@@ -90,21 +95,37 @@ class Loader:
                 "rank, which "
                 f"train.rank_micro_batch={rank_micro_batch} does not divide"
             )
-        order = Order(index.counts, seed, block_shards)
         self.index = index
+        self.rank = rank
         self.accumulation = global_batch // (world * rank_micro_batch)
+        self.read = 0  # samples of this rank that were read so far, replaced ones included
         self.replaced = 0  # samples of this rank that were passed over so far
+        self.bad_in_a_row = 0  # samples replaced one after another, up to now
         self.wait_seconds = 0.0
-        self._fetcher = Fetcher(index, order, make_item, seed=seed, ledger=ledger or Ledger(None, rank))
-        self._rank, self._world, self._global_batch, self._micro = rank, world, global_batch, rank_micro_batch
-        self._position, self._handed_out = position, 0
-        self._workers, self._pin_memory, self._max_bad_share = workers, pin_memory, max_bad_share
+        sequence = SampleSequence(index, seed, block_shards)
+        self._fetcher = Fetcher(index, sequence, make_item, seed=seed, ledger=ledger or Ledger(None, rank))
+        self._world, self._global_batch, self._micro = world, global_batch, rank_micro_batch
+        self._shares, self._seed = sequence.shares, seed
+        # Steps whose micro-batches were all handed out. Workers are ahead of it.
+        self._done = self._cursor([position] if len(sequence.shares) == 1 else consumed)
+        self._done.advance_to(position, global_batch)
+        if self._done.position != position:
+            raise ConfigError(
+                f"position {position} is not what the buckets have given, {self._done.position}"
+            )
+        self._handed_out = 0  # micro-batches of the current step
+        self._workers, self._pin_memory = workers, pin_memory
         self._iterator: Iterator[Batch] | None = None
 
     @property
     def position(self) -> int:
         """Samples consumed by all ranks in the steps whose micro-batches were all handed out."""
-        return self._position + self._handed_out // self.accumulation * self._global_batch
+        return self._done.position
+
+    @property
+    def consumed(self) -> list[int]:
+        """The same by bucket."""
+        return list(self._done.consumed)
 
     def __iter__(self) -> Iterator[Batch]:
         """Goes on where the last iteration stopped: there is one sequence, however often it is asked for."""
@@ -120,8 +141,15 @@ class Loader:
             self.close()
             raise
         self.wait_seconds += time.perf_counter() - began
+        fault = batch.pop(_FAULT, None)
+        if fault is not None:
+            self.close()  # asked again, it reads the same samples again
+            raise (StoreError if batch[_UNREACHABLE] else DataError)(fault)
         self._handed_out += 1
-        self._count(int(batch.pop(_SKIPPED).sum()))
+        if self._handed_out == self.accumulation:
+            self._done.take(self._global_batch)
+            self._handed_out = 0
+        self._count(batch.pop(_SKIPPED).tolist())
         return batch
 
     def close(self) -> None:
@@ -138,7 +166,7 @@ class Loader:
         # fsspec's asynchronous stores have a thread of their own, which does not survive a fork.
         context = None if not self._workers else "forkserver" if remote else "fork"
         loader: DataLoader[Batch] = DataLoader(
-            _Positions(self._fetcher),
+            _Samples(self._fetcher),
             batch_sampler=self._micro_batches(),
             num_workers=self._workers,
             collate_fn=_collate,
@@ -150,41 +178,55 @@ class Loader:
             # loader.
             generator=torch.Generator().manual_seed(0),
         )
-        return iter(loader)
+        before = signal.getsignal(signal.SIGCHLD)
+        iterator = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            # Torch's handler raises wherever the training happens to be when a worker dies: in a collective, say.
+            # Without it the death is noticed where the worker's batch is asked for, and all ranks can be told.
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        return iterator
 
-    def _micro_batches(self) -> Iterator[list[int]]:
-        start, number = self._position, self._handed_out
+    def _micro_batches(self) -> Iterator[list[Ticket]]:
+        ahead, first_part = self._cursor(self._done.consumed), self._handed_out
         while True:
-            step, part = divmod(number, self.accumulation)
+            start = ahead.position
+            bucket, number = ahead.take(self._global_batch)
             mine = rank_positions(
-                start, step, rank=self._rank, world=self._world, global_batch=self._global_batch
+                start, 0, rank=self.rank, world=self._world, global_batch=self._global_batch
             )
-            yield list(mine[part * self._micro : (part + 1) * self._micro])
-            number += 1
+            for part in range(first_part, self.accumulation):
+                yield [
+                    Ticket(position, bucket, number + position - start)
+                    for position in mine[part * self._micro : (part + 1) * self._micro]
+                ]
+            first_part = 0
 
-    def _count(self, skipped: int) -> None:
-        self.replaced += skipped
-        read = self._handed_out * self._micro + self.replaced
-        if self.replaced > _FREE_FAULTS and self.replaced > self._max_bad_share * read:
-            raise DataError(
-                f"{self.replaced} of the {read} samples that rank {self._rank} read cannot be used, more "
-                "than "
-                f"data.max_bad_share={self._max_bad_share}; data_ledger.jsonl names them; `ldmscale index "
-                "data.check=decode "
-                "data.shards=...` looks through all"
-            )
+    def _cursor(self, consumed: Sequence[int] | None) -> BucketCursor:
+        return BucketCursor(self._shares, self._seed, consumed)
+
+    def _count(self, skipped: list[int]) -> None:
+        for count in skipped:
+            self.replaced += count
+            self.bad_in_a_row = self.bad_in_a_row + 1 if count else 0
+        self.read += len(skipped) + sum(skipped)
 
 
-class _Positions(Dataset[dict[str, Any]]):
+class _Samples(Dataset[dict[str, Any]]):
     def __init__(self, fetcher: Fetcher[Item]) -> None:
         self.fetcher = fetcher
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        fetched = self.fetcher.fetch(position)
-        return {**fetched.item, "position": position, "key": fetched.key, _SKIPPED: fetched.skipped}
+    def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
+        try:
+            fetched = self.fetcher.fetch(ticket)
+        except DataError as error:  # told as a value: torch would wrap the worker's traceback around it
+            return {_FAULT: str(error), _UNREACHABLE: isinstance(error, StoreError)}
+        return {**fetched.item, "position": ticket.position, "key": fetched.key, _SKIPPED: fetched.skipped}
 
 
 def _collate(items: list[dict[str, Any]]) -> Batch:
+    for item in items:
+        if _FAULT in item:
+            return item
     batch: Batch = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]

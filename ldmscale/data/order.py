@@ -41,13 +41,17 @@ class Order:
         seed: the run's seed.
         block_shards: shards whose samples are shuffled together. Larger blocks shuffle better and keep more
             shards open; 16 shards of 10,000 samples are 160,000 samples to draw from.
+        name: tells the orders of several sets apart, which would be shuffled alike otherwise.
 
     Raises:
         DataError: if there is no sample at all.
         ConfigError: if block_shards is not at least 1.
     """
 
-    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, block_shards: int = 16) -> None:
+    def __init__(
+        self, counts: Sequence[int] | np.ndarray, seed: int, block_shards: int = 16, name: str = ""
+    ) -> None:
+        self._purposes = (f"order of shards{name}", f"order of samples{name}")
         self.counts = np.asarray(counts, dtype=np.int64)
         self.seed = seed
         self.block_shards = block_shards
@@ -83,7 +87,7 @@ class Order:
     def _epoch(self, epoch: int) -> _Epoch:
         known = self._epochs.get(epoch)
         if known is None:
-            shards = shuffled(len(self.counts), self.seed, epoch, "order of shards")
+            shards = shuffled(len(self.counts), self.seed, epoch, self._purposes[0])
             known = self._epochs[epoch] = _Epoch(shards, np.cumsum(self.counts[shards]))
             while len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
@@ -103,7 +107,7 @@ class Order:
         index = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         # The block's number in the whole history numbers its draw: no two blocks share one.
         blocks_per_epoch = -(-len(self.counts) // self.block_shards)
-        mixed = shuffled(len(index), self.seed, epoch * blocks_per_epoch + number, "order of samples")
+        mixed = shuffled(len(index), self.seed, epoch * blocks_per_epoch + number, self._purposes[1])
         block = _Block(start, shard[mixed].astype(np.int32), index[mixed].astype(np.int32))
         self._blocks[epoch, number] = block
         while len(self._blocks) > _KEPT_BLOCKS:

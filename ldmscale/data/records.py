@@ -1,7 +1,9 @@
-"""The index record of one shard: one line of json (size, version, count, damage, statistics), then its spans.
+"""What is known of one shard, in files of their own: a line of json, then numbers, one a sample.
 
-It lies in `.ldmscale_index/` beside the shard, or in the cache where that folder cannot be written or is
-remote.
+    00000.tar.idx              size, version, count, damage, statistics; then the spans
+    00000.tar.SELECTION.sel    what a selection takes of it: counts by bucket and by reason; then a code byte each
+
+They lie in `.ldmscale_index/` beside the shard, or in the cache where that folder cannot be written or is remote.
 """
 
 from __future__ import annotations
@@ -11,15 +13,19 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import numpy as np
 
 from ldmscale.data.files import cache_folder, write_file
-from ldmscale.data.scan import CHECKS, Scan, damage_to_json, json_line, scan_shard
+from ldmscale.data.scan import CHECKS, SPAN, Scan, damage_to_json, json_line, scan_shard
+from ldmscale.data.selection import FORMAT as SELECTION_FORMAT
+from ldmscale.data.selection import Selection
 from ldmscale.data.shards import ShardState, is_local, local_path, shard_name
+from ldmscale.data.storage import Storage
+from ldmscale.data.tar import Read
 from ldmscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -29,8 +35,35 @@ FOLDER = ".ldmscale_index"
 _REMOTE_BLOCK = 16 * 1024 * 1024
 
 
-def read_record(url: str) -> dict[str, Any] | None:
-    path = find(url, f"{shard_name(url)}.idx")
+Record = dict[str, Any]
+
+
+def read_record(url: str) -> Record | None:
+    """The record of a shard, None if it was not looked through."""
+    return _first_line(url, f"{shard_name(url)}.idx", FORMAT)
+
+
+def read_selection(url: str, selection: Selection) -> Record | None:
+    """What the selection takes of a shard, None if that was not looked at."""
+    return _first_line(url, _selection_name(url, selection), SELECTION_FORMAT)
+
+
+def read_spans(url: str, count: int) -> np.ndarray:
+    """The spans behind a record: SPAN [count]."""
+    return _behind_line(url, f"{shard_name(url)}.idx", SPAN, count)
+
+
+def read_codes(url: str, selection: Selection, count: int) -> np.ndarray:
+    """The codes behind a selection: uint8 [count]."""
+    return _behind_line(url, _selection_name(url, selection), np.dtype(np.uint8), count)
+
+
+def _selection_name(url: str, selection: Selection) -> str:
+    return f"{shard_name(url)}.{selection.key}.sel"
+
+
+def _first_line(url: str, name: str, format: str) -> Record | None:
+    path = find(url, name)
     if path is None:
         return None
     try:
@@ -38,7 +71,22 @@ def read_record(url: str) -> dict[str, Any] | None:
             record = json.loads(stream.readline())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+    return record if isinstance(record, dict) and record.get("format") == format else None
+
+
+def _behind_line(url: str, name: str, kind: np.dtype[Any], count: int) -> np.ndarray:
+    path = find(url, name)
+    try:
+        with open(path or name, "rb") as stream:
+            stream.readline()
+            data = stream.read()
+    except OSError as error:
+        raise DataError(
+            f"the index of shard {url} vanished while it was read; run `ldmscale index data.shards={url}`"
+        ) from error
+    if len(data) != count * kind.itemsize:
+        raise DataError(f"the index {path} is damaged; delete it and run `ldmscale index data.shards={url}`")
+    return np.frombuffer(data, dtype=kind)
 
 
 def _folders(url: str) -> list[Path]:
@@ -87,15 +135,22 @@ def fresh(record: dict[str, Any], state: ShardState) -> bool:
 
 
 def index_shard(
-    url: str, state: ShardState, check: str, caption_source: str, max_pixels: int
-) -> dict[str, Any]:
-    scan = _scan(url, state.size, check, caption_source, max_pixels)
+    url: str,
+    state: ShardState,
+    check: str,
+    caption_source: str,
+    max_pixels: int,
+    *,
+    storage: Storage,
+    selection: Selection | None = None,
+    keep_record: bool = False,
+) -> Record:
+    """Looks through a shard, writes its record (unless the one there is to be kept) and its selection."""
+    scan = _scan(url, state.size, check, caption_source, max_pixels, storage, selection)
+    common = {"url": url, "size": state.size, "version": state.version, "samples": len(scan.spans)}
     record = {
         "format": FORMAT,
-        "url": url,
-        "size": state.size,
-        "version": state.version,
-        "samples": len(scan.spans),
+        **common,
         "check": check,
         "caption": caption_source,
         "max_pixels": max_pixels,
@@ -103,23 +158,64 @@ def index_shard(
         "damage_counts": scan.damage_counts,
         "statistics": scan.statistics.to_json(),
     }
-    if scan.damage:
-        log.warning("%s: %d damaged, first: %s", url, sum(scan.damage_counts.values()), scan.damage[0])
-    _write_beside(url, f"{shard_name(url)}.idx", [json_line(record), scan.spans.tobytes()])
+    if not keep_record:
+        if scan.damage:
+            log.warning("%s: %d damaged, first: %s", url, sum(scan.damage_counts.values()), scan.damage[0])
+        _write_beside(url, f"{shard_name(url)}.idx", [json_line(record), scan.spans.tobytes()])
+    if selection is not None:
+        taken = {
+            "format": SELECTION_FORMAT,
+            **common,
+            "selection": asdict(selection),
+            "buckets": np.bincount(scan.codes, minlength=selection.buckets + 1)[1:].tolist(),
+            "dropped": scan.dropped,
+        }
+        _write_beside(url, _selection_name(url, selection), [json_line(taken), scan.codes.tobytes()])
     return record
 
 
-def _scan(url: str, size: int, check: str, caption_source: str, max_pixels: int) -> Scan:
-    stream: Any
-    if is_local(url):
-        stream = open(local_path(url), "rb", buffering=256 * 1024)  # noqa: SIM115 (closed below)
-    else:
-        fs, path = fsspec.core.url_to_fs(url)
-        stream = fs.open(path, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead")
-    with closing(stream):
+def _scan(
+    url: str,
+    size: int,
+    check: str,
+    caption_source: str,
+    max_pixels: int,
+    storage: Storage,
+    selection: Selection | None,
+) -> Scan:
+    def scan(read: Read) -> Scan:
+        return scan_shard(
+            read,
+            size,
+            url,
+            check=check,
+            caption_source=caption_source,
+            max_pixels=max_pixels,
+            selection=selection,
+        )
 
-        def read(offset: int, count: int) -> bytes:
+    if not is_local(url):
+        return scan(_Window(url, size, storage).read)
+    with open(local_path(url), "rb", buffering=256 * 1024) as stream:
+
+        def seek_and_read(offset: int, count: int) -> bytes:
             stream.seek(offset)
             return bytes(stream.read(count))
 
-        return scan_shard(read, size, url, check=check, caption_source=caption_source, max_pixels=max_pixels)
+        return scan(seek_and_read)
+
+
+class _Window:
+    """Reads an object through one window of some megabytes that moves on: few requests, each tried again if need be."""
+
+    def __init__(self, url: str, size: int, storage: Storage) -> None:
+        self.url, self.size, self.storage = url, size, storage
+        self.start, self.data = 0, b""
+
+    def read(self, offset: int, count: int) -> bytes:
+        end = min(offset + count, self.size)
+        if offset < self.start or end > self.start + len(self.data):
+            self.start = offset
+            last = min(max(end, offset + _REMOTE_BLOCK), self.size)
+            self.data = self.storage.read(self.url, offset, last) if last > offset else b""
+        return self.data[offset - self.start : end - self.start]

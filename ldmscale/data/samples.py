@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import fsspec
-
 from ldmscale.data.index import ShardIndex
+from ldmscale.data.mixture import Mixture
 from ldmscale.data.shards import is_local, local_path
 from ldmscale.data.tar import TarFault, members, split_name
 from ldmscale.errors import DataError
@@ -18,8 +16,6 @@ from ldmscale.errors import DataError
 log = logging.getLogger(__name__)
 
 _OPEN_FILES = 64
-_REMOTE_TRIES = 4
-_FIRST_WAIT = 0.5  # seconds; doubles with each try
 
 
 @dataclass(frozen=True)
@@ -32,36 +28,43 @@ class Sample:
     key: str
     shard: str
     members: dict[str, bytes]
+    bucket: int = 0  # of the aspect-ratio buckets, where the run has some
 
 
 class SampleReader:
     """Reads samples of an index by number. May be pickled to workers; each process opens its own files."""
 
-    def __init__(self, index: ShardIndex) -> None:
+    def __init__(self, index: ShardIndex | Mixture) -> None:
         self.index = index
         self._files: OrderedDict[int, int] = (
             OrderedDict()
         )  # shard number -> file descriptor, least used first
         self._owner = os.getpid()
 
-    def __reduce__(self) -> tuple[type[SampleReader], tuple[ShardIndex]]:
+    def __reduce__(self) -> tuple[type[SampleReader], tuple[ShardIndex | Mixture]]:
         return SampleReader, (self.index,)
 
-    def read(self, shard: int, index: int) -> Sample:
+    def read(self, shard: int, index: int, bucket: int = 0) -> Sample:
         """Reads sample `index` of shard number `shard`.
 
         Raises:
             DataError: if its bytes cannot be read or are no sample any more.
+            StoreError: if the store of a remote shard cannot be reached.
         """
         url = self.index.shards[shard]
         offset, nbytes = self.index.span(shard, index)
-        data = self._read_local(shard, offset, nbytes) if is_local(url) else _read_remote(url, offset, nbytes)
+        local = is_local(url)
+        data = (
+            self._read_local(shard, offset, nbytes)
+            if local
+            else self.index.storage.read(url, offset, offset + nbytes)
+        )
         if len(data) < nbytes:
             raise DataError(
                 f"{len(data)} of {nbytes} bytes at offset {offset} could be read; the shard was cut since "
                 "it was indexed"
             )
-        return _parse(data, url)
+        return _parse(data, url, bucket)
 
     def close(self) -> None:
         while self._files:
@@ -96,27 +99,7 @@ class SampleReader:
         return handle
 
 
-def _read_remote(url: str, offset: int, nbytes: int) -> bytes:
-    wait = _FIRST_WAIT
-    for attempt in range(1, _REMOTE_TRIES + 1):
-        try:
-            fs, path = fsspec.core.url_to_fs(url)
-            data = bytes(fs.cat_file(path, start=offset, end=offset + nbytes))
-            if len(data) == nbytes:
-                return data
-            reason = f"{len(data)} of {nbytes} bytes came"
-        except FileNotFoundError as error:
-            raise DataError("the shard is not there any more") from error
-        except Exception as error:  # every backend raises its own kinds
-            reason = f"{type(error).__name__}: {error}"
-        if attempt < _REMOTE_TRIES:
-            log.warning("%s at %d: %s; trying again in %.1f s", url, offset, reason, wait)
-            time.sleep(wait)
-            wait *= 2
-    raise DataError(f"cannot be read after {_REMOTE_TRIES} tries: {reason}")
-
-
-def _parse(data: bytes, url: str) -> Sample:
+def _parse(data: bytes, url: str, bucket: int) -> Sample:
     found: dict[str, bytes] = {}
     key = ""
     try:
@@ -130,4 +113,4 @@ def _parse(data: bytes, url: str) -> Sample:
     except TarFault as fault:
         if fault.kind != "no_end_mark":  # a span ends with its last member
             raise DataError(f"its tar headers make no sense any more: {fault.detail}") from fault
-    return Sample(key, url, found)
+    return Sample(key, url, found, bucket)

@@ -14,11 +14,13 @@ from ldmscale.data.decode import (
     EXTENSIONS,
     LATENT,
     MAX_PIXELS,
+    ImageHeader,
     decode_array,
     format_of,
     image_header,
     verify_image,
 )
+from ldmscale.data.selection import Selection
 from ldmscale.data.tar import Member, Read, TarFault, members, split_name
 from ldmscale.errors import DataError
 
@@ -148,6 +150,8 @@ class Scan:
     damage: list[Damage]
     damage_counts: dict[str, int]
     statistics: Statistics
+    codes: np.ndarray  # uint8 [samples]: 0 not selected, else the bucket + 1
+    dropped: dict[str, int]  # samples that were not selected, by reason
 
 
 def scan_shard(
@@ -158,25 +162,37 @@ def scan_shard(
     check: str = "headers",
     caption_source: str = "txt",
     max_pixels: int = MAX_PIXELS,
+    selection: Selection | None = None,
 ) -> Scan:
     """Looks through a shard of `size` bytes.
 
     A sample whose members can be read is in the spans, damaged or not: what cannot be decoded is replaced and
     written to the ledger when its turn comes, so that order and counts do not depend on how closely somebody
-    once looked. Members with unsafe names, links and devices count as absent.
+    once looked. Members with unsafe names, links and devices count as absent. `selection` says which samples a
+    run takes; without one it takes all.
 
     Raises:
         ValueError: for an unknown check.
     """
     if check not in CHECKS:
         raise ValueError(f"check must be one of {CHECKS}, got {check!r}")
-    return _Scanner(read, size, shard, check, caption_source, max_pixels).run()
+    return _Scanner(read, size, shard, check, caption_source, max_pixels, selection).run()
 
 
 class _Scanner:
     def __init__(
-        self, read: Read, size: int, shard: str, check: str, caption_source: str, max_pixels: int
+        self,
+        read: Read,
+        size: int,
+        shard: str,
+        check: str,
+        caption_source: str,
+        max_pixels: int,
+        selection: Selection | None,
     ) -> None:
+        self.selection = selection
+        self.codes: list[int] = []
+        self.dropped: Counter[str] = Counter()
         self.read, self.size, self.shard = read, size, shard
         self.check, self.caption_source, self.max_pixels = check, caption_source, max_pixels
         self.spans: list[tuple[int, int]] = []
@@ -215,7 +231,14 @@ class _Scanner:
             self.close(key, group)
         if not self.spans:
             self.note("", "empty_shard", f"no sample in {self.size} bytes")
-        return Scan(np.array(self.spans, dtype=SPAN), self.damage, dict(self.counts), self.statistics)
+        return Scan(
+            np.array(self.spans, dtype=SPAN),
+            self.damage,
+            dict(self.counts),
+            self.statistics,
+            np.array(self.codes, dtype=np.uint8),
+            dict(self.dropped),
+        )
 
     def note(self, key: str, kind: str, detail: str) -> None:
         self.counts[kind] += 1
@@ -241,6 +264,7 @@ class _Scanner:
         self.keys.add(key)
         self.spans.append((start, nbytes))
         image = next((extension for extension in EXTENSIONS if extension in group), None)
+        self.select(group, image)
         caption = caption_member(self.caption_source)
         if image is None and LATENT not in group:
             self.note(
@@ -261,6 +285,24 @@ class _Scanner:
             self.examine_image(key, image, group[image])
         if LATENT in group and self.check == "decode" and group[LATENT].size:
             self.examine_latent(key, group[LATENT])
+
+    def select(self, group: dict[str, Member], image: str | None) -> None:
+        if self.selection is None:
+            self.codes.append(1)
+            return
+
+        def member(extension: str) -> bytes | None:
+            return self.bytes_of(group[extension]) if extension in group else None
+
+        def header() -> ImageHeader:
+            if image is None:
+                raise DataError("has no image")
+            return self.header_of(group[image])
+
+        code, reason = self.selection.judge(member, header)
+        self.codes.append(code)
+        if reason:
+            self.dropped[reason] += 1
 
     def bytes_of(self, member: Member) -> bytes:
         return self.read(member.data, member.size)
@@ -285,7 +327,7 @@ class _Scanner:
                 key, "wrong_extension", f".{extension} holds a {header.format}; it is decoded all the same"
             )
 
-    def header_of(self, member: Member) -> Any:
+    def header_of(self, member: Member) -> ImageHeader:
         if member.size > _HEAD:
             try:
                 return image_header(self.read(member.data, _HEAD), max_pixels=self.max_pixels)

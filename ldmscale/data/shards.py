@@ -1,16 +1,18 @@
 """Names of shards: brace patterns, globs and lists become a list of URLs, and URLs become sizes and versions.
 
-`pipe:` URLs run a shell command, so they are refused unless the user allows them. An allowed command is run
-once into the cache, its exit status counts, and the copy is read like any local shard (an index needs random
-access, a pipe has none).
+`pipe:` URLs run a shell command, so they are refused unless the user allows them. An allowed command is run by
+`run_pipes`, once on each node, into the cache; its exit status counts, and the copy is read like any local shard (an
+index needs random access, a pipe has none).
 """
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
-import fsspec
 
 from ldmscale.data.files import cache_folder, finished_file
+from ldmscale.data.storage import Storage, StoreError
 from ldmscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -29,13 +31,16 @@ log = logging.getLogger(__name__)
 _LISTED_FAULTS = 20
 
 
-def expand(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> list[str]:
+def expand(
+    patterns: str | Sequence[str], *, allow_pipe: bool = False, storage: Storage | None = None
+) -> list[str]:
     """Expands patterns to the list of shards, in the order given (matches of a glob are sorted).
 
     Args:
         patterns: one pattern or several: `shards/{00000..00041}.tar`, `shards/*.tar`, a plain path, or any of
             these as an fsspec URL (`s3://bucket/{000..999}.tar`). A folder stands for the tar files in it.
-        allow_pipe: run `pipe:COMMAND` with a shell and use its output as a shard.
+        allow_pipe: let `pipe:COMMAND` stand; nothing is run here (see `run_pipes`).
+        storage: how stores are reached that must list what a pattern matches.
 
     Raises:
         DataError: with every fault: no match, file missing (local files only; remote ones are looked up by
@@ -50,7 +55,7 @@ def expand(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> list[s
         )
     for pattern in given:
         for name in _braces(pattern, faults):
-            found.extend(_matches(name, allow_pipe, faults))
+            found.extend(_matches(name, allow_pipe, storage or Storage(), faults))
     seen: set[str] = set()
     for url in found:
         if url in seen:
@@ -65,6 +70,8 @@ def expand(patterns: str | Sequence[str], *, allow_pipe: bool = False) -> list[s
 
 
 def _braces(pattern: str, faults: list[str]) -> list[str]:
+    if pattern.startswith("pipe:"):
+        return [pattern]  # braces are the shell's
     try:
         return list(braceexpand.braceexpand(pattern))
     except ValueError as error:
@@ -75,7 +82,7 @@ def _braces(pattern: str, faults: list[str]) -> list[str]:
         return []
 
 
-def _matches(name: str, allow_pipe: bool, faults: list[str]) -> list[str]:
+def _matches(name: str, allow_pipe: bool, storage: Storage, faults: list[str]) -> list[str]:
     if name.startswith("pipe:"):
         if not allow_pipe:
             faults.append(
@@ -83,7 +90,7 @@ def _matches(name: str, allow_pipe: bool, faults: list[str]) -> list[str]:
                 "s3:// or http URL"
             )
             return []
-        return [str(run_pipe(name))]
+        return [name]
     if is_local(name):
         path = local_path(name)
         if os.path.isdir(path):
@@ -106,14 +113,12 @@ def _matches(name: str, allow_pipe: bool, faults: list[str]) -> list[str]:
     if glob.has_magic(name.split("://", 1)[-1].split("?", 1)[0]) and not name.startswith(
         ("http://", "https://")
     ):
-        fs, path = fsspec.core.url_to_fs(name)
         try:
-            matches = sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
-        except Exception as error:  # every backend raises its own kinds
-            faults.append(
-                f"cannot list {name}: {type(error).__name__}: {error}; check the credentials and the "
-                "endpoint of the store"
-            )
+            fs, path = storage.locate(name)
+            found = storage.persist(lambda: fs.glob(path), name)
+            matches = sorted(fs.unstrip_protocol(match) for match in found)
+        except DataError as error:
+            faults.append(f"cannot list {name}: {error}")
             return []
         if not matches:
             faults.append(f"pattern {name} matches no object")
@@ -122,40 +127,66 @@ def _matches(name: str, allow_pipe: bool, faults: list[str]) -> list[str]:
 
 
 def is_local(url: str) -> bool:
-    return "://" not in url or url.startswith(("file://", "local://"))
+    return "://" not in url or url.startswith(("file://", "local://", "pipe:"))
 
 
 def local_path(url: str) -> str:
-    """Returns the absolute path of a local shard, whatever way it was written."""
+    """Returns the absolute path of a local shard, whatever way it was written; of a pipe that of its copy."""
+    if url.startswith("pipe:"):
+        return str(_pipe_copy(url))
     path = url.split("://", 1)[1] if "://" in url else url
     return os.path.abspath(os.path.expanduser(path))
 
 
 def shard_name(url: str) -> str:
     """The last part of a shard's path: `00012.tar`."""
+    if url.startswith("pipe:"):
+        return _pipe_copy(url).name
     return url.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
 
 
-def run_pipe(url: str) -> Path:
-    """Runs the command of a `pipe:` URL into the cache (once) and returns the copy.
+def run_pipes(urls: Sequence[str]) -> None:
+    """Runs the commands of `pipe:` URLs whose copies are not in the cache. Processes of one node may call it together.
 
     Raises:
-        DataError: if the command ends with a status other than 0: its output may be cut, so none of it is
-            used.
+        DataError: naming every command that ended with a status other than 0: its output may be cut, so none of
+            it is used.
     """
+    faults = []
+    for url in urls:
+        if url.startswith("pipe:"):
+            path = _pipe_copy(url)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".lock"), "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait, and find it done
+                if not path.exists():
+                    faults += _run_pipe(url, path)
+    if faults:
+        raise DataError(faults)
+
+
+def _pipe_copy(url: str) -> Path:
     command = url[len("pipe:") :]
-    path = cache_folder("pipes") / (hashlib.sha256(command.encode()).hexdigest()[:24] + ".tar")
-    if path.exists():
-        return path
+    return cache_folder("pipes") / (hashlib.sha256(command.encode()).hexdigest()[:24] + ".tar")
+
+
+def _run_pipe(url: str, path: Path) -> list[str]:
     log.warning("running the shell command of %s", url)
-    with finished_file(path) as temporary, open(temporary, "wb") as stream:
-        done = subprocess.run(command, shell=True, stdout=stream, stderr=subprocess.PIPE, check=False)
-        if done.returncode != 0:
-            last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
-            raise DataError(
-                f"{url!r} ended with status {done.returncode} ({last[0]}); its output was thrown away"
-            )
-    return path
+    command = ["/bin/sh", "-c", url[len("pipe:") :]]
+    if bash := shutil.which("bash"):
+        # Of a pipeline `a | b` the status of every part counts, not only the last.
+        command = [bash, "-o", "pipefail", "-c", url[len("pipe:") :]]
+    try:
+        with finished_file(path) as temporary, open(temporary, "wb") as stream:
+            done = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, check=False)
+            if done.returncode != 0:
+                last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
+                raise DataError(
+                    f"{url!r} ended with status {done.returncode} ({last[0]}); its output was thrown away"
+                )
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 @dataclass(frozen=True)
@@ -166,23 +197,23 @@ class ShardState:
     version: str
 
 
-def shard_states(urls: Sequence[str]) -> list[ShardState | str]:
+def shard_states(urls: Sequence[str], storage: Storage | None = None) -> list[ShardState | str]:
     """Looks every shard up; a shard that cannot be found gives the reason as a string instead.
 
     Remote shards are looked up by one listing a folder where the store can list, otherwise one by one in 16
     threads.
     """
+    store = storage or Storage()
     states: list[ShardState | str] = [_local_state(url) if is_local(url) else "" for url in urls]
     remote = [number for number, url in enumerate(urls) if not is_local(url)]
     if remote:
-        listings = {
-            folder: _listing(folder) for folder in sorted({urls[n].rsplit("/", 1)[0] for n in remote})
-        }
+        folders = sorted({urls[number].rsplit("/", 1)[0] for number in remote})
+        listings = {folder: _listing(folder, store) for folder in folders}
 
         def look_up(number: int) -> ShardState | str:
             url = urls[number]
             known = listings[url.rsplit("/", 1)[0]].get(shard_name(url))
-            return known if known is not None else _remote_state(url)
+            return known if known is not None else _remote_state(url, store)
 
         with ThreadPoolExecutor(16) as pool:
             for number, state in zip(remote, pool.map(look_up, remote), strict=True):
@@ -198,30 +229,23 @@ def _local_state(url: str) -> ShardState | str:
     return ShardState(status.st_size, str(status.st_mtime_ns))
 
 
-def _listing(folder: str) -> dict[str, ShardState]:
+def _listing(folder: str, storage: Storage) -> dict[str, ShardState]:
     if folder.startswith(("http://", "https://")):
         return {}
     try:
-        fs, path = fsspec.core.url_to_fs(folder)
-        fs.invalidate_cache()
-        return {
-            shard_name(entry["name"]): _state_of(entry)
-            for entry in fs.ls(path, detail=True)
-            if entry["type"] == "file"
-        }
-    except Exception as error:  # a store that cannot list is asked object by object
-        log.debug("cannot list %s: %s", folder, error)
+        found = storage.listing(folder)
+    except DataError:  # an absent folder, or a store that does not let us list: asked object by object
         return {}
+    return {shard_name(entry["name"]): _state_of(entry) for entry in found if entry["type"] == "file"}
 
 
-def _remote_state(url: str) -> ShardState | str:
+def _remote_state(url: str, storage: Storage) -> ShardState | str:
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-        return _state_of(fs.info(path))
-    except FileNotFoundError:
+        return _state_of(storage.info(url))
+    except StoreError:
+        raise
+    except DataError:
         return "no such object"
-    except Exception as error:  # every backend raises its own kinds
-        return f"{type(error).__name__}: {error}"
 
 
 def _state_of(entry: dict[str, Any]) -> ShardState:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ldmscale.data.fetch import Fetcher
+from ldmscale.data.fetch import Fetcher, Ticket
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.ledger import Ledger
-from ldmscale.data.order import Order
+from ldmscale.data.mixture import Mixture, WeightedShards
 from ldmscale.data.samples import Sample
-from ldmscale.data.shards import expand
+from ldmscale.data.sequence import Sequence as SampleSequence
+from ldmscale.data.storage import Storage
 from ldmscale.errors import ConfigError
 
 
@@ -49,7 +50,8 @@ class ShardStream:
     global batch.
 
     Args:
-        shards: pattern, list of patterns, or an open index. Shards without an index are looked through first.
+        shards: pattern, list of patterns, list of `WeightedShards` (a mixture), or an open index (without
+            buckets). Shards without an index are looked through first.
         seed: the run's seed; gives the order.
         rank: this rank.
         world: number of ranks.
@@ -58,6 +60,7 @@ class ShardStream:
         block_shards: shards whose samples are shuffled together.
         ledger: where unreadable samples are written down; they are replaced by others. By default they are
             logged.
+        storage: how remote shards are reached.
 
     Raises:
         DataError: if shards are missing, changed or empty.
@@ -66,7 +69,7 @@ class ShardStream:
 
     def __init__(
         self,
-        shards: str | Sequence[str] | ShardIndex,
+        shards: str | Sequence[str] | Sequence[WeightedShards] | ShardIndex | Mixture,
         *,
         seed: int,
         rank: int,
@@ -75,13 +78,19 @@ class ShardStream:
         position: int = 0,
         block_shards: int = 16,
         ledger: Ledger | None = None,
+        storage: Storage | None = None,
     ) -> None:
         check_batch(rank=rank, world=world, global_batch=global_batch, position=position)
-        self.index = (
-            shards if isinstance(shards, ShardIndex) else ShardIndex.open(expand(shards), build_missing=True)
-        )
-        order = Order(self.index.counts, seed, block_shards)
-        self._fetcher = Fetcher(self.index, order, _raw, seed=seed, ledger=ledger or Ledger(None, rank))
+        if isinstance(shards, (ShardIndex, Mixture)):
+            self.index = Mixture.of(shards)
+        else:
+            self.index = Mixture.open(_sets(shards), build_missing=True, storage=storage)
+        sequence = SampleSequence(self.index, seed, block_shards)
+        if len(sequence.shares) > 1:
+            raise ConfigError(
+                "this index has buckets, whose batches a Loader makes; give shards or a plain index"
+            )
+        self._fetcher = Fetcher(self.index, sequence, _raw, seed=seed, ledger=ledger or Ledger(None, rank))
         self._rank, self._world, self._global_batch = rank, world, global_batch
         self._position = position
 
@@ -96,7 +105,7 @@ class ShardStream:
                 self._position, 0, rank=self._rank, world=self._world, global_batch=self._global_batch
             )
             for position in step:
-                fetched = self._fetcher.fetch(position)
+                fetched = self._fetcher.fetch(Ticket(position, 0, position))
                 if position == step[-1]:
                     self._position += self._global_batch
                 yield fetched.key, fetched.item
@@ -104,3 +113,10 @@ class ShardStream:
 
 def _raw(sample: Sample, position: int) -> dict[str, bytes]:
     return sample.members
+
+
+def _sets(shards: str | Sequence[str] | Sequence[WeightedShards]) -> list[WeightedShards]:
+    if isinstance(shards, str):
+        return [WeightedShards(shards)]
+    weighted = [entry for entry in shards if isinstance(entry, WeightedShards)]
+    return weighted or [WeightedShards([entry for entry in shards if isinstance(entry, str)])]

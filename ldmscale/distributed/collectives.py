@@ -51,6 +51,15 @@ def sum_over_ranks(value: float) -> float:
     return _reduced(value, dist.ReduceOp.SUM)
 
 
+def sums_over_ranks(values: Sequence[float]) -> list[float]:
+    """Sums of several values over ranks; one exchange for all of them."""
+    if _alone():
+        return [float(value) for value in values]
+    box = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(box, group=_host_group())
+    return [float(value) for value in box.tolist()]
+
+
 def max_over_ranks(value: float) -> float:
     """Largest `value` of any rank, the same on all."""
     return _reduced(value, dist.ReduceOp.MAX)

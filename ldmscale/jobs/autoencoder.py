@@ -30,9 +30,11 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     import torch
 
     from ldmscale.attention_choice import autoencoder_head_channels, choose_attention
+    from ldmscale.data.budget import next_for_all
     from ldmscale.data.items import ImageItem
     from ldmscale.data.loader import Batch
     from ldmscale.frozen import build_distance
+    from ldmscale.jobs.open_index import shapes_of
     from ldmscale.jobs.training import (
         already_finished,
         averages_of,
@@ -72,13 +74,16 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     log.info("autoencoder of %s and discriminator of %s parameters, ZeRO-%d, %s, attention by %s",
              f"{generator.parameter_count():,}", f"{discriminator.parameter_count():,}", config.zero.stage,
              config.train.precision, attention.backend)  # fmt: skip
-    reader = ImageItem(data.image_size, config.seed, data.crop, data.flip, data.max_pixels)
+    reader = ImageItem(
+        data.image_size, config.seed, data.crop, data.flip, data.max_pixels,
+        shapes=shapes_of(data), decoder=data.decoder,
+    )  # fmt: skip
 
     def measure_batches() -> Iterator[Batch]:
         loader = make_loader(run, config, reader, 0, workers=0)
         wanted = min(config.scale_samples, run.index.total)
         for _ in range(-(-wanted // config.train.global_batch) * run.accumulation_steps):
-            yield next(loader)
+            yield next_for_all(loader)
 
     averages = averages_of(generator, config.ema)
     adversary = Adversary(

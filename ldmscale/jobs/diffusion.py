@@ -32,6 +32,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.attention_choice import choose_attention, diffusion_head_channels
     from ldmscale.data.items import ImageItem, LatentItem
     from ldmscale.jobs.first_stage import open_first_stage, preview_conditions
+    from ldmscale.jobs.open_index import shapes_of
     from ldmscale.jobs.text import settle_tokenizer
     from ldmscale.jobs.training import (
         already_finished,
@@ -76,8 +77,9 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     else:
         assert data.image_size is not None
         reader = ImageItem(
-            data.image_size, config.seed, data.crop, data.flip, data.max_pixels, caption, tokenizer
-        )
+            data.image_size, config.seed, data.crop, data.flip, data.max_pixels, caption, tokenizer,
+            shapes_of(data), data.decoder,
+        )  # fmt: skip
     preview = config.preview
     stage = DiffusionStage(
         engine,

@@ -11,7 +11,7 @@ from ldmscale.config import DiffusionJob
 from ldmscale.data.captions import caption_of
 from ldmscale.data.latents import LatentFormat, LatentManifest
 from ldmscale.data.samples import SampleReader
-from ldmscale.data.shards import expand, local_path
+from ldmscale.data.shards import local_path
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.errors import DataError
 from ldmscale.jobs.open_index import open_index
@@ -76,8 +76,7 @@ def preview_conditions(config: DiffusionJob, run: Run, tokenizer: Tokenizer | No
 def _some_captions(config: DiffusionJob, run: Run) -> list[str]:
     index = run.index
     if config.data.heldout_shards is not None:
-        shards = expand(config.data.heldout_shards, allow_pipe=config.data.allow_pipe)
-        index = open_index(shards, run.ranks)
+        index = open_index(config.data.heldout_shards, config.data, run.ranks)
     reader = SampleReader(index)
     chosen = []
     for number in range(config.preview.images):

@@ -17,17 +17,25 @@ SHOWN = 50  # damages listed one by one on the console
 def main(overrides: Sequence[str]) -> int:
     """Index as configured. 0 if every sample can be used, 2 if something is damaged."""
     config, ranks = configured(IndexJob, overrides)
-    from ldmscale.data.index import IndexReport, ShardIndex, check_shards
+    from ldmscale.data.index import IndexReport, check_shards
+    from ldmscale.data.mixture import Mixture
     from ldmscale.data.shards import expand
-    from ldmscale.distributed.collectives import barrier
+    from ldmscale.distributed.collectives import gather_lists
     from ldmscale.distributed.world import close_world, open_world
+    from ldmscale.errors import DataError
+    from ldmscale.jobs.open_index import selection_of, sets_of, storage_of
     from ldmscale.tracking.logs import set_up_logging
 
     set_up_logging(None, ranks)
     if ranks.size > 1:
         open_world(ranks, timeout_minutes=24 * 60)  # ranks end hours apart on a large set
-    data = config.data
-    shards = expand(data.shards, allow_pipe=data.allow_pipe)
+    data, storage, selection = config.data, storage_of(config.data), selection_of(config.data)
+    sets = sets_of(data.shards)
+    shards = list(
+        dict.fromkeys(
+            url for each in sets for url in expand(each.shards, allow_pipe=data.allow_pipe, storage=storage)
+        )
+    )
 
     def look(rank: int, world: int) -> IndexReport:
         return check_shards(
@@ -37,17 +45,26 @@ def main(overrides: Sequence[str]) -> int:
             max_pixels=data.max_pixels,
             rank=rank,
             world=world,
+            selection=None if selection.everything else selection,
+            storage=storage,
         )
 
-    report = look(ranks.rank, ranks.size)
-    barrier()
+    faults: list[str] = []
+    try:
+        report = look(ranks.rank, ranks.size)
+    except DataError as error:
+        faults = list(error.faults)
+    if faults := gather_lists(faults):  # a rank that gave up must not leave the others waiting
+        told = DataError(faults)
+        told.shared = True
+        raise told
     if ranks.size > 1:
         report = look(0, 1)  # every shard's record is there now
         close_world()
     if not ranks.is_main:
         return 0
-    if report.samples:
-        ShardIndex.open(shards)
+    if report.samples and report.selected != 0:
+        Mixture.open(sets, allow_pipe=data.allow_pipe, selection=selection, storage=storage)
     found = report.to_json()
     for damage in found.pop("damage")[:SHOWN]:
         log.warning("%(kind)s: %(shard)s %(key)s: %(detail)s", damage)
@@ -59,5 +76,8 @@ def main(overrides: Sequence[str]) -> int:
             report.damaged,
             report.shards,
         )
+        return 2
+    if report.selected == 0:
+        log.error("no sample is selected: %s", json.dumps(found["dropped"]))
         return 2
     return 0

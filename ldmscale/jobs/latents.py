@@ -38,7 +38,6 @@ def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.data.latents import finish_set, is_finished
     from ldmscale.data.ledger import Ledger
     from ldmscale.data.samples import SampleReader
-    from ldmscale.data.shards import expand
     from ldmscale.distributed.collectives import from_main_rank
     from ldmscale.distributed.world import close_world, open_world
     from ldmscale.jobs.open_index import open_index
@@ -48,12 +47,14 @@ def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     folder = Path(config.latents.path)
     set_up_logging(folder, ranks)
     data = config.data
-    shards = expand(data.shards, allow_pipe=data.allow_pipe)
-    index = open_index(shards, ranks)
+    index = open_index(data.shards, data, ranks)
+    shards = index.shards
     assert data.image_size is not None
     first_stage, stored = _open(config, world.device, data.image_size)
     reader = SampleReader(index)
-    read = ImageItem(data.image_size, 0, data.crop, False, data.max_pixels, data.caption)
+    read = ImageItem(
+        data.image_size, 0, data.crop, False, data.max_pixels, data.caption, decoder=data.decoder
+    )
     ledger = Ledger(folder / "data_ledger.jsonl", ranks.rank)
     names = [f"{number:05d}.tar" for number in range(len(shards))]
     for number in range(ranks.rank, len(shards), ranks.size):

@@ -4,21 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ldmscale.data.index import ShardIndex
+from ldmscale.config import DataConfig
+from ldmscale.config.data import WeightedShardsConfig
+from ldmscale.data.buckets import Shape, bucket_shapes
+from ldmscale.data.mixture import Mixture, WeightedShards
+from ldmscale.data.selection import Selection
+from ldmscale.data.storage import Storage
 from ldmscale.distributed.collectives import barrier, from_main_rank
 from ldmscale.distributed.environment import Ranks
 
+Patterns = str | Sequence[str] | Sequence[WeightedShardsConfig]
 
-def open_index(shards: Sequence[str], ranks: Ranks) -> ShardIndex:
-    """The index, on every rank. Collective.
+
+def open_index(patterns: Patterns, data: DataConfig, ranks: Ranks) -> Mixture:
+    """The index of what `patterns` name and `data` selects, on every rank. Collective.
 
     Rank 0 looks through shards that have no index yet. The index of remote or read-only shards is in a cache folder,
     which another node may not share: there the node's first rank does it again.
 
     Raises DataError, on all ranks, for shards that are missing or have changed.
     """
-    from_main_rank(lambda: ShardIndex.open(shards, build_missing=True).fingerprint)
+
+    def open_sets(build_missing: bool) -> Mixture:
+        return Mixture.open(
+            sets_of(patterns),
+            build_missing=build_missing,
+            allow_pipe=data.allow_pipe,
+            selection=selection_of(data),
+            storage=storage_of(data),
+        )
+
+    from_main_rank(lambda: open_sets(build_missing=True).fingerprint)
     if ranks.local_rank == 0 and not ranks.is_main:
-        ShardIndex.open(shards, build_missing=True)
+        open_sets(build_missing=True)
     barrier()
-    return ShardIndex.open(shards)
+    return open_sets(build_missing=False)
+
+
+def sets_of(patterns: Patterns) -> list[WeightedShards]:
+    """The sets of a mixture; patterns without weights are one set."""
+    if isinstance(patterns, str):
+        return [WeightedShards(patterns)]
+    weighted = [entry for entry in patterns if isinstance(entry, WeightedShardsConfig)]
+    if weighted:
+        return [WeightedShards(entry.shards, entry.weight) for entry in weighted]
+    return [WeightedShards([str(entry) for entry in patterns])]
+
+
+def shapes_of(data: DataConfig) -> tuple[Shape, ...]:
+    """(width, height) of the aspect-ratio buckets; none without data.bucket_step."""
+    if data.bucket_step is None or data.image_size is None:
+        return ()
+    return bucket_shapes(data.image_size, data.bucket_step, data.bucket_max_ratio)
+
+
+def selection_of(data: DataConfig) -> Selection:
+    """Which samples are taken."""
+    return Selection(
+        filter=data.filter,
+        min_caption_words=data.min_caption_words,
+        max_caption_words=data.max_caption_words,
+        min_image_side=data.min_image_side,
+        shapes=shapes_of(data),
+        caption_source=data.caption,
+    )
+
+
+def storage_of(data: DataConfig) -> Storage:
+    """How remote shards are reached."""
+    given = data.storage
+    return Storage(given.options, given.endpoint, given.patience_seconds, given.request_seconds)

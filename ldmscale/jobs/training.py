@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +24,17 @@ from ldmscale.config import (
     TrainingJob,
     ZeroConfig,
 )
-from ldmscale.data.index import ShardIndex
+from ldmscale.data.budget import Budget
 from ldmscale.data.ledger import Ledger
 from ldmscale.data.loader import Batch, Loader, MakeItem
-from ldmscale.data.shards import expand
+from ldmscale.data.mixture import Mixture
 from ldmscale.distributed.collectives import barrier, from_main_rank
 from ldmscale.distributed.environment import Ranks, export_rendezvous
 from ldmscale.distributed.lease import Lease, LeaseHeldError
 from ldmscale.distributed.stop import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.world import choose_device
 from ldmscale.errors import ConfigError, StoppedEarlyError
-from ldmscale.jobs.open_index import open_index
+from ldmscale.jobs.open_index import Patterns, open_index
 from ldmscale.jobs.synthetic import synthetic_shards
 from ldmscale.jobs.warm_start import begin_with
 from ldmscale.run_folder import RunFolder
@@ -65,7 +65,7 @@ class Run:
     device: torch.device
     identity: Mapping[str, Any]
     shards: list[str]
-    index: ShardIndex
+    index: Mixture
     accumulation_steps: int
 
     def fence(self) -> None:
@@ -95,8 +95,8 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
     for change in changes:
         log.info("resuming with a change: %s", change)
     identity = from_main_rank(lambda: folder.begin_attempt(lease[0].number))
-    shards = _shards(config, folder, ranks)
-    index = open_index(shards, ranks)
+    index = open_index(_patterns(config, folder), config.data, ranks)
+    shards = index.shards
     log.info("%s samples in %d shards, %d ranks on %s", f"{index.total:,}", len(shards), ranks.size, device)
     train = config.train
     return Run(
@@ -144,23 +144,27 @@ def _hold(folder: RunFolder, config: TrainingJob, stop: StopFlag) -> list[Lease]
     return lease
 
 
-def _shards(config: TrainingJob, folder: RunFolder, ranks: Ranks) -> list[str]:
+def _patterns(config: TrainingJob, folder: RunFolder) -> Patterns:
     data = config.data
-    if data.shards == SYNTHETIC:
-        latent, size = config.autoencoder, data.image_size or 32
-        from_main_rank(
-            lambda: synthetic_shards(
-                folder.path / "data", data.kind, size, latent.latent_channels, latent.factor
-            )
-        )
-        return expand(str(folder.path / "data" / "*.tar"))
-    return expand(data.shards, allow_pipe=data.allow_pipe)
+    if data.shards != SYNTHETIC:
+        return data.shards
+    latent, size = config.autoencoder, data.image_size or 32
+    from_main_rank(
+        lambda: synthetic_shards(folder.path / "data", data.kind, size, latent.latent_channels, latent.factor)
+    )
+    return str(folder.path / "data" / "*.tar")
 
 
 def make_loader(
-    run: Run, config: TrainingJob, reader: MakeItem, position: int, *, workers: int | None = None
+    run: Run,
+    config: TrainingJob,
+    reader: MakeItem,
+    position: int,
+    consumed: Sequence[int] | None = None,
+    *,
+    workers: int | None = None,
 ) -> Loader:
-    """The training loader from a position on."""
+    """The training loader from a position on (with buckets: from what each of them has given)."""
     return Loader(
         run.index,
         reader,
@@ -170,10 +174,10 @@ def make_loader(
         global_batch=config.train.global_batch,
         rank_micro_batch=config.train.rank_micro_batch,
         position=position,
+        consumed=consumed,
         workers=config.data.workers if workers is None else workers,
         ledger=Ledger(run.folder.ledger, run.ranks.rank),
         block_shards=config.data.shuffle_block_shards,
-        max_bad_share=config.data.max_bad_share,
         pin_memory=run.device.type == "cuda",
     )
 
@@ -182,8 +186,7 @@ def picture_batch(run: Run, config: TrainingJob, reader: MakeItem) -> Batch:
     """The fixed images of previews, the same on every rank: from the held-out shards, else the first of the order."""
     index = run.index
     if config.data.heldout_shards is not None:
-        shards = expand(config.data.heldout_shards, allow_pipe=config.data.allow_pipe)
-        index = open_index(shards, run.ranks)
+        index = open_index(config.data.heldout_shards, config.data, run.ranks)
     count = min(config.preview.images, index.total)
     return next(Loader(index, reader, seed=0, rank=0, world=1, global_batch=count, rank_micro_batch=count))
 
@@ -259,8 +262,9 @@ def train(
     )
     trainer = Trainer(
         stage,
-        lambda position: make_loader(run, config, reader, position),
-        run.index.fingerprint,
+        lambda position, consumed: make_loader(run, config, reader, position, consumed),
+        f"{run.index.fingerprint}, seed {config.seed}, blocks of {config.data.shuffle_block_shards}",
+        Budget(config.data.max_bad_share, config.data.max_bad_in_a_row),
         Schedule(
             max_steps=config.train.max_steps,
             accumulation_steps=run.accumulation_steps,

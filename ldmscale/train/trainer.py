@@ -6,12 +6,13 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.data.budget import Budget, next_for_all
 from ldmscale.data.loader import Loader
 from ldmscale.distributed.collectives import any_true_of, gather_lists, set_collective_timeout
 from ldmscale.distributed.stop import StopFlag
@@ -48,15 +49,17 @@ class Schedule:
 class Trainer:
     """Runs one stage from its newest checkpoint to `max_steps`, or to a signal. Every rank runs the same loop.
 
-    `loader_from` makes the loader that starts at a position of the data that `data_fingerprint` names;
+    `loader_from` makes the loader that starts at a position (and, with buckets, at what each has given) of the data
+    and the order that `data_fingerprint` names; `budget` says how much of them may be bad;
     `learning_rates` gives each network's rate as a function of the finished steps.
     """
 
     def __init__(
         self,
         stage: Stage,
-        loader_from: Callable[[int], Loader],
+        loader_from: Callable[[int, Sequence[int] | None], Loader],
         data_fingerprint: str,
+        budget: Budget,
         schedule: Schedule,
         learning_rates: Mapping[str, Callable[[int], float]],
         checkpoints: CheckpointManager,
@@ -74,6 +77,9 @@ class Trainer:
         self.step = 0  # optimiser steps done
         self.finished_step: int | None = None  # at which the stage has made its last measurements
         self.position = 0
+        self.consumed: Sequence[int] | None = None  # of the position, by bucket
+        self.budget = budget
+        self._saved_step = 0
         self._copies = HostCopies()
         self._measured: dict[str, float] = {}  # since the last save
         self._ahead: Batch | None = None  # fetched and not yet trained on
@@ -92,25 +98,27 @@ class Trainer:
         state = restore(checkpoint, self.stage.engines, self.stage.averages)
         if state["data"] != self._data_fingerprint:
             raise DataError(
-                f"the shards are not those that {checkpoint} was trained on (some were added, removed or changed): "
-                "give the data.shards of before, or another run.name to start a new run"
+                f"the shards or their order are not those that {checkpoint} was trained on (shards were added, removed or "
+                "changed, or the seed, weights, filters, buckets or data.shuffle_block_shards): give those of before, or "
+                f"another run.name to start a new run (then: {state['data']}; now: {self._data_fingerprint})"
             )
         self.step = int(state["step"])
         self.finished_step = self.step if state["finished"] else None
-        self.position = int(state["position"])
+        self.position, self.consumed = int(state["position"]), state.get("consumed")
         self.stage.restore(state["stage"])
+        self._saved_step = self.step
         self.guard = self.guard.restored(state.get("safety", {}))
 
     def fit(self) -> bool:
         """Train. Returns whether `max_steps` was reached; False: a signal came, and all is saved."""
         sums, shortened, postponed = MetricSums(), False, False
-        loader = self._loader_from(self.position)
+        loader = self._loader_from(self.position, self.consumed)
         # Python's collector runs on all ranks at the same steps, or some rank always keeps the others waiting.
         gc.collect()
         gc.disable()
         try:
             if self.schedule.dry_run and self.step < self.schedule.max_steps:
-                self._ahead = next(loader)
+                self._ahead = next_for_all(loader, self.budget)
                 rehearse(self.stage, self._ahead, self.schedule.max_steps)
             while self.step < self.schedule.max_steps:
                 self._one_step(loader, sums)
@@ -148,6 +156,10 @@ class Trainer:
                     self.checkpoints.finish(must_hold=True)
                     return False
             self.checkpoints.finish(must_hold=True)
+        except LdmscaleError as error:
+            if error.shared:  # all ranks are here, and no network has moved since the last whole step
+                self._save_before_stopping()
+            raise
         finally:
             gc.enable()
             loader.close()
@@ -167,6 +179,11 @@ class Trainer:
         self._save()
         self.checkpoints.finish(must_hold=True, uploads=True)
 
+    def _save_before_stopping(self) -> None:
+        if self.step > self._saved_step:
+            self._save()
+        self.checkpoints.finish(must_hold=True)
+
     def _one_step(self, loader: Loader, sums: MetricSums) -> None:
         active = self.stage.active(self.step)
         waited = loader.wait_seconds
@@ -174,7 +191,7 @@ class Trainer:
             self.stage.engines[name].set_learning_rate(self.learning_rates[name](self.step))
         measured, updated = [], set[str]()
         for number in range(1, self.schedule.accumulation_steps + 1):
-            batch = self._ahead if self._ahead is not None else next(loader)
+            batch = self._ahead if self._ahead is not None else next_for_all(loader, self.budget)
             self._ahead = None
             measured.append(self.stage.micro_step(batch, self.step))
             self.guard.note(batch["key"], measured[-1]["loss/total"])
@@ -199,7 +216,7 @@ class Trainer:
             for metrics in measured:
                 sums.add(metrics)
         self.throughput.step(loader.position - self.position, loader.wait_seconds - waited)
-        self.position = loader.position
+        self.position, self.consumed = loader.position, loader.consumed
 
     def _go_back(self) -> None:
         """To the newest checkpoint's weights, and on with the data behind the steps that were skipped."""
@@ -212,10 +229,10 @@ class Trainer:
                 f"step {self.step}: {self.guard.skipped_in_a_row} updates in a row were skipped, and there is no "
                 f"checkpoint to go back to; {self.guard.file} names the samples. Lower optim.lr, or look at the data"
             )
-        before, position = self.guard, self.position
+        before, position, consumed = self.guard, self.position, self.consumed
         self._restore(newest)
         left_out = range(self.position, position)
-        self.position = position
+        self.position, self.consumed = position, consumed
         self.guard.went_back(before, self.step, left_out)
         self.tracker.resume_from(self.step)
         self._save()  # a resume must know which samples are left out
@@ -250,6 +267,7 @@ class Trainer:
             state: dict[str, Any] = {
                 "step": self.step,
                 "position": self.position,
+                "consumed": None if self.consumed is None else list(self.consumed),
                 "images_seen": self.position,
                 "data": self._data_fingerprint,
                 "finished": self.finished_step == self.step,
@@ -261,6 +279,7 @@ class Trainer:
             pieces, description = snapshot(self.stage.engines, self.stage.averages, self._copies)
             self.checkpoints.begin(self.step, pieces, description | state)
             self._measured = {}
+            self._saved_step = self.step
         log.info("saving step %d; the training waited %.2f s", self.step, time.perf_counter() - begun)
 
     def _store_averages(self) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldmscale.data.budget import Budget, next_for_all
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.items import ImageItem
 from ldmscale.data.ledger import Ledger, read_ledger
@@ -125,13 +126,11 @@ def test_every_skipped_sample_is_written_down(tmp_path: Path, index: ShardIndex,
 def test_a_data_set_that_is_mostly_bad_stops(tmp_path: Path, write_shards: WriteShards) -> None:
     bad = {f"000{number:04d}": b"x" for number in range(0, 40, 2)}
     index = ShardIndex.open(write_shards(tmp_path, [40], bad), build_missing=True)
-    loader = Loader(
-        index, ITEM, seed=0, rank=0, world=1, global_batch=4, rank_micro_batch=4, max_bad_share=0.1
-    )
-    with pytest.raises(DataError, match=r"more than data\.max_bad_share=0\.1"):
-        for _ in itertools.islice(loader, 100):
-            pass
-    assert loader.replaced > 20
+    loader = Loader(index, ITEM, seed=0, rank=0, world=1, global_batch=4, rank_micro_batch=4)
+    with pytest.raises(DataError, match=r"more than data\.max_bad_share=0\.1") as caught:
+        for _ in range(100):
+            next_for_all(loader, Budget(max_share=0.1))
+    assert caught.value.shared and loader.replaced > 20
     every = {f"000{number:04d}": b"x" for number in range(4)}
     index = ShardIndex.open(write_shards(tmp_path / "all", [4], every), build_missing=True)
     with pytest.raises(DataError, match="check=decode"):

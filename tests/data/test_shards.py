@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from ldmscale.data.shards import ShardState, expand, shard_states
+from ldmscale.data.shards import ShardState, expand, local_path, run_pipes, shard_states
 from ldmscale.errors import DataError
 
 
@@ -50,14 +51,22 @@ def test_remote_urls_are_kept_and_remote_globs_expanded() -> None:
     assert expand("memory://expand/*.tar") == ["memory:///expand/a.tar", "memory:///expand/b.tar"]
 
 
-def test_an_allowed_pipe_is_run_once_and_its_status_counts(five: Path, tmp_path: Path) -> None:
+def test_an_allowed_pipe_is_run_once_by_all_processes_and_not_by_looking(five: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    url = f"pipe:echo ran >> {log}; cat {five}/00001.tar"
-    (copy,) = expand(url, allow_pipe=True)
-    assert expand(url, allow_pipe=True) == [copy]
-    assert Path(copy).read_bytes() == bytes(1024) and log.read_text() == "ran\n"
-    with pytest.raises(DataError, match="status 3"):
-        expand("pipe:head -c 100 /dev/zero; exit 3", allow_pipe=True)
+    url = f"pipe:echo ran >> {log}; sleep 0.3; cat {five}/00001.tar"
+    assert expand(url, allow_pipe=True) == [url] and not log.exists()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run_pipes, [[url]] * 4))
+    assert Path(local_path(url)).read_bytes() == bytes(1024) and log.read_text() == "ran\n"
+    assert isinstance(shard_states([url])[0], ShardState)
+
+
+def test_a_pipe_that_fails_anywhere_gives_nothing(five: Path) -> None:
+    late, early = "pipe:head -c 100 /dev/zero; exit 3", "pipe:(head -c 100 /dev/zero; exit 4) | cat"
+    with pytest.raises(DataError) as caught:
+        run_pipes([late, early])
+    assert "status 3" in caught.value.faults[0] and "status 4" in caught.value.faults[1]
+    assert not Path(local_path(late)).exists() and not Path(local_path(early)).exists()
 
 
 def test_states_tell_versions_apart_and_say_what_is_missing(five: Path) -> None:

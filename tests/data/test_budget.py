@@ -1,0 +1,47 @@
+"""Bad data on one rank alone end all ranks, alike and soon; nobody waits for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ldmscale.data.index import ShardIndex
+from ldmscale.data.ledger import read_ledger
+
+WriteShards = Callable[..., list[str]]
+
+
+@pytest.mark.distributed
+def test_all_ranks_stop_alike_when_one_meets_bad_data(tmp_path: Path, write_shards: WriteShards) -> None:
+    ShardIndex.open(write_shards(tmp_path, [40, 40]), build_missing=True)
+    program = Path(__file__).with_name("program_budget.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[2])}
+    done = subprocess.run(
+        [*command, str(program), str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    # Where one rank has its batch and the other has not, their loaders stand apart: the trainer's position counts.
+    assert [{case: told[:4] for case, told in rank.items()} for rank in ranks] == [
+        {case: told[:4] for case, told in ranks[0].items()}
+    ] * 2
+    assert set(ranks[0]) == {"hard", "share", "row", "killed"}
+    kind, shared, taken, message, position = ranks[0]["hard"]
+    assert (kind, shared, taken, position) == ("DataError", True, 12, 48)  # two micro-batches a step of 8
+    assert message.startswith("rank 1: position 5") and "16 stand-ins" in message and "planted" in message
+    kind, shared, _, message, _ = ranks[0]["share"]
+    assert (kind, shared) == ("DataError", True) and "max_bad_share=0.05" in message
+    kind, shared, _, message, _ = ranks[0]["row"]
+    assert (kind, shared) == ("DataError", True) and message.startswith("rank 1: 6 samples one after another")
+    kind, shared, _, message, _ = ranks[0]["killed"]
+    assert (kind, shared) == ("LdmscaleError", True) and message.startswith("rank 1: ")
+    assert {entry["rank"] for entry in read_ledger(tmp_path / "share.jsonl")} == {1}
+    assert len(read_ledger(tmp_path / "hard.jsonl")) >= 17
