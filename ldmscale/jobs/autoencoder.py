@@ -144,7 +144,6 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
 
 def _held_out(config: AutoencoderJob, run: Run, distance: Distance | None) -> HeldOut | None:
     """The held-out images that figures are taken of while training; None where nobody asks for figures."""
-    from ldmscale.data.shards import expand
     from ldmscale.evaluation.held_out import HeldOut
     from ldmscale.jobs.held_out import ImageSet
     from ldmscale.jobs.open_index import open_index
@@ -152,6 +151,6 @@ def _held_out(config: AutoencoderJob, run: Run, distance: Distance | None) -> He
     wanted, data = config.validation, config.data
     if not wanted.every_steps or data.heldout_shards is None:
         return None
-    index = open_index(expand(data.heldout_shards, allow_pipe=data.allow_pipe), run.ranks)
+    index = open_index(data.heldout_shards, data, run.ranks)
     images = ImageSet(index, data, min(wanted.images, index.total))
     return HeldOut(list(images.batches(wanted.rank_batch, run.ranks)), distance, run.device)

@@ -29,7 +29,6 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(config: EvaluateJob, ranks: Ranks) -> int:
-    from ldmscale.data.shards import expand
     from ldmscale.distributed.world import close_world, open_world
     from ldmscale.jobs.held_out import ImageSet
     from ldmscale.jobs.open_index import open_index
@@ -37,8 +36,7 @@ def _run(config: EvaluateJob, ranks: Ranks) -> int:
 
     world = open_world(ranks)
     set_up_logging(None, ranks)
-    shards = expand(config.data.shards, allow_pipe=config.data.allow_pipe)
-    index = open_index(shards, ranks)
+    index = open_index(config.data.shards, config.data, ranks)
     images = ImageSet(index, config.data, min(config.evaluate.samples or index.total, index.total))
     if images.count < 1:
         raise DataError(f"data.shards={config.data.shards} holds no samples")
@@ -155,7 +153,6 @@ def _check_size(config: EvaluateJob, factor: int) -> None:
 
 def _trained_on(model: str, shards: Sequence[str]) -> list[str] | None:
     """Which of the shards the model was trained on; None where it does not say. More than none makes the figures flatter."""
-    from ldmscale.data.shards import expand
     from ldmscale.run_folder import RunFolder
 
     for folder in (Path(model), Path(model).parent.parent):

@@ -12,7 +12,7 @@ import torch
 
 from ldmscale.config import DataConfig
 from ldmscale.data.decode import decode_image, image_member
-from ldmscale.data.index import ShardIndex
+from ldmscale.data.mixture import Mixture
 from ldmscale.data.samples import SampleReader
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class ImageSet:
     """The first `count` samples of an index, resized and cropped by the data's settings."""
 
-    index: ShardIndex
+    index: Mixture
     data: DataConfig
     count: int
     keys: list[tuple[int, str]] = field(default_factory=list)  # of the samples this rank has read
