@@ -153,6 +153,7 @@ def _check_size(config: EvaluateJob, factor: int) -> None:
 
 def _trained_on(model: str, shards: Sequence[str]) -> list[str] | None:
     """Which of the shards the model was trained on; None where it does not say. More than none makes the figures flatter."""
+    from ldmscale.data.shards import expand
     from ldmscale.run_folder import RunFolder
 
     for folder in (Path(model), Path(model).parent.parent):
@@ -160,7 +161,9 @@ def _trained_on(model: str, shards: Sequence[str]) -> list[str] | None:
             continue
         data = RunFolder(folder).config().get("data", {})
         try:
-            known = set(expand(data["shards"], allow_pipe=True))
+            sets = [data["shards"]] if isinstance(data["shards"], str) else data["shards"]
+            patterns = [entry["shards"] if isinstance(entry, dict) else entry for entry in sets]
+            known = {shard for pattern in patterns for shard in expand(pattern, allow_pipe=True)}
         except (DataError, KeyError):
             return None
         common = sorted(known & set(shards))
