@@ -21,6 +21,7 @@ from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import diffusers_config as config_there
 from ldmscale.interop import diffusers_names as names_there
 from ldmscale.interop.compvis_names import TEXT_HEAD
+from ldmscale.interop.diffusers_schedule import schedule_config, schedule_values
 from ldmscale.interop.files import read_json, read_safetensors, write_json, write_safetensors
 from ldmscale.interop.model import Model, Part, PartConfig
 from ldmscale.interop.pickles import read_pickle
@@ -79,7 +80,7 @@ def _read_scheduler(model: Model, path: Path, faults: list[str]) -> None:
     values = read_json(path / "scheduler_config.json")
     model.source["scheduler"] = {"name": path.name, "config": values}
     try:
-        model.diffusion = config_there.schedule_config(values)
+        model.diffusion = schedule_config(values)
     except DataError as error:
         faults += error.faults
 
@@ -310,9 +311,7 @@ def _write_pipeline(model: Model, folder: Path, described: Mapping[str, tuple[st
             write_json(folder / "model_index.json", source["index"])
         return
     if model.diffusion is not None:
-        write_json(
-            folder / "scheduler" / "scheduler_config.json", config_there.schedule_values(model.diffusion)
-        )
+        write_json(folder / "scheduler" / "scheduler_config.json", schedule_values(model.diffusion))
     pipeline = _pipeline(model)
     if pipeline is None:
         return
