@@ -76,6 +76,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="no round of a table begins after it")
     parser.add_argument("--rounds", type=int, default=40, help="at most so many rounds a table")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="give all contenders our allocator's settings"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny networks, two rounds: do the tables work?")
     chosen = parser.parse_args()
     if unknown := [name for name in chosen.names if name not in known]:
@@ -86,6 +89,7 @@ def main() -> None:
             threads=chosen.threads,
             seconds=chosen.seconds,
             rounds=2 if chosen.quick else chosen.rounds,
+            keep_memory=chosen.keep_memory,
         )
         print(table(name, rows, chosen.threads), flush=True)
 

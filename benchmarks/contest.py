@@ -42,7 +42,7 @@ class Row:
 
 
 class Worker:
-    def __init__(self, contender: Contender, threads: int) -> None:
+    def __init__(self, contender: Contender, threads: int, keep_memory: bool) -> None:
         self.contender = contender
         settings = os.environ | {
             "OMP_NUM_THREADS": str(threads),
@@ -54,8 +54,9 @@ class Worker:
         for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             settings.pop(variable, None)
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115, closed in end()
+        given = asdict(contender) | {"threads": threads, "keep_memory": keep_memory}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", json.dumps(asdict(contender) | {"threads": threads})],
+            [sys.executable, "-m", "benchmarks.worker", json.dumps(given)],
             cwd=ROOT,
             env=settings,
             stdin=subprocess.PIPE,
@@ -92,14 +93,18 @@ class Worker:
         self._log.close()
 
 
-def contest(contenders: Sequence[Contender], *, threads: int, seconds: float, rounds: int) -> list[Row]:
+def contest(
+    contenders: Sequence[Contender], *, threads: int, seconds: float, rounds: int, keep_memory: bool = False
+) -> list[Row]:
     """At most `rounds` rounds, and none begun after `seconds`; at least one.
+
+    With `keep_memory` all contenders get the allocator that ours sets for itself.
 
     Raises AssertionError where outputs, gradients or losses differ.
     """
     workers: list[Worker] = []
     try:
-        workers = [Worker(contender, threads) for contender in contenders]
+        workers = [Worker(contender, threads, keep_memory) for contender in contenders]
         assert_equal(workers)
         for worker in workers:
             worker.ask("step")  # warms up; the engine's first step allocates its state

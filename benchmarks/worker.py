@@ -30,11 +30,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given.pop("threads"))
+    keep_memory = given.pop("keep_memory")
     contender = Contender(**given)
     if contender.who == "ours":
         from ldmscale.train.engine import connect, disconnect
 
         connect(torch.device("cpu"))
+    elif keep_memory:
+        from ldmscale.train.allocator import keep_freed_memory
+
+        keep_freed_memory()
     torch.manual_seed(0)
     task = Task(contender)
     work = stepper(contender, task) if contender.what == "backward" else None

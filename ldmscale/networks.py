@@ -24,11 +24,16 @@ from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.conditions import ClassEmbedder, Conditions, GivenContext, SpatialRescaler
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.discriminator import PatchDiscriminator
-from ldmscale.models.text_encoder import TextTransformer
+from ldmscale.models.layers import ResnetBlock
+from ldmscale.models.text_encoder import TextLayer, TextTransformer
+from ldmscale.models.transformer import SpatialAttention, SpatialTransformer
 from ldmscale.models.unet import UNet
 from ldmscale.stages.objective import Objective
 
 log = logging.getLogger(__name__)
+
+# What runs as a whole: checkpointing recomputes these, and ZeRO-3 may gather them in one piece.
+BLOCKS = (ResnetBlock, SpatialTransformer, SpatialAttention, TextLayer)
 
 
 def _arguments(config: object, *left_out: str) -> dict[str, Any]:

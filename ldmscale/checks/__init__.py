@@ -27,6 +27,7 @@ from ldmscale.checks.stages import (
     check_run,
     check_same_autoencoder,
     check_warm_start,
+    check_zero,
 )
 from ldmscale.config import (
     AutoencoderJob,
@@ -52,6 +53,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_shards(config.data, needs="images"),
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
+            *check_zero(config.zero),
             *check_local("run.dir", config.run.dir),
             *check_warm_start(config.warm_start.path),
             *check_autoencoder(config.autoencoder),
@@ -65,6 +67,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_shards(config.data, needs=None),
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
+            *check_zero(config.zero),
             *check_local("run.dir", config.run.dir),
             *check_warm_start(config.warm_start.path),
             *check_unet(config.unet),

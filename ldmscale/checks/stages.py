@@ -11,6 +11,7 @@ from ldmscale.config import (
     FirstStageConfig,
     PreviewConfig,
     TrainConfig,
+    ZeroConfig,
 )
 from ldmscale.errors import ConfigError
 from ldmscale.run_folder import RunFolder, is_foreign
@@ -36,6 +37,14 @@ def check_batch(train: TrainConfig, world_size: int) -> list[str]:
             f"times {world_size} ranks = {pass_}: give train.global_batch={near}, or another train.rank_micro_batch"
         )
     return faults
+
+
+def check_zero(zero: ZeroConfig) -> list[str]:
+    if zero.leaf_blocks and zero.stage != 3:
+        return [
+            f"zero.leaf_blocks=true, but zero.stage={zero.stage} gathers no weights: give zero=3, or leave it out"
+        ]
+    return []
 
 
 def check_objective(diffusion: DiffusionConfig) -> list[str]:

@@ -56,6 +56,8 @@ class ZeroConfig:
     bucket_elements: int = 50_000_000  # of one reduction
     prefetch_elements: int = 50_000_000
     overlap_communication: bool = True
+    # Stage 3: all parameters of a residual, attention or text block are gathered at once, not layer by layer
+    leaf_blocks: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

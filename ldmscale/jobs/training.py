@@ -37,6 +37,7 @@ from ldmscale.errors import ConfigError, StoppedEarlyError
 from ldmscale.jobs.open_index import Patterns, open_index
 from ldmscale.jobs.synthetic import synthetic_shards
 from ldmscale.jobs.warm_start import begin_with
+from ldmscale.networks import BLOCKS
 from ldmscale.run_folder import RunFolder
 from ldmscale.tracking.logs import quiet_libraries, set_up_logging
 from ldmscale.tracking.throughput import Throughput, peak_flops
@@ -208,6 +209,7 @@ def engine_options(
         persistence_threshold=zero.persistence_threshold,
         bucket_elements=zero.bucket_elements,
         prefetch_elements=zero.prefetch_elements,
+        leaf_types=BLOCKS if zero.leaf_blocks else (),
         overlap_communication=zero.overlap_communication and run.device.type == "cuda",
     )
 

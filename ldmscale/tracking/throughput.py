@@ -56,9 +56,10 @@ class Throughput:
         device_peak_flops: float | None = None,
     ) -> None:
         """`flops_per_image`: forward and backward of one image, without recomputation; both FLOP figures are
-        needed for MFU.
+        needed for MFU, this one for TFLOP/s.
         """
         self._device = device
+        self._flops_per_image = None if flops_per_image is None else flops_per_image / ranks
         self._flops_share = None
         if flops_per_image and device_peak_flops:
             self._flops_share = flops_per_image / (device_peak_flops * ranks)
@@ -91,7 +92,8 @@ class Throughput:
     def report(self) -> dict[str, float]:
         """Metrics of the steps since the last report; then start anew. Only memory if there was no step.
 
-        throughput/images_per_second, throughput/mfu (0 to 1), time/step_seconds, time/data_wait_share (0 to
+        throughput/images_per_second, throughput/device_tflops (10^12 FLOP/s of one rank's device),
+        throughput/mfu (0 to 1), time/step_seconds, time/data_wait_share (0 to
         1), time/paused_seconds, memory/peak_gib (of the GPU, else of the process) and, with a GPU,
         memory/host_peak_gib.
         """
@@ -101,6 +103,8 @@ class Throughput:
             metrics["throughput/images_per_second"] = self._images / seconds
             metrics["time/step_seconds"] = seconds / self._steps
             metrics["time/data_wait_share"] = min(self._waited / seconds, 1.0)
+            if self._flops_per_image is not None:
+                metrics["throughput/device_tflops"] = self._images / seconds * self._flops_per_image / 1e12
             if self._flops_share is not None:
                 metrics["throughput/mfu"] = self._images / seconds * self._flops_share
         if self._paused:

@@ -99,6 +99,8 @@ def _sharded(
 
     _cast_shards(network, options.compute_dtype)
     config = deepspeed_json(options, dist.get_world_size(), fused_adam=_takes_fused_adam(device))
+    if options.zero_stage == 3 and any(isinstance(part, options.leaf_types) for part in network.modules()):
+        deepspeed.utils.set_z3_leaf_modules(network, list(options.leaf_types))
     # Some of DeepSpeed's optimisers print memory usage while they are made.
     with redirect_stdout(io.StringIO()), _short_collections():
         engine, *_ = deepspeed.initialize(

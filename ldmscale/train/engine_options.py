@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class EngineOptions:
     persistence_threshold: int = 100_000  # ZeRO-3: parameters of fewer elements stay whole on every rank
     bucket_elements: int = 50_000_000  # elements reduced, or gathered, at a time
     prefetch_elements: int = 50_000_000  # ZeRO-3: elements fetched ahead of use
+    leaf_types: tuple[type[nn.Module], ...] = ()  # ZeRO-3: modules of these types are gathered as a whole
     overlap_communication: bool = False  # with the backward pass; needs CUDA streams to gain anything
 
     @property

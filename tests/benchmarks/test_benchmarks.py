@@ -22,7 +22,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_tables_of_equal_contenders_are_printed() -> None:
-    done = bench("unet_step_2", "autoencoder_backward")
+    done = bench("unet_step_2", "autoencoder_backward", "--keep-memory")
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
     names = [row[0].strip() for row in rows if row[0].strip()]

@@ -83,6 +83,7 @@ FAULTS = [
     ("diffusion", ["train.max_steps=0"], 1, "train.max_steps=0: expected at least 1"),
     ("diffusion", ["unet.context_dim=64"], 1, "give unet.context_dim=1280"),
     ("diffusion", ["unet.head_channels=32"], 1, "give exactly one of them"),
+    ("diffusion", ["zero=1", "zero.leaf_blocks=true"], 1, "zero.stage=1 gathers no weights: give zero=3"),
     ("diffusion", ["unet.heads=7"], 1, "does not divide the 320 channels"),
     ("diffusion", ["unet.attention_levels=[0,4]"], 1, "this U-Net's levels are 0 to 3"),
     ("diffusion", ["unet.channels=100"], 1, "give unet.channels=96"),

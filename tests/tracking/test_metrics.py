@@ -48,6 +48,7 @@ def test_throughput_counts_the_images_of_all_ranks_and_leaves_pauses_out():
     assert 0.02 <= found["time/step_seconds"] < 0.07
     assert found["throughput/images_per_second"] == pytest.approx(5 / found["time/step_seconds"])
     assert found["time/data_wait_share"] == pytest.approx(0.01 / found["time/step_seconds"])
+    assert found["throughput/device_tflops"] == pytest.approx(found["throughput/images_per_second"] * 5e-12)
     assert found["throughput/mfu"] == pytest.approx(found["throughput/images_per_second"] * 10 / 2000)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toy import RealAndFake, Toy, batch
+from toy import Block, RealAndFake, Toy, batch
 
 from ldmscale.averaging import chosen_weights
 from ldmscale.checkpoint import CheckpointManager, Reader, Retention
@@ -30,16 +30,24 @@ STEPS, GLOBAL_BATCH, ACCUMULATION, CLIP, RATE, DECAY = 10, 12, 2, 0.3, 1e-2, 0.9
 TRACKED = (0.1, 0.2)  # relative widths of power-function averages
 # sigma_rel^2 = (g+1) / ((g+2)^2 (g+3)), solved by hand for two tracked widths and one that is made of them
 EXPONENTS = {0.1: 6.937203937601809, 0.2: 1.8262137798958404, 0.15: 3.5578687748994646}
-SETTINGS = {  # name -> stage, persistence threshold, overlapped communication
+SETTINGS = {  # name -> stage, persistence threshold, overlapped communication, modules gathered as a whole
     "zero0": (0, 0, False),
     "zero1": (1, 0, False),
     "zero2": (2, 0, True),
     "zero3": (3, 0, True),
     "zero3_persistent": (3, 100_000, False),
+    "zero3_leaf": (3, 0, True, (Block,)),
 }
 
 
-def options(stage: int, precision: str, threshold: int, overlap: bool, **others: Any) -> EngineOptions:
+def options(
+    stage: int,
+    precision: str,
+    threshold: int,
+    overlap: bool,
+    leaf_types: tuple[type[nn.Module], ...] = (),
+    **others: Any,
+) -> EngineOptions:
     return EngineOptions(
         zero_stage=stage,
         precision=precision,
@@ -49,6 +57,7 @@ def options(stage: int, precision: str, threshold: int, overlap: bool, **others:
         learning_rate=RATE,
         persistence_threshold=threshold,
         overlap_communication=overlap,
+        leaf_types=leaf_types,
         **others,
     )
 
@@ -167,6 +176,7 @@ def sharded(name: str, precision: str, reference: dict[str, Any]) -> dict[str, A
         "master_dtypes": sorted({str(master.dtype) for master in engine.masters}),
         "calls": int(engine.network.calls),
         "updates": engine.updates,
+        "gathered_whole": sum(hasattr(m, "_z3_leaf") and m._z3_leaf for m in network.modules()),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ldmscale.train.ema import ShardedEma
 
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_persistent")
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_persistent", "zero3_leaf")
 
 
 @pytest.mark.distributed

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_persistent"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_persistent", "zero3_leaf"])
 def test_two_engines_with_accumulation_match_plain_torch(name: str, trained_on_2: Mapping[str, Any]) -> None:
     found, plain = trained_on_2[f"adversarial_{name}"], trained_on_2["adversarial_plain"]
     assert min(plain["weight"]) > 0.05 and max(plain["norm_d"]) > 1.0  # the terms are alive

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_persistent")
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_persistent", "zero3_leaf")
 
 
 def relative(found: list[float], expected: list[float]) -> float:
@@ -88,3 +88,10 @@ def test_running_statistics_are_those_of_rank_0_on_every_rank(trained_on_2: Mapp
     found = trained_on_2["statistics"]
     assert found["of_ranks"] == [found["of_rank_0"]] * 2
     assert found["of_rank_0"][0] != [0.0, 0.0, 0.0] and found["of_rank_0"][2] == 2
+
+
+def test_blocks_that_are_gathered_whole_are_so_at_stage_3_only_where_asked(
+    trained_on_2: Mapping[str, Any],
+) -> None:
+    found = {name: trained_on_2[f"{name}_fp32"]["gathered_whole"] for name in STAGES}
+    assert found == dict.fromkeys(STAGES, 0) | {"zero3_leaf": 2}
