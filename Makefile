@@ -19,10 +19,10 @@ SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch tests/
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test bench check format clean
+.PHONY: help install quickstart test bench autoencoder-table check format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
 
 install: $(STAMP) ## make .venv with everything that development, tests and the quickstart need
 
@@ -43,6 +43,9 @@ quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in a
 
 test: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+autoencoder-table: $(STAMP) ## train KL-f4 and VQ-f4 with and without the GAN and write docs/autoencoder_table.md (30 minutes)
+	$(BIN)/python -m benchmarks.autoencoder_table $(ARGS)
 
 bench: $(STAMP) ## side by side with other implementations; make bench ARGS="unet_step_8 --seconds 60"
 	$(BIN)/python -m benchmarks $(ARGS)

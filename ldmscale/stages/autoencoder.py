@@ -78,7 +78,7 @@ class AutoencoderStage:
     def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         generator = self.engines["generator"]
         images = self._images(batch)  # [B,3,H,W]
-        if self.codebook is not None and generator.at_boundary:
+        if self.codebook is not None and generator.at_boundary and not generator.rehearsing:
             self.codebook.prepare(step, batch["position"].tolist(), lambda: self._latents(images))
         noise = self._posterior_noise(batch, images)
         reconstruction, bottleneck = generator(
@@ -211,7 +211,7 @@ class AutoencoderStage:
 
     def _learn_log_variance(self, fit: Tensor, images: Tensor) -> None:
         """d fit / d s = pixels - (fit - pixels s) = pixels (1 + s) - fit."""
-        if self.log_variance.learned:
+        if self.log_variance.learned and not self.engines["generator"].rehearsing:
             scale = images[0].numel() if self.terms.sum_over_image else 1
             rate = float(self.engines["generator"].base_optimizer.param_groups[0]["lr"])
             self.log_variance.collect(scale * (1 + self.log_variance.value) - fit.detach(), rate)
@@ -223,7 +223,7 @@ class AutoencoderStage:
         term = bottleneck.regulariser()
         if isinstance(bottleneck, Codes):
             name, weight = "codebook", self.terms.codebook_weight
-            if self.codebook is not None:
+            if self.codebook is not None and not self.engines["generator"].rehearsing:
                 metrics |= self.codebook.count(bottleneck.indices, step)
         else:
             name, weight = "kl", self.terms.kl_weight

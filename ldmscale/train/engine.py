@@ -128,6 +128,7 @@ class Engine:
         self.updates = 0  # optimiser updates that happened
         self.skipped_updates = 0  # windows thrown away because their gradient was not finite
         self._averaged = False
+        self.rehearsing = False  # a stage then keeps what it counts and writes as it is
         self._norm: float | Tensor = 0.0
         groups = parameter_groups(network, options.weight_decay, decay_vectors=options.decay_vectors)
         self._engine: Any
@@ -217,7 +218,9 @@ class Engine:
         ]
         moments = [torch.empty_like(master.detach()) for master in unborn for _ in range(2)]
         inner.set_gradient_accumulation_boundary(True)
+        self.rehearsing = True
         yield
+        self.rehearsing = False
         chatter = logging.getLogger("DeepSpeed")
         level = chatter.level
         chatter.setLevel(logging.ERROR)  # it warns of every window that is thrown away

@@ -92,6 +92,12 @@ def found(zero: int, folder: Path) -> dict[str, Any]:
     again = stage_of(SETTING, zero, OPTIONS, ema=0.9)
     again.restore(restore(saved, again.engines, again.averages)["stage"])
     out["resumed"] = run(again, REVIVE + 1, 2 * REVIVE + 2)
+    kept = table_of(again), again.state()
+    keeper_again = again.codebook
+    assert keeper_again is not None
+    with again.engines["generator"].rehearsal(), again.engines["discriminator"].rehearsal():
+        again.micro_step(batch(0, 0), 3 * REVIVE)
+    out["rehearsal_changes"] = kept != (table_of(again), again.state()) or bool(keeper_again._passes)
     out["tables"] = [table_of(stage), table_of(again)]
     differ: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(differ, keeper.idle.tolist())
