@@ -77,7 +77,7 @@ def build_denoiser(config: DiffusionJob, null_token_ids: Tensor | None = None) -
         None if text is None else build_text_encoder(text),
         null_token_ids,
         null_condition=config.diffusion.null_condition,
-        class_embedder=None if classes is None else ClassEmbedder(**_arguments(classes)),
+        class_embedder=None if classes is None else ClassEmbedder(**_arguments(classes, "names")),
         embeddings=None if given is None else GivenContext(**_arguments(given)),
         spatial_rescaler=None if spatial is None else _build_rescaler(spatial),
     )

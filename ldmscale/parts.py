@@ -15,6 +15,7 @@ from ldmscale.averaging import chosen_weights
 from ldmscale.checkpoint import Reader, newest_checkpoint
 from ldmscale.compose import compose_job, config_folder
 from ldmscale.config import AutoencoderJob, DiffusionJob
+from ldmscale.data.labels import ClassLabels
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.errors import CheckpointError, ConfigError
@@ -42,6 +43,7 @@ class Parts:
     tokenizer: Tokenizer | None = None
     schedule: NoiseSchedule | None = None
     class_embedder: ClassEmbedder | None = None
+    classes: ClassLabels | None = None  # what the class embedder's rows are called
     spatial_rescaler: SpatialRescaler | None = None
     denoiser: Denoiser | None = (
         None  # U-Net, what reads its conditions, and the null condition, as one network
@@ -146,6 +148,7 @@ def _load_diffusion(
         text_encoder=denoiser.text_encoder,
         class_embedder=denoiser.class_embedder,
         spatial_rescaler=denoiser.spatial_rescaler,
+        classes=None if config.class_embedder is None else ClassLabels.load(folder.classes),
         tokenizer=None if text is None else Tokenizer.load(folder.tokenizer, text.max_tokens),
         schedule=build_schedule(config.diffusion),
         denoiser=denoiser,

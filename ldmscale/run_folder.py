@@ -45,6 +45,7 @@ class RunFolder:
         self.skipped_steps = self.path / "skipped_steps.jsonl"
         self.ledger = self.path / "data_ledger.jsonl"
         self.tokenizer = self.path / "tokenizer"
+        self.classes = self.path / "classes.json"
 
     def changes(self, config: Mapping[str, Any]) -> list[str]:
         """What a resume with `config` changes that it may change, as sentences; nothing in a new run.

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldmscale.data.labels import ClassLabels
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.diffusion.spacing import SAMPLERS, SPACINGS, path_of
-from ldmscale.errors import ConfigError
+from ldmscale.errors import ConfigError, DataError
 from ldmscale.models.bottleneck import Posterior
 from ldmscale.models.conditions import Conditions
 from ldmscale.parts import Parts
@@ -49,6 +50,8 @@ def sample(
 
     Args:
         parts: a diffusion model (`load`), all parts on one device.
+        prompts: captions; of a class-conditional model names or numbers of classes; of an unconditional one as many texts
+            as images are wanted, which are not read.
         steps: of the sampler. sampler: "ddim", "ddpm", "plms", "dpmpp_2m" or "euler".
         guidance: 1 follows the caption as trained; more follows it more closely (Ho and Salimans 2022).
         seeds: one for each prompt; 0, 1, 2 ... unless given.
@@ -104,9 +107,7 @@ def sample(
     if faults:
         raise ConfigError(faults)
     if conditions is None:
-        conditions = Conditions()
-        if parts.tokenizer is not None:
-            conditions = Conditions(torch.from_numpy(parts.tokenizer.encode(list(prompts))))
+        conditions = conditions_of(parts, prompts)
     conditions = conditions.to(weight.device)
     factor = parts.autoencoder.downsampling
     shape = (parts.latent_shape[0], size[0] // factor, size[1] // factor)
@@ -128,6 +129,27 @@ def sample(
     if image is None or mask is None:
         return images
     return torch.where(mask.cpu() > 0.5, images, image.float().cpu())
+
+
+def conditions_of(parts: Parts, prompts: Sequence[str]) -> Conditions:
+    """What prompts tell this model, on the CPU.
+
+    Raises:
+        ConfigError: a prompt names no class, or the model reads something that prompts cannot give.
+    """
+    if parts.denoiser is not None and parts.denoiser.unet.in_channels != parts.denoiser.unet.out_channels:
+        raise ConfigError(
+            "the model reads channels joined to its latent: give conditions=Conditions(spatial=...)"
+        )
+    if parts.tokenizer is not None and parts.text_encoder is not None:
+        return Conditions(torch.from_numpy(parts.tokenizer.encode(list(prompts))))
+    if parts.class_embedder is None:
+        return Conditions()
+    classes = parts.classes or ClassLabels("cls", parts.class_embedder.classes)
+    try:
+        return Conditions(labels=torch.tensor([classes.number(prompt) for prompt in prompts]))
+    except DataError as error:
+        raise ConfigError([f"prompts: {fault}" for fault in error.faults]) from error
 
 
 def _size_step(parts: Parts) -> int:

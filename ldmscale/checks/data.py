@@ -26,6 +26,8 @@ def check_shards(data: DataConfig, needs: str | None) -> list[str]:
         )
     if data.caption != "txt" and not data.caption.startswith("json:"):
         faults.append(f"data.caption={data.caption!r}: expected txt or json:KEY")
+    if data.label != "cls" and not (data.label.startswith("json:") and data.label != "json:"):
+        faults.append(f"data.label={data.label!r}: expected cls or json:KEY")
     faults += _selection_faults(data)
     if data.decoder == "turbo" and not find_spec("simplejpeg"):
         faults.append(

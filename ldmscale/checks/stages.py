@@ -69,9 +69,14 @@ def check_objective(diffusion: DiffusionConfig) -> list[str]:
 def check_latents(config: DiffusionJob) -> list[str]:
     faults = [
         f"{name} is set, but shards cannot give this condition yet: the model builds, loads and samples, and cannot be trained"
-        for name in ("class_embedder", "embeddings", "spatial")
+        for name in ("embeddings", "spatial")
         if getattr(config, name) is not None
     ]
+    if config.text_encoder is not None and config.text_encoder.tokenizer == "layout":
+        faults.append(
+            "text_encoder.tokenizer=layout, but shards cannot give this condition yet: the model builds, loads and samples, "
+            "and cannot be trained"
+        )
     if config.data.kind == "images":
         faults += check_image_size(config.data, config.autoencoder)
         whole = config.autoencoder.factor * 2 ** (len(config.unet.channel_mult) - 1)

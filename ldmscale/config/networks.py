@@ -92,6 +92,9 @@ class ClassEmbedderConfig:
 
     classes: Positive
     width: Positive
+    # null: labels are numbers. "found": names, as many as the shards have, in alphabetical order. Or a file of one name a
+    # line. Stored with the run.
+    names: str | None = None
     null_class: bool = True  # one row more, for "no class": guidance needs it, or a learned null condition
 
 

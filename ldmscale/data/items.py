@@ -9,6 +9,7 @@ import numpy as np
 from ldmscale.data.buckets import Shape
 from ldmscale.data.captions import caption_of
 from ldmscale.data.decode import MAX_PIXELS, decode_image, image_member
+from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import LatentFormat, read_latent
 from ldmscale.data.samples import Sample
 from ldmscale.data.tokens import Tokenizer
@@ -26,6 +27,7 @@ class ImageItem:
         crop, flip, max_pixels, decoder: as `decode.decode_image`.
         caption_source: "txt" or "json:KEY"; None leaves captions out (an autoencoder needs none).
         tokenizer: adds "tokens" int64 [max_tokens].
+        labels: adds "label", the number of the sample's class.
     """
 
     size: int
@@ -37,14 +39,15 @@ class ImageItem:
     tokenizer: Tokenizer | None = None
     shapes: tuple[Shape, ...] = ()
     decoder: str = "pillow"
+    labels: ClassLabels | None = None
 
     def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
         """Makes the item.
 
         Raises:
-            DataError: if the image or the caption cannot be used.
+            DataError: if the image, the caption or the label cannot be used.
         """
-        item = _text(sample, self.caption_source, self.tokenizer)
+        item = _told(sample, self.caption_source, self.tokenizer, self.labels)
         _, data = image_member(sample.members)
         draws = generator(self.seed, position, "crop") if self.crop == "random" or self.flip else None
         item["image"] = decode_image(
@@ -67,30 +70,35 @@ class LatentItem:
         format: of the set; its `kind` says whether "latent" holds moments.
         caption_source: "txt" or "json:KEY"; None leaves captions out.
         tokenizer: adds "tokens" int64 [max_tokens].
+        labels: adds "label", the number of the sample's class.
     """
 
     format: LatentFormat
     caption_source: str | None = "txt"
     tokenizer: Tokenizer | None = None
+    labels: ClassLabels | None = None
 
     def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
         """Makes the item.
 
         Raises:
-            DataError: if the latent or the caption cannot be used.
+            DataError: if the latent, the caption or the label cannot be used.
         """
-        item = _text(sample, self.caption_source, self.tokenizer)
+        item = _told(sample, self.caption_source, self.tokenizer, self.labels)
         item["latent"] = read_latent(sample.members, self.format)
         return item
 
 
-def _text(
-    sample: Sample, source: str | None, tokenizer: Tokenizer | None
+def _told(
+    sample: Sample, source: str | None, tokenizer: Tokenizer | None, labels: ClassLabels | None
 ) -> dict[str, np.ndarray | str | int]:
-    if source is None:
-        return {}
-    caption = caption_of(sample.members, source)
-    item: dict[str, np.ndarray | str | int] = {"caption": caption}
-    if tokenizer is not None:
-        item["tokens"] = tokenizer.encode([caption])[0]
+    """The conditions of a sample, each read by its own reader."""
+    item: dict[str, np.ndarray | str | int] = {}
+    if source is not None:
+        caption = caption_of(sample.members, source)
+        item["caption"] = caption
+        if tokenizer is not None:
+            item["tokens"] = tokenizer.encode([caption])[0]
+    if labels is not None:
+        item["label"] = labels.of(sample.members)
     return item

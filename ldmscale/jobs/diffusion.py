@@ -31,6 +31,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
 
     from ldmscale.attention_choice import choose_attention, diffusion_head_channels
     from ldmscale.data.items import ImageItem, LatentItem
+    from ldmscale.jobs.classes import settle_classes
     from ldmscale.jobs.first_stage import open_first_stage, preview_conditions
     from ldmscale.jobs.open_index import shapes_of
     from ldmscale.jobs.text import settle_tokenizer
@@ -56,6 +57,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         return 0
     run = open_run(config, ranks, stop)
     tokenizer = None if config.text_encoder is None else settle_tokenizer(run, config, config.text_encoder)
+    classes = None if config.class_embedder is None else settle_classes(run, config, config.class_embedder)
     options = engine_options(run, config.train, config.optim, config.zero)
     head_channels = diffusion_head_channels(config, options.compute_dtype)
     attention = choose_attention(config.train.attention, head_channels, run.device)
@@ -72,12 +74,12 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     caption = data.caption if tokenizer is not None else None
     reader: ImageItem | LatentItem
     if stored is not None:
-        reader = LatentItem(stored, caption, tokenizer)
+        reader = LatentItem(stored, caption, tokenizer, classes)
     else:
         assert data.image_size is not None
         reader = ImageItem(
             data.image_size, config.seed, data.crop, data.flip, data.max_pixels, caption, tokenizer,
-            shapes_of(data), data.decoder,
+            shapes_of(data), data.decoder, classes,
         )  # fmt: skip
     preview = config.preview
     stage = DiffusionStage(
@@ -87,7 +89,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         build_schedule(config.diffusion),
         build_objective(config.diffusion),
         SamplerOptions(preview.sampler_steps, preview.guidance, prediction=config.diffusion.prediction),
-        preview_conditions(config, run, tokenizer) if preview.every_steps else None,
+        preview_conditions(config, run, tokenizer, classes) if preview.every_steps else None,
         latent_shape,
         config.seed,
         ranks,

@@ -9,11 +9,12 @@ import torch
 
 from ldmscale.config import DiffusionJob
 from ldmscale.data.captions import caption_of
+from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import LatentFormat, LatentManifest
 from ldmscale.data.samples import SampleReader
 from ldmscale.data.shards import local_path
 from ldmscale.data.tokens import Tokenizer
-from ldmscale.errors import DataError
+from ldmscale.errors import ConfigError, DataError
 from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.training import Run
 from ldmscale.models.conditions import Conditions
@@ -60,12 +61,24 @@ def open_first_stage(
     return first_stage, shape, manifest.format if manifest else None
 
 
-def preview_conditions(config: DiffusionJob, run: Run, tokenizer: Tokenizer | None) -> PreviewConditions:
+def preview_conditions(
+    config: DiffusionJob, run: Run, tokenizer: Tokenizer | None, classes: ClassLabels | None
+) -> PreviewConditions:
     """The configured prompts, or captions spread over the held-out shards (else over the training shards).
 
-    A model that reads no captions draws as many pictures of its own choice.
+    Prompts of a model that reads labels are classes, spread over all unless given. A model that reads neither draws as
+    many pictures of its own choice.
     """
     seed = config.preview.seed
+    if classes is not None:
+        count = classes.count if classes.names is None else len(classes.names)
+        spread = [number * count // config.preview.images for number in range(config.preview.images)]
+        try:
+            numbers = [classes.number(prompt) for prompt in config.preview.prompts] or spread
+        except DataError as error:
+            raise ConfigError([f"preview.prompts: {fault}" for fault in error.faults]) from error
+        titles = tuple(classes.title(number) for number in numbers)
+        return PreviewConditions(titles, Conditions(labels=torch.tensor(numbers)), seed)
     if tokenizer is None:
         return PreviewConditions(("",) * config.preview.images, Conditions(), seed)
     prompts = config.preview.prompts or _some_captions(config, run)

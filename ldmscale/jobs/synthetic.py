@@ -39,6 +39,12 @@ def _words(key: int) -> tuple[str, str]:
     return COLOURS[key % len(COLOURS)], SHAPES[key // len(COLOURS) % len(SHAPES)]
 
 
+def _class(key: int) -> dict[str, int | str]:
+    """The shape, as a number and as a name."""
+    shape = _words(key)[1]
+    return {"label": SHAPES.index(shape), "class": shape}
+
+
 def _write_images(path: Path, keys: list[int], size: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(path), mtime=0) as tar:
@@ -51,7 +57,11 @@ def _write_images(path: Path, keys: list[int], size: int) -> None:
                     "__key__": f"{key:06d}",
                     "png": buffer.getvalue(),
                     "txt": caption,
-                    "json": {"caption": caption},
+                    "json": {
+                        "caption": caption,
+                        "label": SHAPES.index(_words(key)[1]),
+                        "class": _words(key)[1],
+                    },
                 }
             )
 
@@ -64,7 +74,10 @@ def _write_latents(folder: Path, name: str, format: LatentFormat, keys: list[int
             colour = np.asarray(small, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1  # [3,h,w]
             mean = np.resize(colour, (channels, side, side))
             writer.write(
-                f"{key:06d}", np.concatenate([mean, np.full_like(mean, -6.0)]), " ".join(_words(key)), {}
+                f"{key:06d}",
+                np.concatenate([mean, np.full_like(mean, -6.0)]),
+                " ".join(_words(key)),
+                _class(key),
             )
 
 

@@ -69,6 +69,7 @@ class ClassEmbedder(nn.Module):
     def __init__(self, *, classes: int, width: int, null_class: bool = True) -> None:
         super().__init__()
         self.width = width
+        self.classes = classes
         self.null_label = classes if null_class else None
         self.embedding = nn.Embedding(classes + int(null_class), width)
 

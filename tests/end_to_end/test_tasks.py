@@ -1,0 +1,98 @@
+"""Each task of the paper by the real commands on two gloo ranks: data, training, resume, sampling."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ldmscale as library
+from ldmscale.errors import ConfigError
+
+pytestmark = pytest.mark.distributed
+
+AUTOENCODER = [
+    "autoencoder",
+    "experiment=smoke",
+    "run.dir=ae",
+    "train.max_steps=2",
+    "train.rank_micro_batch=8",
+]
+TRAIN = [
+    "diffusion", "experiment=smoke", "data=latents", "data.workers=0", "data.shards='latents/*.tar'", "first_stage.path=ae",
+    "preview.sampler_steps=2", "preview.images=3", "preview.every_steps=4", "checkpoint.save_every_steps=2", "optim.lr=1e-2",
+]  # fmt: skip
+TASKS = {
+    "unconditional": ["text_encoder=null", "unet.context_dim=null"],
+    "class": [
+        "text_encoder=null", "class_embedder=found", "class_embedder.classes=5", "class_embedder.width=64", "data.label=json:class",
+    ],
+}  # fmt: skip
+PROMPTS = {"unconditional": "[one,two]", "class": "[triangle,circle,0]"}
+
+
+def finished(done):
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, ldmscale) -> Path:
+    """A folder with an autoencoder and latents, whose json tells each picture's shape; and both tasks, trained and drawn."""
+    folder = tmp_path_factory.mktemp("tasks")
+    finished(ldmscale(*AUTOENCODER, cwd=folder))
+    latents = [
+        "latents",
+        "data=shards",
+        "data.shards='ae/data/*.tar'",
+        "data.image_size=32",
+        "first_stage.path=ae",
+    ]
+    finished(ldmscale(*latents, "latents.path=latents", cwd=folder))
+    for task, told in TASKS.items():
+        finished(
+            ldmscale(*TRAIN, *told, f"run.dir={task}", "train.max_steps=2", cwd=folder, ranks=2, timeout=600)
+        )
+        done = finished(
+            ldmscale(*TRAIN, *told, f"run.dir={task}", "train.max_steps=4", cwd=folder, ranks=2, timeout=600)
+        )
+        assert "resumed from" in done.stderr
+        draw = ["sample", f"sample.model={task}", f"sample.prompts={PROMPTS[task]}", "sample.steps=3"]
+        finished(ldmscale(*draw, f"sample.out={task}_drawn", cwd=folder, ranks=2, timeout=600))
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_trains_resumes_and_draws(place, task):
+    lines = [json.loads(line) for line in (place / task / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss/total" in line] == [1, 2, 3, 4]
+    with Image.open(place / task / "samples" / "step_00000004.png") as picture:
+        assert picture.width > 32
+    assert len(list((place / f"{task}_drawn").glob("0*.png"))) == len(PROMPTS[task].split(","))
+    assert not (place / task / "tokenizer").exists()
+
+
+def test_the_classes_that_were_found_are_kept_with_the_run(place):
+    parts = library.load(place / "class")
+    assert parts.classes is not None and parts.classes.names == ("circle", "square", "triangle")
+    assert parts.class_embedder is not None and parts.class_embedder.embedding.weight.shape == (6, 64)
+
+
+def test_a_class_is_drawn_by_its_name_or_number_and_guided_by_the_null_class(place):
+    parts = library.load(place / "class")
+
+    def draw(prompt: str, guidance: float = 4.0) -> torch.Tensor:
+        return library.sample(parts, [prompt], steps=3, seeds=[7], guidance=guidance)
+
+    assert torch.equal(draw("triangle"), draw("2"))
+    assert (draw("triangle") - draw("circle")).abs().max() > 1e-3
+    assert (draw("triangle") - draw("triangle", 1.0)).abs().max() > 1e-3
+    with pytest.raises(
+        ConfigError, match="there is no class 'hexagon' among the 5 \\(circle, square, triangle"
+    ):
+        draw("hexagon")
+    with pytest.raises(ConfigError, match="the label 5 is out of range"):
+        draw("5")
