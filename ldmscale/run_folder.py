@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import yaml
 
+from ldmscale.config import JOBS
 from ldmscale.distributed.lease import Lease, take
 from ldmscale.errors import ConfigError
-from ldmscale.validate import MISSING, differences
+from ldmscale.validate import differences, plain, read
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +55,7 @@ class RunFolder:
         """
         if not self.config_file.exists():
             return []
-        changed = {
-            # A section that a run of an older version did not know, and that is still empty, is no change.
-            key: (old, new)
-            for key, (old, new) in differences(self.config(), config).items()
-            if not (old == MISSING and new is None)
-        }
+        changed = differences(_completed(self.config()), config)
         fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS)}
         if fixed:
             raise ConfigError(
@@ -136,6 +132,17 @@ def is_foreign(path: Path) -> bool:
         return False
     patterns = ("model.json", "model_index.json", "config.json", "*/config.json", "*.ckpt", "*.safetensors")
     return any(file for pattern in patterns for file in path.glob(pattern))
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """With defaults for the settings that the version which began the run did not have yet."""
+    job = JOBS.get(str(values.get("job")))
+    if job is None:
+        return values
+    try:
+        return plain(read(job, values))
+    except ConfigError:  # a setting that is no more: it is told as a difference
+        return values
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,9 +4,12 @@ import os
 
 import pytest
 
+from ldmscale.compose import compose_job
+from ldmscale.config import DiffusionJob
 from ldmscale.distributed.lease import LeaseHeldError
 from ldmscale.errors import ConfigError
 from ldmscale.run_folder import RunFolder
+from ldmscale.validate import plain, read
 
 
 def test_a_resume_may_change_how_it_runs_but_not_what_is_learnt(tmp_path):
@@ -21,6 +24,17 @@ def test_a_resume_may_change_how_it_runs_but_not_what_is_learnt(tmp_path):
     assert [fault.split(",")[0] for fault in error.value.faults] == ["optim.lr=0.001", "seed=1"]
     folder.settle_config({**config, "seed": 1})
     assert folder.config() == config  # written once
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    config = plain(read(DiffusionJob, compose_job("diffusion", ["experiment=smoke"])))
+    older = {key: value for key, value in config.items() if key not in ("class_embedder", "spatial")}
+    older["data"] = {key: value for key, value in config["data"].items() if key != "label"}
+    folder.settle_config(older)
+    assert folder.changes(config) == []
+    with pytest.raises(ConfigError, match=r"data\.label='cls', but .* was started with 'json:label'"):
+        folder.changes({**config, "data": {**config["data"], "label": "cls"}})
 
 
 def test_a_folder_is_held_by_one_start_at_a_time(tmp_path):
