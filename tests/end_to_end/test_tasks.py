@@ -31,7 +31,7 @@ TASKS = {
         "text_encoder=null", "class_embedder=found", "class_embedder.classes=5", "class_embedder.width=64", "data.label=json:class",
     ],
 }  # fmt: skip
-PROMPTS = {"unconditional": "[one,two]", "class": "[triangle,circle,0]"}
+PROMPTS = {"unconditional": "[one,two]", "class": "[triangle,circle,square]"}
 
 
 def finished(done):
