@@ -19,6 +19,7 @@ from ldmscale.checks.interop import check_export, check_import
 from ldmscale.checks.networks import check_autoencoder, check_conditions, check_unet
 from ldmscale.checks.stages import (
     check_batch,
+    check_denoising_validation,
     check_first_stage,
     check_latents,
     check_model,
@@ -76,6 +77,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_objective(config.diffusion),
             *check_first_stage(config.first_stage),
             *check_same_autoencoder(config),
+            *check_denoising_validation(config),
             *check_preview(config.preview, config.diffusion.timesteps, config.first_stage),
         ]
     if isinstance(config, LatentsJob):

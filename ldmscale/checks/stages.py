@@ -135,6 +135,15 @@ def check_run(path: str, key: str) -> list[str]:
     return []
 
 
+def check_denoising_validation(config: DiffusionJob) -> list[str]:
+    if config.validation.every_steps and config.data.heldout_shards is None:
+        return [
+            "data.heldout_shards is not set, but validation.every_steps asks for the loss on them: give shards that are not "
+            "trained on, or validation.every_steps=0"
+        ]
+    return []
+
+
 def check_preview(preview: PreviewConfig, timesteps: int, first_stage: FirstStageConfig) -> list[str]:
     faults = []
     if preview.every_steps and not 1 <= preview.sampler_steps < timesteps:

@@ -30,6 +30,7 @@ from ldmscale.config.run import RunConfig, TrackingConfig
 from ldmscale.config.safety import SafetyConfig
 from ldmscale.config.training import (
     CheckpointConfig,
+    DenoisingValidationConfig,
     EmaConfig,
     OptimConfig,
     PreviewConfig,
@@ -104,6 +105,7 @@ class DiffusionJob:
     tracking: TrackingConfig
     safety: SafetyConfig = SafetyConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
+    validation: DenoisingValidationConfig = DenoisingValidationConfig()
     # What the U-Net is told; of the first three at most one. None of them: unconditional.
     text_encoder: TextEncoderConfig | None = None
     class_embedder: ClassEmbedderConfig | None = None

@@ -22,7 +22,8 @@ class SafetyConfig:
     spike_window: Annotated[int, Field(ge=10)] = 200  # steps that a loss is compared with
     # in standard deviations above the median, estimated by the median of distances to it
     spike_threshold: Annotated[float, Field(gt=0)] = 10.0
-    dry_run: bool = True  # forward and backward of one micro-batch before the first step, without an update
+    # Forward and backward of one micro-batch before the first step, without an update; "only": and nothing after it.
+    dry_run: bool | Literal["only"] = True
     # of a collective: up to the end of the first step, which fetches, compiles and allocates, and from then on
     first_step_timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     step_timeout_minutes: Annotated[float, Field(gt=0)] = 15.0

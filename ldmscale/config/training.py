@@ -15,6 +15,8 @@ class OptimConfig:
     """AdamW and its learning-rate curve."""
 
     lr: float
+    # sgd has no momentum and no state: for checks of memory, where the moments of AdamW would not fit
+    kind: Literal["adamw", "sgd"] = "adamw"
     # published: lr is for one sample; the rate is lr x accumulation x ranks x rank_micro_batch = lr x global_batch
     lr_scaling: Literal["none", "published"] = "none"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -93,6 +95,15 @@ class PreviewConfig:
     sampler_steps: int = 50
     guidance: float = 5.0
     seed: int = 0
+
+
+@dataclass(frozen=True, config=STRICT)
+class DenoisingValidationConfig:
+    """The loss on data.heldout_shards with fixed noise and timesteps, by raw and averaged weights."""
+
+    every_steps: NotNegative = 0  # 0: never
+    samples: Positive = 256
+    timestep_bins: Positive = 10  # the loss is also told by so many equal ranges of the timesteps
 
 
 @dataclass(frozen=True, config=STRICT)

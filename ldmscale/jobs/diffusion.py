@@ -39,6 +39,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         already_finished,
         averages_of,
         engine_options,
+        held_out,
         open_run,
         rate_curve,
         train,
@@ -94,6 +95,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         config.seed,
         ranks,
         run.device,
+        held_out(run, config, reader),
     )
     rates = {"denoiser": rate_curve(config.optim, config.train)}
     flops = None

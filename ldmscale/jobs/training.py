@@ -15,8 +15,8 @@ import torch
 from ldmscale.checkpoint import CheckpointManager, Retention
 from ldmscale.checks.data import SYNTHETIC
 from ldmscale.config import (
-    AutoencoderJob,
     CheckpointConfig,
+    DiffusionJob,
     EmaConfig,
     OptimConfig,
     SafetyConfig,
@@ -39,6 +39,7 @@ from ldmscale.jobs.synthetic import synthetic_shards
 from ldmscale.jobs.warm_start import begin_with
 from ldmscale.networks import BLOCKS
 from ldmscale.run_folder import RunFolder
+from ldmscale.stages.validation import HeldOut
 from ldmscale.tracking.logs import quiet_libraries, set_up_logging
 from ldmscale.tracking.throughput import Throughput, peak_flops
 from ldmscale.tracking.tracker import Tracker
@@ -192,6 +193,24 @@ def picture_batch(run: Run, config: TrainingJob, reader: MakeItem) -> Batch:
     return next(Loader(index, reader, seed=0, rank=0, world=1, global_batch=count, rank_micro_batch=count))
 
 
+def held_out(run: Run, config: DiffusionJob, reader: MakeItem) -> HeldOut | None:
+    """This rank's share of the samples that the validation loss is measured on; None where it is not asked for."""
+    chosen = config.validation
+    if not chosen.every_steps:
+        return None
+    assert config.data.heldout_shards is not None
+    index = open_index(config.data.heldout_shards, config.data, run.ranks)
+    samples, size = min(chosen.samples, index.total), config.train.rank_micro_batch
+    passes = -(-samples // (size * run.ranks.size))
+    loader = Loader(
+        index, reader, seed=0, rank=run.ranks.rank, world=run.ranks.size,
+        global_batch=passes * size * run.ranks.size, rank_micro_batch=size,
+    )  # fmt: skip
+    batches = [next(loader) for _ in range(passes)]
+    loader.close()
+    return HeldOut(batches, samples, chosen.timestep_bins)
+
+
 def engine_options(
     run: Run, train: TrainConfig, optim: OptimConfig, zero: ZeroConfig, lr_scale: float = 1.0
 ) -> EngineOptions:
@@ -202,6 +221,7 @@ def engine_options(
         rank_micro_batch=train.rank_micro_batch,
         accumulation_steps=run.accumulation_steps,
         gradient_clip_norm=optim.gradient_clip_norm,
+        optimizer=optim.kind,
         learning_rate=optim.rate(train.global_batch) * lr_scale,
         betas=optim.betas,
         eps=optim.eps,
@@ -274,10 +294,10 @@ def train(
             save_every_steps=config.checkpoint.save_every_steps,
             ephemeral_every_steps=config.checkpoint.ephemeral_every_steps,
             picture_every_steps=config.preview.every_steps,
-            validate_every_steps=config.validation.every_steps if isinstance(config, AutoencoderJob) else 0,
+            validate_every_steps=config.validation.every_steps,
             average_every_steps=config.ema.store_every_steps,
             garbage_every_steps=config.train.garbage_every_steps,
-            dry_run=config.safety.dry_run,
+            dry_run=config.safety.dry_run is True,
             step_timeout_seconds=60 * config.safety.step_timeout_minutes,
         ),
         rates,
@@ -295,10 +315,13 @@ def train(
     )
     status: Any = "failed"
     try:
+        only_tried = config.safety.dry_run == "only"
         if not trainer.resume():
             begin_with(config.warm_start, stage)
-        finished = trainer.fit()
-        if finished:
+        if only_tried:
+            trainer.dry_run()
+        finished = only_tried or trainer.fit()
+        if finished and not only_tried:
             trainer.finish()
             if run.ranks.is_main:
                 run.fence()

@@ -23,6 +23,7 @@ from ldmscale.stages.drawing import SamplerOptions, draw_latents, starting_noise
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
 from ldmscale.stages.pictures import to_uint8
+from ldmscale.stages.validation import HeldOut, held_out_loss
 from ldmscale.train.ema import Averages, ShardedEma, main_average
 from ldmscale.train.engine import Engine
 from ldmscale.train.stage import Batch, Picture
@@ -53,7 +54,9 @@ class DiffusionStage:
         seed: int,
         ranks: Ranks,
         device: torch.device,
+        held_out: HeldOut | None = None,
     ) -> None:
+        self.held_out = held_out
         self.engines = {"denoiser": denoiser}
         self.averages: Averages = {"denoiser": averages}
         self.first_stage, self.schedule, self.objective = first_stage, schedule, objective
@@ -82,9 +85,6 @@ class DiffusionStage:
         engine.backward(loss)
         return {"loss/total": loss.detach(), **measured, "text/dropped": drop.float().mean()}
 
-    def validate(self) -> dict[str, float]:
-        return {}  # this job has no setting that asks for figures of held-out samples
-
     def pictures(self) -> Iterator[Picture]:
         preview = self.preview
         if preview is None:
@@ -109,6 +109,19 @@ class DiffusionStage:
         denoiser.train()
         images = gather_lists(list(to_uint8(self.first_stage.images(latents))))[:count]
         yield Picture("samples", np.stack(images), preview.titles)
+
+    def validate(self) -> dict[str, float]:
+        if self.held_out is None:
+            return {}
+        return held_out_loss(
+            self.held_out,
+            self.engines["denoiser"],
+            self.averages["denoiser"],
+            self.first_stage,
+            self.schedule,
+            self.objective.prediction,
+            self.device,
+        )
 
     def finish(self) -> dict[str, float]:
         return {}

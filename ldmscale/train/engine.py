@@ -270,6 +270,22 @@ class Engine:
         """Which elements of which trained parameter lie where in `masters`."""
         return iter(self.layout.fragments)
 
+    def weights(self) -> list[Tensor]:
+        """What this rank holds of the parameters as the forward pass sees them."""
+        held = [getattr(parameter, "ds_tensor", parameter) for parameter in self.network.parameters()]
+        return [tensor.detach() for tensor in held] + [p.detach() for p in self.network.parameters()]
+
+    def gradients(self) -> list[Tensor]:
+        """What this rank holds of gradients, between the last backward of a window and its step."""
+        optimizer = self._engine.optimizer
+        held = [
+            part for parts in getattr(optimizer, "averaged_gradients", {}).values() for part in parts or ()
+        ]
+        held += getattr(optimizer, "fp32_groups_gradients_flat", [])
+        held += [parameter.grad for parameter in self.network.parameters()]
+        held += [master.grad for master in self.masters]
+        return [gradient for gradient in held if gradient is not None]
+
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Persistent buffers, whole on every rank."""
         return ((name, b) for name, b in self.network.named_buffers() if name in self._persistent)
@@ -300,7 +316,7 @@ class Engine:
         self._engine.skipped_steps = skipped_updates
         self._engine.micro_steps = self._engine.global_steps * self.options.accumulation_steps
         optimizer = self.base_optimizer
-        if updates == 0:
+        if updates == 0 or self.options.optimizer == "sgd":
             optimizer.state.clear()
             return []
         for master in self.masters:

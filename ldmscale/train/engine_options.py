@@ -20,6 +20,7 @@ class EngineOptions:
     gradient_clip_norm: float | None = (
         None  # global norm; None: no clipping, the norm is measured all the same
     )
+    optimizer: str = "adamw"  # or "sgd": without momentum, and so without any state
     learning_rate: float = 1e-4  # of the first update, until set_learning_rate says otherwise
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -48,12 +49,14 @@ def deepspeed_json(options: EngineOptions, world_size: int, *, fused_adam: bool 
     if not fused_adam:
         # torch's own fused AdamW: on flat partitions it is as fast as DeepSpeed's, on CPU it is the fast one.
         adam |= {"torch_adam": True, "fused": True}
+    sgd = {"type": "SGD", "params": {key: adam[key] for key in ("lr", "weight_decay")}}
     config: dict[str, Any] = {
         "train_batch_size": options.rank_micro_batch * options.accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": options.rank_micro_batch,
         "gradient_accumulation_steps": options.accumulation_steps,
         "gradient_clipping": options.gradient_clip_norm or 0.0,
-        "optimizer": {"type": "AdamW", "params": adam},
+        "optimizer": {"type": "AdamW", "params": adam} if options.optimizer == "adamw" else sgd,
+        "zero_allow_untested_optimizer": options.optimizer != "adamw",
         "bf16": {"enabled": half},
         "steps_per_print": None,
         "wall_clock_breakdown": False,

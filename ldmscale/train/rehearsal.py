@@ -11,12 +11,17 @@ import time
 from contextlib import ExitStack
 
 import torch
+import torch.distributed as dist
 
+from ldmscale.distributed.collectives import gather_lists
 from ldmscale.errors import ConfigError
 from ldmscale.tracking.throughput import memory_peaks
+from ldmscale.train.memory import expected, measured
 from ldmscale.train.stage import Batch, Stage
 
 log = logging.getLogger(__name__)
+
+_GIB = 2**30
 
 
 def rehearse(stage: Stage, batch: Batch, step: int) -> None:
@@ -32,6 +37,7 @@ def rehearse(stage: Stage, batch: Batch, step: int) -> None:
             for name in stage.active(step):
                 rehearsals.enter_context(stage.engines[name].rehearsal())
             stage.micro_step(batch, step)
+            told = _told(stage, step)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
@@ -44,8 +50,30 @@ def rehearse(stage: Stage, batch: Batch, step: int) -> None:
     torch.set_rng_state(random_state)
     if gpu_state is not None:
         torch.cuda.set_rng_state(gpu_state)
+    log.info(
+        "a dry run of one micro-batch went well in %.1f s; GiB held / in theory:", time.perf_counter() - began
+    )
+    for line in gather_lists([told]):
+        log.info("  %s", line)
+
+
+def _told(stage: Stage, step: int) -> str:
+    """What this rank holds of each network while it has gradients, beside theory, and the peak of its memory."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts = []
+    for name in stage.active(step):
+        engine = stage.engines[name]
+        options, held = engine.options, measured(engine)
+        # AdamW makes its moments in the first update: before that theory expects none.
+        moments = 2 if options.optimizer == "adamw" and engine.updates else 0
+        theory = expected(engine.parameter_count(), ranks, options.zero_stage, options.precision, moments)
+        parts.append(
+            f"{name}: weights {held.weights / _GIB:.2f} / {theory.weights / _GIB:.2f}, "
+            f"gradients {held.gradients / _GIB:.2f} / {theory.gradients / _GIB:.2f}, "
+            f"masters and moments {held.states / _GIB:.2f} / {theory.states / _GIB:.2f}"
+        )
     peaks = ", ".join(f"{name} {value:.2f}" for name, value in memory_peaks(_device(stage)).items())
-    log.info("a dry run of one micro-batch went well in %.1f s: %s", time.perf_counter() - began, peaks)
+    return f"rank {rank}: {'; '.join(parts)}; {peaks}"
 
 
 def _out_of_memory(error: BaseException) -> bool:

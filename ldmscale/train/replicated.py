@@ -99,16 +99,18 @@ class Replicated:
         self._flats = [_Flat(group["params"]) for group in groups]
         with torch.no_grad():
             self._start_equal()
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [flat.master], "weight_decay": group["weight_decay"]}
-                for flat, group in zip(self._flats, groups, strict=True)
-            ],
-            lr=options.learning_rate,
-            betas=options.betas,
-            eps=options.eps,
-            fused=True,
-        )
+        decayed = [
+            {"params": [flat.master], "weight_decay": group["weight_decay"]}
+            for flat, group in zip(self._flats, groups, strict=True)
+        ]
+        rate = options.learning_rate
+        self.optimizer: torch.optim.Optimizer
+        if options.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(decayed, lr=rate, fused=True)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                decayed, lr=rate, betas=options.betas, eps=options.eps, fused=True
+            )
 
     def _start_equal(self) -> None:
         """All ranks begin with the weights of rank 0."""

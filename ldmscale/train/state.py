@@ -193,7 +193,7 @@ def _restore_engine(reader: Reader, name: str, engine: Engine) -> None:
         key = f"{name}/master/{fragment.name}"
         reader.fill(key, fragment.offset, fragment.of(engine.masters[fragment.flat]))
     moments = engine.resume_at(saved["updates"], saved["skipped_updates"])
-    for fragment in engine.fragments() if saved["updates"] else ():
+    for fragment in engine.fragments() if moments else ():
         for kind in _MOMENTS:
             key = f"{name}/{kind}/{fragment.name}"
             reader.fill(key, fragment.offset, fragment.of(moments[fragment.flat][kind]))

@@ -165,6 +165,14 @@ class Trainer:
             loader.close()
         return True
 
+    def dry_run(self) -> None:
+        """Forward and backward of one micro-batch, and the end."""
+        loader = self._loader_from(self.position, self.consumed)
+        try:
+            rehearse(self.stage, next(loader), self.schedule.max_steps)
+        finally:
+            loader.close()
+
     def finish(self) -> None:
         """What comes after the last step: the stage's own measurements, last pictures, last save."""
         if self.finished_step == self.step:
@@ -257,6 +265,7 @@ class Trainer:
         with self.throughput.paused():
             if found := self.stage.validate():
                 values = {f"validation/{name}": value for name, value in found.items()}
+                self._measured |= values
                 self.tracker.log(self.step, {"images_seen": self.position, **values})
 
     def _save(self, *, ephemeral: bool = False) -> None:

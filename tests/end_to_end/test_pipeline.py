@@ -34,6 +34,11 @@ DIFFUSION = [
 ]  # fmt: skip
 
 
+# 10 of its 24 samples: neither a multiple of the ranks' batches on two ranks nor on one
+VALIDATED = ["data.heldout_shards='latents/00001.tar'", "validation.every_steps=3", "validation.samples=10",
+             "validation.timestep_bins=3"]  # fmt: skip
+
+
 def losses(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["loss/total"] for line in lines if "loss/total" in line]
@@ -57,7 +62,9 @@ def place(tmp_path_factory, ldmscale) -> Path:
         "first_stage.path=ae",
     ]
     finished(ldmscale(*latents, "latents.path=latents", "latents.dtype=fp32", cwd=folder, ranks=2))
-    finished(ldmscale(*DIFFUSION, "run.dir=straight", "preview.every_steps=6", cwd=folder, ranks=2))
+    finished(
+        ldmscale(*DIFFUSION, "run.dir=straight", *VALIDATED, "preview.every_steps=6", cwd=folder, ranks=2)
+    )
     return folder
 
 
@@ -111,6 +118,7 @@ def test_one_rank_without_zero_follows_two_ranks_with_zero_3(place, ldmscale):
         ldmscale(
             *DIFFUSION,
             "run.dir=one",
+            *VALIDATED,
             "zero=0",
             "train.rank_micro_batch=4",
             "preview.every_steps=0",
@@ -119,6 +127,25 @@ def test_one_rank_without_zero_follows_two_ranks_with_zero_3(place, ldmscale):
         )
     )
     assert losses(place / "one") == pytest.approx(losses(place / "straight"), rel=2e-6)
+
+
+def validations(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [{k: v for k, v in line.items() if k.startswith("validation/")} for line in lines]
+    return [line for line in found if line]
+
+
+def test_the_validation_loss_is_the_same_on_any_number_of_ranks_and_told_by_weights_and_timesteps(place):
+    """Depends on the run of the test before."""
+    one, two = validations(place / "one"), validations(place / "straight")
+    assert len(two) == 2 and two[0] != two[1]
+    assert [line.keys() for line in one] == [line.keys() for line in two]
+    for first, other in zip(one, two, strict=True):
+        assert first == pytest.approx(other, rel=2e-6)
+    last = two[-1]
+    assert last["validation/raw/loss"] != last["validation/ema/loss"]
+    bins = [last[f"validation/raw/bin_{k}"] for k in (1, 2, 3)]
+    assert min(bins) < last["validation/raw/loss"] < max(bins)
 
 
 def test_precomputed_latents_give_the_losses_of_online_encoding(place, ldmscale):
