@@ -27,3 +27,5 @@ class SafetyConfig:
     # of a collective: up to the end of the first step, which fetches, compiles and allocates, and from then on
     first_step_timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     step_timeout_minutes: Annotated[float, Field(gt=0)] = 15.0
+    # each rank says what it does so often; at 0.8 of the timeouts above the watchdog names the rank that differs
+    heartbeat_seconds: Annotated[float, Field(gt=0)] = 15.0

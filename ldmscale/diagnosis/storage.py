@@ -53,7 +53,8 @@ def examine_room(folder: Path, parameters: int, keep: int) -> Findings:
 def examine_shards(shards: Sequence[str], probes: int) -> Findings:
     """Open evenly chosen shards and read the beginning of each."""
     found = Findings()
-    chosen = [shards[i * (len(shards) - 1) // max(1, probes - 1)] for i in range(min(probes, len(shards)))]
+    count = min(probes, len(shards))
+    chosen = [shards[number * (len(shards) - 1) // max(1, count - 1)] for number in range(count)]
     amount, began = 0, time.perf_counter()
     for url in dict.fromkeys(chosen):
         try:

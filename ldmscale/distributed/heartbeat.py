@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h: failed, and worth another attempt
 _SILENT_BEATS = 4  # a rank that missed so many beats is called silent
 _FOLDER = "heartbeat"
+_SHORT = ("data", "step", "save")  # phases of every step; pictures and measurements may take longer
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class Heartbeat:
         timeout_seconds: float,
         on_hang: Callable[[str], None] | None = None,
     ) -> None:
-        """`first_timeout_seconds`: for phases until the first step is done, where networks are built and kernels are
-        compiled; `timeout_seconds`: for each phase from then on; 0 of either: never.
+        """`first_timeout_seconds`: for a phase before the end of the first step, where networks are built and kernels
+        are compiled, and for pictures and measurements; `timeout_seconds`: for fetching, a step or a save from then on;
+        0 of either: never.
         """
         self._folder, self._ranks, self._attempt = folder, ranks, attempt
         self._every, self._first, self._later = every_seconds, first_timeout_seconds, timeout_seconds
@@ -106,7 +108,7 @@ class Heartbeat:
                 with suppress(OSError):
                     self._write()
                 return
-            limit = self._later if self._warm else self._first
+            limit = self._later if self._warm and self._phase in _SHORT else self._first
             waited = time.monotonic() - self._since
             if limit and waited > limit:
                 verdict = self._verdict(waited)
@@ -140,16 +142,31 @@ class Heartbeat:
         """Tell the log, leave the stacks of all threads beside it, give the other ranks time to do the same, and end."""
         log.critical("the training hangs: %s", verdict)
         with suppress(OSError):
+            self._accuse()
+        with suppress(OSError):
             path = self._folder / "logs" / f"stacks_{self._ranks.rank:05d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:
                 file.write(f"{time.strftime('%F %T')} attempt {self._attempt}: {verdict}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            log.critical("the stacks of this rank are in %s", path)
+            log.info("the stacks of this rank are in %s", path)
         time.sleep(2 * self._every)  # the others find the same within one beat, and write their stacks too
         logging.shutdown()
         os._exit(EXIT_HUNG)
+
+    def _accuse(self) -> None:
+        """Inside a Slurm job, have hosts that fell silent left out when it is queued again (slurm/job.sbatch)."""
+        if "SLURM_JOB_ID" not in os.environ:
+            return
+        bad = self._folder / "bad_nodes.txt"
+        known = set(bad.read_text().split()) if bad.exists() else set()
+        beats = [beat for beat in read_beats(self._folder) if beat.attempt == self._attempt]
+        for host in silent_hosts(beats, self._every):
+            if host not in known:
+                log.critical("%s is left out from now on: no rank there has shown life (%s)", host, bad)
+                with open(bad, "a") as file:
+                    file.write(host + "\n")
 
 
 def read_beats(folder: Path) -> list[Beat]:

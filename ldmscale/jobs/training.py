@@ -30,6 +30,7 @@ from ldmscale.data.loader import Batch, Loader, MakeItem
 from ldmscale.data.mixture import Mixture
 from ldmscale.distributed.collectives import barrier, from_main_rank
 from ldmscale.distributed.environment import Ranks, export_rendezvous
+from ldmscale.distributed.heartbeat import Heartbeat
 from ldmscale.distributed.lease import Lease, LeaseHeldError
 from ldmscale.distributed.stop import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.world import choose_device
@@ -282,6 +283,16 @@ def train(
         config=plain(config),
         fence=run.fence,
     )
+    safety = config.safety
+    heartbeat = Heartbeat(
+        run.folder.path,
+        run.ranks,
+        attempt=run.identity["attempts"],
+        every_seconds=safety.heartbeat_seconds,
+        # Before the collectives themselves give up: they cannot say who kept them waiting.
+        first_timeout_seconds=0.8 * 60 * safety.first_step_timeout_minutes,
+        timeout_seconds=0.8 * 60 * safety.step_timeout_minutes,
+    )
     trainer = Trainer(
         stage,
         lambda position, consumed: make_loader(run, config, reader, position, consumed),
@@ -312,6 +323,7 @@ def train(
             device_peak_flops=peak_flops(run.device, config.train.precision),
         ),
         stop,
+        heartbeat,
     )
     status: Any = "failed"
     try:
@@ -328,6 +340,7 @@ def train(
                 run.folder.note({**run.folder.identity(), "finished_step": trainer.step})
         status = "finished" if finished else "stopped"
     finally:
+        heartbeat.close()
         tracker.close(status)
         for lease in run.lease:
             lease.release()

@@ -6,7 +6,8 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.data.budget import Budget, next_for_all
 from ldmscale.data.loader import Loader
 from ldmscale.distributed.collectives import any_true_of, gather_lists, set_collective_timeout
+from ldmscale.distributed.heartbeat import Heartbeat
 from ldmscale.distributed.stop import StopFlag
 from ldmscale.errors import DataError, LdmscaleError
 from ldmscale.tracking.metrics import MetricSums
@@ -68,12 +70,14 @@ class Trainer:
         tracker: Tracker,
         throughput: Throughput,
         stop: StopFlag,
+        heartbeat: Heartbeat,
     ) -> None:
         self.stage, self.schedule = stage, schedule
         self.learning_rates = learning_rates
         self.checkpoints, self.stored_averages = checkpoints, stored_averages
         self.guard = guard
         self.tracker, self.throughput, self.stop = tracker, throughput, stop
+        self.heartbeat = heartbeat
         self.step = 0  # optimiser steps done
         self.finished_step: int | None = None  # at which the stage has made its last measurements
         self.position = 0
@@ -177,7 +181,9 @@ class Trainer:
         """What comes after the last step: the stage's own measurements, last pictures, last save."""
         if self.finished_step == self.step:
             return  # it had ended before, and only its note of that was lost
-        if measured := self.stage.finish():
+        with self._aside("finish"):
+            measured = self.stage.finish()
+        if measured:
             self.tracker.log(self.step, {"images_seen": self.position, **measured})
         if self.schedule.picture_every_steps and not self._due(self.schedule.picture_every_steps):
             self._draw()
@@ -199,8 +205,10 @@ class Trainer:
             self.stage.engines[name].set_learning_rate(self.learning_rates[name](self.step))
         measured, updated = [], set[str]()
         for number in range(1, self.schedule.accumulation_steps + 1):
+            self.heartbeat.enter("data", self.step)
             batch = self._ahead if self._ahead is not None else next_for_all(loader, self.budget)
             self._ahead = None
+            self.heartbeat.enter("step", self.step)
             measured.append(self.stage.micro_step(batch, self.step))
             self.guard.note(batch["key"], measured[-1]["loss/total"])
             discard = number == self.schedule.accumulation_steps and self.guard.spiking(self.step)
@@ -257,12 +265,12 @@ class Trainer:
         )
 
     def _draw(self) -> None:
-        with self.throughput.paused():
+        with self._aside("pictures"):
             for picture in self.stage.pictures():
                 self.tracker.images(self.step, picture.name, picture.pixels, picture.captions)
 
     def _validate(self) -> None:
-        with self.throughput.paused():
+        with self._aside("validation"):
             if found := self.stage.validate():
                 values = {f"validation/{name}": value for name, value in found.items()}
                 self._measured |= values
@@ -270,7 +278,7 @@ class Trainer:
 
     def _save(self, *, ephemeral: bool = False) -> None:
         """Start a save: the training waits for the copy to host memory, and for the save before if it still runs."""
-        with self.throughput.paused():
+        with self._aside("save"):
             begun = time.perf_counter()
             self.checkpoints.finish()  # its pieces are in the memory that the new copy goes to
             state: dict[str, Any] = {
@@ -292,9 +300,15 @@ class Trainer:
         log.info("saving step %d; the training waited %.2f s", self.step, time.perf_counter() - begun)
 
     def _store_averages(self) -> None:
-        with self.throughput.paused():
+        with self._aside("save"):
             pieces, description = snapshot_averages(self.stage.engines, self.stage.averages)
             self.stored_averages.save(self.step, pieces, description | {"images_seen": self.position})
+
+    @contextmanager
+    def _aside(self, phase: str) -> Iterator[None]:
+        """What is no training: it counts for no throughput, and is a phase of its own."""
+        with self.throughput.paused(), self.heartbeat.within(phase):
+            yield
 
     def _tell_why(self) -> None:
         reasons = gather_lists([self.stop.reason])

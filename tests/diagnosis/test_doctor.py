@@ -16,12 +16,16 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_two_ranks_are_compared_and_a_lack_of_room_ends_with_2(ldmscale, tmp_path):
-    done = ldmscale("doctor", "doctor.experiment=smoke_diffusion", "doctor.measure_mib=1", cwd=tmp_path, ranks=2)
+    done = ldmscale(
+        "doctor", "doctor.experiment=smoke_diffusion", "doctor.measure_mib=1", cwd=tmp_path, ranks=2
+    )
     assert done.returncode == 0, done.stderr
     for name in ("ranks", "matmul", "all-reduce", "clocks", "disk", "room"):
         assert f"  {name} " in done.stderr, done.stderr
     done = ldmscale("doctor", "doctor.experiment=none", "run.dir=nowhere", cwd=tmp_path)
-    assert done.returncode == 2 and "doctor.experiment=none" in done.stderr and "run.dir=nowhere" in done.stderr
+    assert (
+        done.returncode == 2 and "doctor.experiment=none" in done.stderr and "run.dir=nowhere" in done.stderr
+    )
 
 
 def test_a_stopped_rank_is_named_within_the_timeout_and_the_doctor_tells_the_same(ldmscale, tmp_path):
@@ -32,7 +36,9 @@ def test_a_stopped_rank_is_named_within_the_timeout_and_the_doctor_tells_the_sam
         "train.max_steps=100000", "safety.heartbeat_seconds=0.5", "safety.step_timeout_minutes=0.1", "run.name=hung",
     ]  # fmt: skip
     run = tmp_path / "runs" / "hung"
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
         metrics = run / "metrics.jsonl"
         deadline = time.monotonic() + 180
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
@@ -45,7 +51,10 @@ def test_a_stopped_rank_is_named_within_the_timeout_and_the_doctor_tells_the_sam
         assert time.monotonic() - began < 60
     assert process.returncode == 70, said
     told = (run / "logs" / "rank_00000.log").read_text()
-    assert re.search(rf"the training hangs: rank 0 has been in phase .*dead or cut off: rank 1 on .*process {stopped}", told)
+    assert re.search(
+        rf"the training hangs: rank 0 has been in phase .*dead or cut off: rank 1 on .*process {stopped}",
+        told,
+    )
     assert "Thread" in (run / "logs" / "stacks_00000.txt").read_text()
 
     done = ldmscale("doctor", "run.dir=runs/hung", cwd=tmp_path)

@@ -4,12 +4,16 @@ from ldmscale.diagnosis.machine import RankFacts, compare
 from ldmscale.diagnosis.storage import examine_folder, examine_room, examine_shards
 
 
-def facts(rank: int, host: str = "a", versions: str = "torch 2.13", gflops: float = 100.0, clock: float = 5.0):
+def facts(
+    rank: int, host: str = "a", versions: str = "torch 2.13", gflops: float = 100.0, clock: float = 5.0
+):
     return RankFacts(rank, host, "CPU (1 threads a rank)", versions, gflops, 1.0, clock)
 
 
 def test_a_slow_rank_a_wrong_clock_and_another_version_are_named_with_their_host():
-    found = compare([facts(0), facts(1), facts(2, "b", gflops=50.0), facts(3, "c", "torch 2.12", clock=30.0)], 0.8)
+    found = compare(
+        [facts(0), facts(1), facts(2, "b", gflops=50.0), facts(3, "c", "torch 2.12", clock=30.0)], 0.8
+    )
     assert len(found.warnings) == 2 and len(found.faults) == 1
     slow = next(text for text in found.warnings if "median" in text)
     assert slow.startswith("rank 2 on b computes at 50%") and "cluster.exclude=[b]" in slow
@@ -37,5 +41,9 @@ def test_shards_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "1.tar").write_bytes(b"")
     shards = [str(tmp_path / f"{number}.tar") for number in range(3)]
     found = examine_shards(shards, 8)
-    assert len(found.faults) == 2 and "1.tar is empty" in found.faults[0] and "2.tar cannot be read" in found.faults[1]
+    assert (
+        len(found.faults) == 2
+        and "1.tar is empty" in found.faults[0]
+        and "2.tar cannot be read" in found.faults[1]
+    )
     assert "3, of which 3 were opened" in found.values["shards"]
