@@ -39,6 +39,7 @@ from ldmscale.jobs.open_index import Patterns, open_index
 from ldmscale.jobs.synthetic import synthetic_shards
 from ldmscale.jobs.warm_start import begin_with
 from ldmscale.networks import BLOCKS
+from ldmscale.provenance import about_run
 from ldmscale.run_folder import RunFolder
 from ldmscale.stages.validation import HeldOut
 from ldmscale.tracking.logs import quiet_libraries, set_up_logging
@@ -212,6 +213,10 @@ def held_out(run: Run, config: DiffusionJob, reader: MakeItem) -> HeldOut | None
     return HeldOut(batches, samples, chosen.timestep_bins)
 
 
+def _first_sample(run: Run, reader: MakeItem) -> Batch:
+    return next(Loader(run.index, reader, seed=0, rank=0, world=1, global_batch=1, rank_micro_batch=1))
+
+
 def engine_options(
     run: Run, train: TrainConfig, optim: OptimConfig, zero: ZeroConfig, lr_scale: float = 1.0
 ) -> EngineOptions:
@@ -298,6 +303,8 @@ def train(
         lambda position, consumed: make_loader(run, config, reader, position, consumed),
         f"{run.index.fingerprint}, seed {config.seed}, blocks of {config.data.shuffle_block_shards}",
         Budget(config.data.max_bad_share, config.data.max_bad_in_a_row),
+        about_run(plain(config), run.identity),
+        lambda: _first_sample(run, reader),
         Schedule(
             max_steps=config.train.max_steps,
             accumulation_steps=run.accumulation_steps,

@@ -103,6 +103,15 @@ class AutoencoderStage:
         self._learn_log_variance(fit, images)
         return metrics | _shares(parts)
 
+    @torch.no_grad()
+    def answer(self, batch: Batch) -> Tensor:
+        engine = self.engines["generator"]
+        network = engine.network.eval()
+        output, _ = network(self._images(batch).to(engine.compute_dtype), None)
+        network.train()
+        assert isinstance(output, Tensor)
+        return output
+
     def pictures(self) -> Iterator[Picture]:
         images = self._images(self.picture_batch)
         with self._evaluating() as engine:

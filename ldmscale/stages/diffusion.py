@@ -85,6 +85,26 @@ class DiffusionStage:
         engine.backward(loss)
         return {"loss/total": loss.detach(), **measured, "text/dropped": drop.float().mean()}
 
+    @torch.no_grad()
+    def answer(self, batch: Batch) -> Tensor:
+        engine, positions = self.engines["denoiser"], batch["position"].tolist()
+        noisy = add_noise(
+            self.objective,
+            self.schedule,
+            self.first_stage.batch_latents(batch, self.seed),
+            positions,
+            self.seed,
+        )
+        conditions = batch_conditions(batch).to(self.device)
+        kept = torch.zeros(len(positions), dtype=torch.bool, device=self.device)
+        denoiser = self._denoiser.eval()
+        output = denoiser(
+            noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, kept if denoiser.has_null else None
+        )
+        denoiser.train()
+        assert isinstance(output, Tensor)
+        return output
+
     def pictures(self) -> Iterator[Picture]:
         preview = self.preview
         if preview is None:

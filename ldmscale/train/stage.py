@@ -46,6 +46,10 @@ class Stage(Protocol):
         """Figures of held-out samples by the present (averaged) weights, the same on all ranks; none without such samples."""
         ...
 
+    def answer(self, batch: Batch) -> Tensor:
+        """What the main network's raw weights make of a batch, without gradients and dropout; leaves no trace."""
+        ...
+
     def finish(self) -> dict[str, float]:
         """What is measured after the last step and before the last save."""
         ...

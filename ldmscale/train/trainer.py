@@ -23,6 +23,7 @@ from ldmscale.tracking.metrics import MetricSums
 from ldmscale.tracking.throughput import Throughput
 from ldmscale.tracking.tracker import Tracker
 from ldmscale.train.host_copies import HostCopies
+from ldmscale.train.probe import summary, verify
 from ldmscale.train.rehearsal import rehearse
 from ldmscale.train.safety import Guard
 from ldmscale.train.stage import Batch, Stage
@@ -53,6 +54,7 @@ class Trainer:
 
     `loader_from` makes the loader that starts at a position (and, with buckets, at what each has given) of the data
     and the order that `data_fingerprint` names; `budget` says how much of them may be bad;
+    `about` goes into every checkpoint's manifest, `probe_batch` gives the batch of one sample that its answer is for;
     `learning_rates` gives each network's rate as a function of the finished steps.
     """
 
@@ -62,6 +64,8 @@ class Trainer:
         loader_from: Callable[[int, Sequence[int] | None], Loader],
         data_fingerprint: str,
         budget: Budget,
+        about: Mapping[str, Any],
+        probe_batch: Callable[[], Batch],
         schedule: Schedule,
         learning_rates: Mapping[str, Callable[[int], float]],
         checkpoints: CheckpointManager,
@@ -88,6 +92,8 @@ class Trainer:
         self._measured: dict[str, float] = {}  # since the last save
         self._ahead: Batch | None = None  # fetched and not yet trained on
         self._loader_from, self._data_fingerprint = loader_from, data_fingerprint
+        self._about, self._probe_batch = about, probe_batch
+        self._probed: Batch | None = None
 
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; returns whether there is one."""
@@ -111,6 +117,7 @@ class Trainer:
         self.position, self.consumed = int(state["position"]), state.get("consumed")
         self.stage.restore(state["stage"])
         self._saved_step = self.step
+        verify(state["answer"], self._answer(), self._precision, checkpoint)
         self.guard = self.guard.restored(state.get("safety", {}))
 
     def fit(self) -> bool:
@@ -292,12 +299,24 @@ class Trainer:
                 "metrics": self._measured,
                 "stage": self.stage.state(),
                 "safety": self.guard.state(),
+                "answer": self._answer(),
+                "run": self._about,
             }
             pieces, description = snapshot(self.stage.engines, self.stage.averages, self._copies)
             self.checkpoints.begin(self.step, pieces, description | state)
             self._measured = {}
             self._saved_step = self.step
         log.info("saving step %d; the training waited %.2f s", self.step, time.perf_counter() - begun)
+
+    def _answer(self) -> list[float]:
+        """Of the main network to a fixed input: the run's first sample."""
+        if self._probed is None:
+            self._probed = self._probe_batch()
+        return summary(self.stage.answer(self._probed))
+
+    @property
+    def _precision(self) -> str:
+        return next(iter(self.stage.engines.values())).options.precision
 
     def _store_averages(self) -> None:
         with self._aside("save"):

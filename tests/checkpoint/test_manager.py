@@ -28,7 +28,7 @@ def value(folder: Path | None) -> float:
 
 
 def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
+    os.truncate(path, path.stat().st_size - 3)
 
 
 def flip(path: Path) -> None:
@@ -76,15 +76,10 @@ def test_a_torn_file_leads_to_the_checkpoint_before_with_a_word_about_it(
     save(2)
     assert value(manager.newest()) == 200.0
     target = manager.folder / "step_00000002" / file
-    if file == COMPLETE:
-        target.unlink()  # an empty file has no other damage
-    elif file == "manifest.json" and damage is flip:
-        target.write_text(target.read_text().replace('"step": 2', '"step": '))
-    else:
-        damage(target)
+    damage(target)
     with caplog.at_level(logging.WARNING):
         assert value(manager.newest()) == 100.0
-    if file != COMPLETE:  # what lacks COMPLETE was never there
+    if file != COMPLETE or damage is not os.unlink:  # what lacks COMPLETE was never there
         assert "step_00000002 cannot be used" in caplog.text
     if damage is not flip or file != "rank_00000.safetensors":  # a reader of one process looks at sizes only
         assert value(newest_checkpoint(manager.folder)) == 100.0
