@@ -186,3 +186,25 @@ def test_wrong_arguments_are_refused(make_image: MakeImage) -> None:
         decode_image(make_image(), size=8, crop="centre")
     with pytest.raises(ValueError, match="generator"):
         decode_image(make_image(), size=8, crop="random")
+
+
+@pytest.mark.parametrize("size", [(700, 500), (320, 288), (90, 200), (30, 30)])
+@pytest.mark.parametrize("wanted", [64, (96, 48)])
+def test_both_decoders_give_the_same_pixels(size: tuple[int, int], wanted: int | tuple[int, int]) -> None:
+    draws = np.random.default_rng(1).integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    image = Image.fromarray(draws).resize(size, Image.Resampling.BICUBIC)
+    for mode in ("RGB", "L"):
+        image.convert(mode).save(buffer, "JPEG", quality=90)
+        one, other = (
+            decode_image(buffer.getvalue(), size=wanted, decoder=name) for name in ("pillow", "turbo")
+        )
+        assert one.shape == (3, 64, 64) if wanted == 64 else (3, 48, 96)
+        assert np.abs(one.astype(int) - other).max() <= 3
+
+
+def test_scaling_is_pillow_s_bicubic(make_image: MakeImage) -> None:
+    data = make_image(200, 200, seed=3)
+    wanted = Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.BICUBIC)
+    found = decode_image(data, size=64).transpose(1, 2, 0).astype(int)
+    assert np.abs(found - np.asarray(wanted)).max() <= 2

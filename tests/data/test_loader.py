@@ -201,3 +201,29 @@ def test_batches_that_do_not_divide_are_refused(index: ShardIndex) -> None:
         Loader(index, ITEM, seed=0, rank=0, world=2, global_batch=8, rank_micro_batch=3)
     with pytest.raises(ConfigError, match="multiple of 2"):
         Loader(index, ITEM, seed=0, rank=0, world=2, global_batch=7, rank_micro_batch=1)
+
+
+def test_a_run_that_moves_between_ranks_workers_and_batches_sees_one_sequence(index: ShardIndex) -> None:
+    straight = Loader(
+        index, ITEM, seed=5, rank=0, world=1, global_batch=1, rank_micro_batch=1, block_shards=2
+    )
+    wanted = [batch["key"][0] for batch in itertools.islice(straight, 2 * 12 + 3 * 4 + 2 * 6 + 1 * 8)]
+    found: list[str] = []
+    position = 0
+    for world, workers, batch, steps in ((2, 1, 12, 2), (1, 0, 4, 3), (3, 2, 6, 2), (4, 1, 8, 1)):
+        loaders = [
+            Loader(index, ITEM, seed=5, rank=rank, world=world, global_batch=batch, rank_micro_batch=1,
+                   position=position, workers=workers, block_shards=2)
+            for rank in range(world)
+        ]  # fmt: skip
+        for _ in range(steps):
+            found += [
+                key
+                for loader in loaders
+                for micro in itertools.islice(loader, loader.accumulation)
+                for key in micro["key"]
+            ]
+        position = loaders[0].position
+        for loader in loaders:
+            loader.close()
+    assert found == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -88,3 +89,15 @@ def test_what_cannot_be_ordered_is_refused() -> None:
         Order([1], seed=0, block_shards=0)
     with pytest.raises(ValueError, match="at least 0"):
         Order([1], seed=0).sample_at(-1)
+
+
+@pytest.mark.parametrize("block", [4, 16])
+def test_the_shuffle_is_as_good_as_the_docs_say(block: int) -> None:
+    shards, samples = 64, 100
+    order = Order([samples] * shards, seed=3, block_shards=block)
+    sequence = [order.sample_at(position)[1:] for position in range(order.total)]
+    same = np.mean([a[0] == b[0] for a, b in itertools.pairwise(sequence)])
+    assert same == pytest.approx(1 / block, abs=0.015)
+    place = {sample: position for position, sample in enumerate(sequence)}
+    apart = [abs(place[s, i] - place[s, i + 1]) for s in range(shards) for i in range(samples - 1)]
+    assert np.mean(apart) == pytest.approx(block * samples / 3, rel=0.05)
