@@ -45,3 +45,24 @@ def test_all_ranks_stop_alike_when_one_meets_bad_data(tmp_path: Path, write_shar
     assert (kind, shared) == ("LdmscaleError", True) and message.startswith("rank 1: ")
     assert {entry["rank"] for entry in read_ledger(tmp_path / "share.jsonl")} == {1}
     assert len(read_ledger(tmp_path / "hard.jsonl")) >= 17
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_run_on_bad_data_ends_with_one_message_its_state_saved_and_status_2(
+    tmp_path: Path,
+    write_shards: WriteShards,
+    ldmscale: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    bad = {f"{shard:03d}{number:04d}": b"bad" for shard in range(2) for number in range(0, 48, 4)}
+    write_shards(tmp_path / "set", [48, 48], bad)
+    done = ldmscale(
+        "autoencoder", "experiment=smoke", f"data.shards={tmp_path / 'set'}", "train.max_steps=60",
+        "checkpoint.save_every_steps=1000", "run.name=bad", cwd=tmp_path, ranks=2,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert said.count("ldmscale cannot do this, 1 fault") == 1 and "data.max_bad_share=0.01" in said
+    (saved,) = (tmp_path / "runs/bad/checkpoints").glob("step_*/COMPLETE")
+    assert saved.parent.name != "step_00000000"
+    assert len(read_ledger(tmp_path / "runs/bad/data_ledger.jsonl")) > 20
