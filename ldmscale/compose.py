@@ -36,7 +36,8 @@ def settle_overrides(job: str, overrides: Sequence[str]) -> list[str]:
 
     `zero=3`: names of a group's files must be strings. `experiment=smoke`: an experiment that several jobs know under
     one name has a file for each of them, smoke_<job>.yaml. `unet.dropout=0.1`: a key that the typed configuration has
-    may be given although the composed files leave it at its default. `text_encoder=null`: Hydra knows a group that is
+    may be given although the composed files leave it at its default. `data.filter=a > 1`: a condition is text, though
+    Hydra has meanings of its own for `>` and brackets. `text_encoder=null`: Hydra knows a group that is
     not chosen by `~text_encoder` only.
     """
 
@@ -51,6 +52,14 @@ def settle_overrides(job: str, overrides: Sequence[str]) -> list[str]:
     def without(match: re.Match[str]) -> str:
         return f"~{match[1]}" if (config_folder() / match[1]).is_dir() else match[0]
 
+    def plain_text(match: re.Match[str]) -> str:
+        text = match[1].replace("\\", "\\\\").replace("'", "\\'")
+        return f"data.filter='{text}'"
+
+    overrides = [
+        re.sub(r"^data\.filter=(?!(?:null|'[^']*'|\"[^\"]*\")$)(.+)$", plain_text, override)
+        for override in overrides
+    ]
     settled = [re.sub(r"^zero=([0-9](?:,[0-9])*)$", quote, override) for override in overrides]
     settled = [re.sub(r"^experiment=(\w+)$", own, override) for override in settled]
     settled = [re.sub(r"^(\w+)=null$", without, override) for override in settled]

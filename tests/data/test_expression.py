@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 
+from ldmscale.compose import compose_job
 from ldmscale.data.expression import Condition
 from ldmscale.errors import ConfigError
 
@@ -73,3 +74,12 @@ def test_anything_else_is_refused(text: str) -> None:
 
 def test_the_keys_that_it_asks_for_are_known() -> None:
     assert Condition("a > 1 and json['b c'] < 2 and a < 3").keys == {"a", "b c"}
+
+
+@pytest.mark.parametrize(
+    "text", ["similarity > 0.3 and width >= 256 and punsafe < 0.5", "'a' in caption or json[\"b c\"] == 'd'"]
+)
+def test_a_condition_is_given_on_the_command_line_as_it_is_written(text: str) -> None:
+    assert compose_job("index", ["data.shards=x", f"data.filter={text}"])["data"]["filter"] == text
+    assert compose_job("index", ["data.shards=x", "data.filter=null"])["data"]["filter"] is None
+    assert compose_job("index", ["data.shards=x", 'data.filter="a > 1"'])["data"]["filter"] == "a > 1"
