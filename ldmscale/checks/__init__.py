@@ -18,6 +18,7 @@ from ldmscale.checks.drawing import check_sample
 from ldmscale.checks.interop import check_export, check_import
 from ldmscale.checks.networks import check_autoencoder, check_conditions, check_unet
 from ldmscale.checks.stages import (
+    check_averages,
     check_batch,
     check_denoising_validation,
     check_first_stage,
@@ -55,6 +56,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
             *check_zero(config.zero),
+            *check_averages(config.ema),
             *check_local("run.dir", config.run.dir),
             *check_warm_start(config.warm_start.path),
             *check_autoencoder(config.autoencoder),
@@ -69,6 +71,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
             *check_zero(config.zero),
+            *check_averages(config.ema),
             *check_local("run.dir", config.run.dir),
             *check_warm_start(config.warm_start.path),
             *check_unet(config.unet),

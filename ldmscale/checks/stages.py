@@ -8,6 +8,7 @@ from ldmscale.checks.data import check_image_size
 from ldmscale.config import (
     DiffusionConfig,
     DiffusionJob,
+    EmaConfig,
     FirstStageConfig,
     PreviewConfig,
     TrainConfig,
@@ -45,6 +46,33 @@ def check_zero(zero: ZeroConfig) -> list[str]:
             f"zero.leaf_blocks=true, but zero.stage={zero.stage} gathers no weights: give zero=3, or leave it out"
         ]
     return []
+
+
+def check_averages(ema: EmaConfig) -> list[str]:
+    """Ranges are in the types; what is left is how the settings stand to each other."""
+    further = {"ema.decays": ema.decays, "ema.power_widths": ema.power_widths}
+    if not ema.enabled:
+        return [
+            f"{key} is set, but ema.enabled=false keeps no averages: give {key}=[], or ema.enabled=true"
+            for key, values in further.items()
+            if values
+        ]
+    faults = []
+    for key, values in further.items():
+        # Six digits are what an average is called by in checkpoints.
+        names = [f"{value:g}" for value in values]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            faults.append(f"{key} has {', '.join(twice)} more than once (six digits count): give each once")
+    if f"{ema.decay:g}" in [f"{decay:g}" for decay in ema.decays]:
+        faults.append(
+            f"ema.decays has {ema.decay:g}, which is ema.decay: that average is kept already; leave it out"
+        )
+    if ema.store_every_steps and not ema.power_widths:
+        faults.append(
+            f"ema.store_every_steps={ema.store_every_steps}, but there are no power-function averages to store: give "
+            "ema.power_widths=[0.05,0.1], or ema.store_every_steps=0"
+        )
+    return faults
 
 
 def check_objective(diffusion: DiffusionConfig) -> list[str]:

@@ -113,20 +113,16 @@ def test_interrupted_and_resumed_equals_straight(place, ldmscale):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_one_rank_without_zero_follows_two_ranks_with_zero_3(place, ldmscale):
-    finished(
-        ldmscale(
-            *DIFFUSION,
-            "run.dir=one",
-            *VALIDATED,
-            "zero=0",
-            "train.rank_micro_batch=4",
-            "preview.every_steps=0",
-            cwd=place,
-            ranks=1,
-        )
-    )
-    assert losses(place / "one") == pytest.approx(losses(place / "straight"), rel=2e-6)
+@pytest.fixture(scope="module")
+def one(place, ldmscale) -> Path:
+    """The straight run once more, by one rank without ZeRO."""
+    alone = ["run.dir=one", "zero=0", "train.rank_micro_batch=4", "preview.every_steps=0"]
+    finished(ldmscale(*DIFFUSION, *VALIDATED, *alone, cwd=place, ranks=1))
+    return place / "one"
+
+
+def test_one_rank_without_zero_follows_two_ranks_with_zero_3(place, one):
+    assert losses(one) == pytest.approx(losses(place / "straight"), rel=2e-6)
 
 
 def validations(run: Path) -> list[dict[str, float]]:
@@ -135,12 +131,11 @@ def validations(run: Path) -> list[dict[str, float]]:
     return [line for line in found if line]
 
 
-def test_the_validation_loss_is_the_same_on_any_number_of_ranks_and_told_by_weights_and_timesteps(place):
-    """Depends on the run of the test before."""
-    one, two = validations(place / "one"), validations(place / "straight")
+def test_the_validation_loss_is_the_same_on_any_number_of_ranks_and_told_by_weights_and_timesteps(place, one):
+    alone, two = validations(one), validations(place / "straight")
     assert len(two) == 2 and two[0] != two[1]
-    assert [line.keys() for line in one] == [line.keys() for line in two]
-    for first, other in zip(one, two, strict=True):
+    assert [line.keys() for line in alone] == [line.keys() for line in two]
+    for first, other in zip(alone, two, strict=True):
         assert first == pytest.approx(other, rel=2e-6)
     last = two[-1]
     assert last["validation/raw/loss"] != last["validation/ema/loss"]
