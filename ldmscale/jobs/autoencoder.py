@@ -14,7 +14,7 @@ from ldmscale.jobs.start import configured
 if TYPE_CHECKING:
     from ldmscale.evaluation.held_out import HeldOut
     from ldmscale.frozen import Distance
-    from ldmscale.jobs.training import Run
+    from ldmscale.jobs.open_run import Run
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,11 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.data.items import ImageItem
     from ldmscale.data.loader import Batch
     from ldmscale.frozen import build_distance
+    from ldmscale.jobs.engines import averages_of, engine_options, rate_curve
+    from ldmscale.jobs.loaders import make_loader, picture_batch
     from ldmscale.jobs.open_index import shapes_of
-    from ldmscale.jobs.training import (
-        already_finished,
-        averages_of,
-        engine_options,
-        make_loader,
-        open_run,
-        picture_batch,
-        rate_curve,
-        train,
-    )
+    from ldmscale.jobs.open_run import already_finished, open_run
+    from ldmscale.jobs.training import train
     from ldmscale.networks import build_autoencoder, build_discriminator
     from ldmscale.stages.adversary import Adversary, AdversaryTerms, RealAndFake
     from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms

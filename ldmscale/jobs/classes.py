@@ -10,7 +10,7 @@ from ldmscale.data.labels import ClassLabels, raw_label
 from ldmscale.data.samples import SampleReader
 from ldmscale.distributed.collectives import from_main_rank
 from ldmscale.errors import ConfigError, DataError
-from ldmscale.jobs.training import Run
+from ldmscale.jobs.open_run import Run
 
 log = logging.getLogger(__name__)
 

@@ -32,18 +32,13 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.attention_choice import choose_attention, diffusion_head_channels
     from ldmscale.data.items import ImageItem, LatentItem
     from ldmscale.jobs.classes import settle_classes
+    from ldmscale.jobs.engines import averages_of, engine_options, rate_curve
     from ldmscale.jobs.first_stage import open_first_stage, preview_conditions
+    from ldmscale.jobs.loaders import held_out
     from ldmscale.jobs.open_index import shapes_of
+    from ldmscale.jobs.open_run import already_finished, open_run
     from ldmscale.jobs.text import settle_tokenizer
-    from ldmscale.jobs.training import (
-        already_finished,
-        averages_of,
-        engine_options,
-        held_out,
-        open_run,
-        rate_curve,
-        train,
-    )
+    from ldmscale.jobs.training import train
     from ldmscale.networks import (
         build_denoiser,
         build_objective,

@@ -16,7 +16,7 @@ from ldmscale.data.shards import local_path
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.jobs.open_index import open_index
-from ldmscale.jobs.training import Run
+from ldmscale.jobs.open_run import Run
 from ldmscale.models.conditions import Conditions
 from ldmscale.parts import Parts, load
 from ldmscale.stages.diffusion import PreviewConditions

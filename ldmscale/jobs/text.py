@@ -11,7 +11,7 @@ from ldmscale.data.samples import SampleReader
 from ldmscale.data.tokens import Tokenizer, train_wordpiece
 from ldmscale.distributed.collectives import from_main_rank
 from ldmscale.errors import ConfigError, DataError
-from ldmscale.jobs.training import Run
+from ldmscale.jobs.open_run import Run
 
 log = logging.getLogger(__name__)
 

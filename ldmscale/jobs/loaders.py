@@ -1,0 +1,70 @@
+"""What a training run reads: the training loader, the images of its pictures, the held-out set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ldmscale.config import DiffusionJob, TrainingJob
+from ldmscale.data.ledger import Ledger
+from ldmscale.data.loader import Batch, Loader, MakeItem
+from ldmscale.jobs.open_index import open_index
+from ldmscale.jobs.open_run import Run
+from ldmscale.stages.validation import HeldOut
+
+
+def make_loader(
+    run: Run,
+    config: TrainingJob,
+    reader: MakeItem,
+    position: int,
+    consumed: Sequence[int] | None = None,
+    *,
+    workers: int | None = None,
+) -> Loader:
+    """The training loader from a position on (with buckets: from what each of them has given)."""
+    return Loader(
+        run.index,
+        reader,
+        seed=config.seed,
+        rank=run.ranks.rank,
+        world=run.ranks.size,
+        global_batch=config.train.global_batch,
+        rank_micro_batch=config.train.rank_micro_batch,
+        position=position,
+        consumed=consumed,
+        workers=config.data.workers if workers is None else workers,
+        ledger=Ledger(run.folder.ledger, run.ranks.rank),
+        block_shards=config.data.shuffle_block_shards,
+        pin_memory=run.device.type == "cuda",
+    )
+
+
+def picture_batch(run: Run, config: TrainingJob, reader: MakeItem) -> Batch:
+    """The fixed images of previews, the same on every rank: from the held-out shards, else the first of the order."""
+    index = run.index
+    if config.data.heldout_shards is not None:
+        index = open_index(config.data.heldout_shards, config.data, run.ranks)
+    count = min(config.preview.images, index.total)
+    return next(Loader(index, reader, seed=0, rank=0, world=1, global_batch=count, rank_micro_batch=count))
+
+
+def held_out(run: Run, config: DiffusionJob, reader: MakeItem) -> HeldOut | None:
+    """This rank's share of the samples that the validation loss is measured on; None where it is not asked for."""
+    chosen = config.validation
+    if not chosen.every_steps:
+        return None
+    assert config.data.heldout_shards is not None
+    index = open_index(config.data.heldout_shards, config.data, run.ranks)
+    samples, size = min(chosen.samples, index.total), config.train.rank_micro_batch
+    passes = -(-samples // (size * run.ranks.size))
+    loader = Loader(
+        index, reader, seed=0, rank=run.ranks.rank, world=run.ranks.size,
+        global_batch=passes * size * run.ranks.size, rank_micro_batch=size,
+    )  # fmt: skip
+    batches = [next(loader) for _ in range(passes)]
+    loader.close()
+    return HeldOut(batches, samples, chosen.timestep_bins)
+
+
+def first_sample(run: Run, reader: MakeItem) -> Batch:
+    return next(Loader(run.index, reader, seed=0, rank=0, world=1, global_batch=1, rank_micro_batch=1))
