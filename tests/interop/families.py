@@ -72,7 +72,7 @@ FAMILIES = {
         given=["unet.head_channels=16"],
     ),
     "class_conditional": Family(
-        unet(heads=1, context_dim=24, attention_levels=(1,)), first_stage(), None, ClassEmbedderConfig(10, 24, True),
+        unet(heads=1, context_dim=24, attention_levels=(1,)), first_stage(), None, ClassEmbedderConfig(10, 24, null_class=True),
         given=["unet.heads=1"], diffusers=False,
     ),
     "faces": Family(
