@@ -20,13 +20,13 @@ def check_sample(sample: SampleConfig) -> list[str]:
     faults += [*_check_guidance(sample), *_check_pictures(sample)]
     if sample.out is not None:
         faults += check_local("sample.out", sample.out)
-    if sample.eta and sample.sampler != "ddim":
-        faults.append(
-            f"sample.eta={sample.eta} is a setting of ddim, and sample.sampler={sample.sampler}: give sample.eta=0"
-        )
     elif given.is_file():
         faults.append(
             f"sample.out is not set, and sample.model={sample.model} is no folder: give sample.out=FOLDER"
+        )
+    if sample.eta and sample.sampler != "ddim":
+        faults.append(
+            f"sample.eta={sample.eta} is a setting of ddim, and sample.sampler={sample.sampler}: give sample.eta=0"
         )
     if not RunFolder(run).config_file.is_file():
         return faults  # no run: what other formats can draw is known when they have been read

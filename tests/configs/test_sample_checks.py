@@ -51,6 +51,9 @@ def test_a_checkpoint_and_a_model_of_another_format_will_do(run, tmp_path_factor
     (foreign / "model_index.json").touch()
     assert faults(foreign) == []
     assert "give sample.out=FOLDER" in faults(foreign / "model_index.json")[0]
+    assert faults(foreign / "model_index.json", "sample.out=drawn") == []
+    both = faults(foreign / "model_index.json", "sample.sampler=plms", "sample.eta=0.5")
+    assert len(both) == 2 and "sample.out is not set" in both[0] and "sample.eta=0.5" in both[1]
 
 
 @pytest.mark.parametrize(
