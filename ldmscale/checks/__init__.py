@@ -26,7 +26,6 @@ from ldmscale.checks.stages import (
     check_model,
     check_objective,
     check_preview,
-    check_run,
     check_same_autoencoder,
     check_warm_start,
     check_zero,
@@ -78,7 +77,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_conditions(config),
             *check_latents(config),
             *check_objective(config.diffusion),
-            *check_first_stage(config.first_stage),
+            *check_first_stage(config.first_stage.path),
             *check_same_autoencoder(config),
             *check_denoising_validation(config),
             *check_preview(config.preview, config.diffusion.timesteps, config.first_stage),
@@ -86,7 +85,7 @@ def check(config: Job, world_size: int) -> list[str]:
     if isinstance(config, LatentsJob):
         return [
             *check_shards(config.data, needs="images"),
-            *check_run(config.first_stage.path, "first_stage.path"),
+            *check_first_stage(config.first_stage.path),
             *check_fixed_view(config.data),
             *check_local("latents.path", config.latents.path),
         ]

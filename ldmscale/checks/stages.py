@@ -129,19 +129,24 @@ def check_latents(config: DiffusionJob) -> list[str]:
     return faults
 
 
-def check_first_stage(first_stage: FirstStageConfig) -> list[str]:
-    return [] if first_stage.path is None else check_run(first_stage.path, "first_stage.path")
+def check_first_stage(path: str | None) -> list[str]:
+    """The folder of a run, or a model of another format; whether that has an autoencoder is known when it is opened."""
+    return [] if path is None or is_foreign(Path(path)) else check_run(path, "first_stage.path")
 
 
 def check_same_autoencoder(config: DiffusionJob) -> list[str]:
-    """The first stage that was trained must be the one that this configuration describes."""
-    if config.first_stage.path is None or check_run(config.first_stage.path, ""):
+    """The first stage that was trained must be the one that this configuration describes.
+
+    That of a model of another format is compared when it is opened.
+    """
+    path = config.first_stage.path
+    if path is None or is_foreign(Path(path)) or check_run(path, ""):
         return []
-    trained = RunFolder(config.first_stage.path).config().get("autoencoder", {})
+    trained = RunFolder(path).config().get("autoencoder", {})
     free = ("dropout", "checkpointing")
     found = differences(trained, plain_part(config.autoencoder))
     return [
-        f"autoencoder.{key}={here!r}, but {config.first_stage.path} was trained with {there!r}: give the autoencoder= of that run"
+        f"autoencoder.{key}={here!r}, but {path} was trained with {there!r}: give the autoencoder= of that run"
         for key, (there, here) in found.items()
         if key not in free
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ldmscale.config import DiffusionJob
+from ldmscale.config import DiffusionJob, FirstStageConfig
 from ldmscale.data.captions import caption_of
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import LatentFormat, LatentManifest
@@ -19,9 +19,11 @@ from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.open_run import Run
 from ldmscale.models.conditions import Conditions
 from ldmscale.parts import Parts, load
+from ldmscale.run_folder import is_foreign
 from ldmscale.stages.diffusion import PreviewConditions
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latent_scale import LatentScale
+from ldmscale.validate import differences, plain_part
 
 log = logging.getLogger(__name__)
 
@@ -31,24 +33,17 @@ def open_first_stage(
 ) -> tuple[FirstStage, tuple[int, int, int], LatentFormat | None]:
     """The autoencoder (None where latents are trained on without pictures), the latents' shape and stored format.
 
-    Raises DataError for latents that another autoencoder made.
+    Raises DataError for latents that another autoencoder made, for an autoencoder of another format that is not the one
+    that `config` describes, and where no scale of its latents is known.
     """
     chosen = config.first_stage
-    parts = load(chosen.path, chosen.average) if chosen.path is not None else Parts()
+    parts = Parts()
+    if chosen.path is not None:
+        if is_foreign(Path(chosen.path)):
+            _check_foreign(Path(chosen.path), config)
+        parts = load(chosen.path, chosen.average)
     manifest = _manifest(run.shards) if config.data.kind == "latents" else None
-    # The autoencoder's own statistics first: so precomputed latents and online encoding see the same scale.
-    statistics = parts.latent_statistics
-    if statistics is None:
-        if manifest is None:
-            raise DataError(
-                f"first_stage.path={chosen.path} has not measured its latent scale yet: let that run reach its last step"
-            )
-        statistics = {
-            "channel_mean": list(manifest.channel_mean),
-            "channel_std": list(manifest.channel_std),
-            "factor": manifest.scale_factor,
-        }
-    scale = LatentScale.of(statistics, chosen.scale, chosen.fixed_factor)
+    scale = scale_of(chosen, config.autoencoder.latent_width, parts, manifest)
     if manifest is not None:
         shape = manifest.format.shape
     else:
@@ -106,6 +101,53 @@ def _some_captions(config: DiffusionJob, run: Run) -> list[str]:
             "no caption for the pictures was found: give preview.prompts=[...], or preview.every_steps=0"
         )
     return chosen
+
+
+def scale_of(
+    chosen: FirstStageConfig, channels: int, parts: Parts, manifest: LatentManifest | None
+) -> LatentScale:
+    """The scale of latents: the given factor; else the autoencoder's own; else as the set of latents was measured.
+
+    The autoencoder's own goes before the set's, so that precomputed latents and online encoding see the same. That of a run
+    was measured at its end; that of a model of another format is the factor that it came with.
+
+    Raises DataError where none is known.
+    """
+    if chosen.fixed_factor is not None:
+        return LatentScale(torch.zeros(channels), torch.full((channels,), chosen.fixed_factor))
+    if parts.latent_statistics is not None:
+        return LatentScale.of(parts.latent_statistics, chosen.scale)
+    if parts.scale is not None and chosen.scale == "factor":
+        log.info("latents are multiplied by %.6g, as %s says", float(parts.scale.factor[0]), chosen.path)
+        return parts.scale
+    if manifest is not None:
+        measured = {
+            "channel_mean": list(manifest.channel_mean),
+            "channel_std": list(manifest.channel_std),
+            "factor": manifest.scale_factor,
+        }
+        return LatentScale.of(measured, chosen.scale)
+    raise DataError(
+        f"first_stage.path={chosen.path} has no measured scale of its latents: let the run of an autoencoder reach its last "
+        "step; of a model of another format give first_stage.fixed_factor=N, or train on latents, which are measured"
+    )
+
+
+def _check_foreign(path: Path, config: DiffusionJob) -> None:
+    """A run's autoencoder is compared before anything starts; that of another format is known when it is opened."""
+    from ldmscale.interop.reading import read
+
+    found = read(path).autoencoder
+    if found is None:
+        raise DataError(f"first_stage.path={path} has no autoencoder: give a model that has one, or a run")
+    free = ("dropout", "checkpointing", "commitment")
+    other = differences(plain_part(found), plain_part(config.autoencoder))
+    if faults := [
+        f"autoencoder.{key}={here!r}, but that of {path} has {there!r}: give the autoencoder= that it is of"
+        for key, (there, here) in other.items()
+        if key not in free
+    ]:
+        raise DataError(faults)
 
 
 def _manifest(shards: list[str]) -> LatentManifest:

@@ -95,15 +95,18 @@ def _open(config: LatentsJob, device: object, image_size: int) -> tuple[FirstSta
     from ldmscale.data.latents import LatentFormat
     from ldmscale.models.autoencoder import KLAutoencoder
     from ldmscale.parts import load
+    from ldmscale.run_folder import is_foreign
     from ldmscale.stages.first_stage import FirstStage, digest
     from ldmscale.stages.latent_scale import LatentScale
 
     assert isinstance(device, torch.device)
     parts = load(config.first_stage.path, config.first_stage.average)
-    if parts.autoencoder is None or parts.latent_statistics is None:
-        raise DataError(
-            f"first_stage.path={config.first_stage.path} is no finished autoencoder run: let it reach its last step"
+    foreign = is_foreign(Path(config.first_stage.path))  # finished as it is; the set itself is measured
+    if parts.autoencoder is None or (parts.latent_statistics is None and not foreign):
+        expected = (
+            "has no autoencoder" if foreign else "is no finished autoencoder run: let it reach its last step"
         )
+        raise DataError(f"first_stage.path={config.first_stage.path} {expected}")
     autoencoder = parts.autoencoder
     if image_size % autoencoder.downsampling:
         raise DataError(
@@ -117,7 +120,9 @@ def _open(config: LatentsJob, device: object, image_size: int) -> tuple[FirstSta
         (autoencoder.latent_channels, side, side),
         {"size": image_size, "crop": config.data.crop},
     )
-    return FirstStage(autoencoder, LatentScale.of(parts.latent_statistics, "factor"), device), stored
+    channels = autoencoder.latent_channels
+    unscaled = LatentScale(torch.zeros(channels), torch.ones(channels))  # moments are stored as they are
+    return FirstStage(autoencoder, unscaled, device), stored
 
 
 def _encode_shard(
