@@ -24,7 +24,6 @@ from ldmscale.interop.compvis_config import Hints, matches, schedule_of
 from ldmscale.interop.model import Model, Part, PartConfig
 from ldmscale.interop.slots import Slot, faults_of, given, shapes_of, taken
 from ldmscale.networks import build_autoencoder, build_text_encoder, build_unet
-from ldmscale.stages.latent_scale import LatentScale
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ class _Reader:
         heads, size = self.hints.heads, self.hints.head_channels
         unknown = heads is None and size is None
         try:
-            # With one head any network can be laid out and its names and shapes compared, heads known or not.
+            # With one head any network can be laid out, compared and written back as it came, heads known or not.
             config = shapes_there.infer_unet(found, 1 if unknown else heads, size)
             config = replace(config, dropout=self.hints.dropout)
             with torch.device("meta"):
@@ -98,7 +97,7 @@ class _Reader:
             self._unreadable(UNET, error)
             return
         if unknown:
-            self.faults.append(shapes_there.UNET_HEADS)
+            self.model.unknown["unet.heads"] = shapes_there.UNET_HEADS
         self._take(
             "unet", config, names_there.unet_slots(config, list(shapes)), shapes, UNET, "diffusion_model."
         )
@@ -116,10 +115,11 @@ class _Reader:
 
     def read_text_encoder(self) -> None:
         found = self._below(TEXT)
+        heads, size = self.hints.text_heads, self.hints.text_head_channels
         try:
-            config = shapes_there.infer_text_encoder(
-                found, self.hints.text_heads, self.hints.text_head_channels
-            )
+            if heads is None and size is None and not shapes_there.has_bert_heads(found):
+                heads, self.model.unknown["text_encoder.heads"] = 1, shapes_there.TEXT_HEADS
+            config = shapes_there.infer_text_encoder(found, heads, size)
             with torch.device("meta"):
                 shapes = shapes_of(build_text_encoder(config))
         except (DataError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -146,7 +146,7 @@ class _Reader:
         if MAPPER in self.state:
             joined, classes = self.state[MAPPER].shape[:2]
             if self.hints.halvings is None:
-                self.faults.append(shapes_there.HALVINGS)
+                self.model.unknown["spatial_rescaler.halvings"] = shapes_there.HALVINGS
             spatial = SpatialConfig(
                 kind="map", channels=joined, map_classes=classes, halvings=self.hints.halvings or 0
             )
@@ -220,9 +220,8 @@ class _Reader:
         factor = self.hints.scale_factor
         if "scale_factor" in self.state:
             factor = float(self.state["scale_factor"])
-        if factor is not None and (autoencoder := model.autoencoder) is not None:
-            channels = autoencoder.latent_width
-            model.scale = LatentScale(torch.zeros(channels), torch.full((channels,), factor))
+        if factor is not None:
+            model.scale_by(factor)
 
 
 def unwritable(model: Model) -> list[str]:

@@ -173,7 +173,7 @@ def written(model: Model) -> dict[str, Any]:
             "channel_mult": list(unet.channel_mult),
             "num_res_blocks": unet.blocks_per_level,
             "attention_resolutions": [2**level for level in unet.attention_levels],
-            **({"num_heads": unet.heads} if unet.heads else {"num_head_channels": unet.head_channels}),
+            **_heads(model),
             "use_spatial_transformer": unet.context_dim is not None,
             **(
                 {"context_dim": unet.context_dim, "transformer_depth": unet.transformer_depth}
@@ -191,6 +191,7 @@ def written(model: Model) -> dict[str, Any]:
         params["first_stage_config"] = inner
     if (text := model.text_encoder) is not None:
         fixed = (text.heads, text.head_channels) == (8, 64) and text.feedforward_mult == 4
+        unknown = "text_encoder.heads" in model.unknown
         params["cond_stage_config"] = {
             "target": "ldm.modules.encoders.modules.BERTEmbedder",
             "params": {
@@ -199,7 +200,7 @@ def written(model: Model) -> dict[str, Any]:
                 "vocab_size": text.vocab_size,
                 "max_seq_len": text.max_tokens,
                 # BERTEmbedder takes none of these: it says so, instead of drawing with other heads.
-                **({} if fixed else {"heads": text.heads, "dim_head": text.head_channels}),
+                **({} if fixed or unknown else {"heads": text.heads, "dim_head": text.head_channels}),
             },
         }
     if "class_embedder" in model.parts:
@@ -213,12 +214,24 @@ def written(model: Model) -> dict[str, Any]:
         params["cond_stage_config"] = {
             "target": "ldm.modules.encoders.modules.SpatialRescaler",
             "params": {
-                "n_stages": spatial.config.halvings,
+                **(
+                    {}
+                    if "spatial_rescaler.halvings" in model.unknown
+                    else {"n_stages": spatial.config.halvings}
+                ),
                 "in_channels": spatial.config.map_classes,
                 "out_channels": spatial.config.channels,
             },
         }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+
+
+def _heads(model: Model) -> dict[str, int | None]:
+    """Nothing where they are not known: UNetModel does not start without them."""
+    unet = model.unet
+    if unet is None or "unet.heads" in model.unknown:
+        return {}
+    return {"num_heads": unet.heads} if unet.heads else {"num_head_channels": unet.head_channels}
 
 
 def _autoencoder(model: Model) -> dict[str, Any]:

@@ -102,13 +102,11 @@ def infer_autoencoder(found: Found) -> AutoencoderConfig:
 
 
 def infer_text_encoder(found: Found, heads: int | None, head_channels: int | None) -> TextEncoderConfig:
-    """The text transformer that has these tensors. Raises DataError like `infer_unet`, and where the heads are unknown."""
+    """The text transformer that has these tensors; BERTEmbedder's heads unless given. Raises DataError like `infer_unet`."""
     vocabulary, width = _shape(found, "token_emb.weight")
     inner = _shape(found, "attn_layers.layers.0.1.to_q.weight")[0]
-    if heads is None and inner == BERT_HEADS * BERT_HEAD_CHANNELS:
-        heads, head_channels = BERT_HEADS, BERT_HEAD_CHANNELS
     if heads is None and head_channels is None:
-        raise DataError(TEXT_HEADS)
+        heads, head_channels = BERT_HEADS, BERT_HEAD_CHANNELS
     heads = heads or inner // (head_channels or 1)
     return TextEncoderConfig(
         kind="bert",
@@ -121,6 +119,11 @@ def infer_text_encoder(found: Found, heads: int | None, head_channels: int | Non
         head_channels=head_channels or inner // heads,
         feedforward_mult=_shape(found, "attn_layers.layers.1.1.net.0.0.weight")[0] // width,
     )
+
+
+def has_bert_heads(found: Found) -> bool:
+    """Whether the projections of a text transformer are as wide as BERTEmbedder's, whose heads are always the same."""
+    return _shape(found, "attn_layers.layers.0.1.to_q.weight")[0] == BERT_HEADS * BERT_HEAD_CHANNELS
 
 
 def _shape(found: Found, name: str) -> tuple[int, ...]:

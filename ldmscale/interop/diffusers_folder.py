@@ -27,13 +27,13 @@ from ldmscale.interop.model import Model, Part, PartConfig
 from ldmscale.interop.pickles import read_pickle
 from ldmscale.interop.slots import Slot, faults_of, given, shapes_of, taken
 from ldmscale.networks import build_autoencoder, build_text_encoder, build_unet
-from ldmscale.stages.latent_scale import LatentScale
 
 log = logging.getLogger(__name__)
 
 BESIDE = "ldmscale"  # the subfolder of what diffusers has no place for
 FOLDERS = {"unet": "unet", "autoencoder": "vqvae", "text_encoder": "bert"}
-PIPELINE_TOKENS = 77  # LDMTextToImagePipeline tokenises to this length, whatever the model's
+TEXT_PIPELINE = "LDMTextToImagePipeline"
+PIPELINE_TOKENS = 77  # it tokenises to this length, whatever the model's
 # Variants of a weights file by which diffusers' users keep both copies.
 RAW_BESIDE_AVERAGED, AVERAGED_BESIDE_RAW = "non_ema", "ema"
 
@@ -58,6 +58,8 @@ def read_folder(folder: Path) -> Model:
         index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else None
         model.source |= {"layout": "folders", "index": index}
         for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name != BESIDE):
+            if path.name.startswith("."):
+                continue  # of git or of a download
             if (path / "scheduler_config.json").is_file():
                 _read_scheduler(model, path, faults)
             elif (path / "vocab.txt").is_file() or (path / "tokenizer.json").is_file():
@@ -67,6 +69,9 @@ def read_folder(folder: Path) -> Model:
                 _read_component(model, path.name, path, faults)
             else:
                 faults.append(f"{path.name}/ holds no component that is known")
+        if (index or {}).get("_class_name") == TEXT_PIPELINE and model.latent_size and model.autoencoder:
+            # The pipeline makes an image of sample_size times the factor, and takes an eighth of it for the latents.
+            model.latent_size = model.latent_size * model.autoencoder.factor // 8
         told = {name for name, entry in (index or {}).items() if isinstance(entry, list) and entry[0]}
         faults += [f"{name}/ is missing" for name in sorted(told) if not (folder / name).is_dir()]
     if faults:
@@ -131,9 +136,7 @@ def _read_component(model: Model, name: str, folder: Path, faults: list[str]) ->
     model.parts[part] = Part(config, weights, averaged, head)
     model.source["components"][part] = options | {"name": name}
     if isinstance(config, AutoencoderConfig) and values.get("scaling_factor") is not None:
-        channels = config.latent_width
-        factor = torch.full((channels,), float(values["scaling_factor"]))
-        model.scale = LatentScale(torch.zeros(channels), factor)
+        model.scale_by(float(values["scaling_factor"]))
     if isinstance(config, UNetConfig) and isinstance(values.get("sample_size"), int):
         model.latent_size = values["sample_size"]
 
@@ -217,17 +220,12 @@ Described = dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]
 def _described(model: Model) -> Described:
     """(subfolder, weights file, config.json, options of the source) of each part."""
     if model.source.get("format") == "diffusers":
-        components = model.source["components"]
         return {
-            part: (
-                components[part]["name"],
-                components[part]["file"],
-                components[part]["config"],
-                components[part],
-            )
-            for part in model.parts
+            part: (options["name"], options["file"], _as_stored(model, options["config"]), options)
+            for part, options in model.source["components"].items()
+            if part in model.parts
         }
-    faults: list[str] = []
+    faults = [*model.unknown.values()]
     if model.learned_null:
         faults.append("diffusion.null_condition=learned: diffusers' null condition is the empty caption")
     if model.scale is not None and model.factor is None:
@@ -259,6 +257,13 @@ def _described(model: Model) -> Described:
     }
 
 
+def _as_stored(model: Model, values: dict[str, Any]) -> dict[str, Any]:
+    """config.json as the source had it; only a scale that it left open, and the user gave, is filled in."""
+    if "scaling_factor" in values and values["scaling_factor"] is None:
+        return values | {"scaling_factor": model.factor}
+    return values
+
+
 def _values_of(model: Model, part: str) -> dict[str, Any]:
     if part == "unet":
         assert model.unet is not None
@@ -278,7 +283,7 @@ def _values_of(model: Model, part: str) -> dict[str, Any]:
 def _sample_size(model: Model) -> int | None:
     """What makes the pipeline draw latents of the trained size: LDMTextToImagePipeline takes f for 8."""
     size, first = model.latent_size, model.autoencoder
-    if size is None or first is None or model.text_encoder is None or size * 8 % first.factor:
+    if size is None or first is None or _pipeline(model)[0] != TEXT_PIPELINE or size * 8 % first.factor:
         return size
     return size * 8 // first.factor
 
@@ -304,16 +309,20 @@ def _write_pipeline(model: Model, folder: Path, described: Mapping[str, tuple[st
     if model.tokenizer is not None:
         shutil.copytree(model.tokenizer, folder / source.get("tokenizer", "tokenizer"))
     if source:
-        if "scheduler" in source:
-            scheduler = source["scheduler"]
+        scheduler = source.get("scheduler")
+        if scheduler is not None:
             write_json(folder / scheduler["name"] / "scheduler_config.json", scheduler["config"])
+        elif model.diffusion is not None:
+            write_json(folder / "scheduler" / "scheduler_config.json", schedule_values(model.diffusion))
         if source["index"] is not None:
             write_json(folder / "model_index.json", source["index"])
         return
     if model.diffusion is not None:
         write_json(folder / "scheduler" / "scheduler_config.json", schedule_values(model.diffusion))
-    pipeline = _pipeline(model)
+    pipeline, reason = _pipeline(model)
     if pipeline is None:
+        if reason:
+            log.warning("%s: its networks are written each in a folder, without a model_index.json", reason)
         return
     index: dict[str, Any] = {"_class_name": pipeline, "scheduler": ["diffusers", "DDIMScheduler"]}
     for place, values in described.values():
@@ -328,11 +337,11 @@ def _write_pipeline(model: Model, folder: Path, described: Mapping[str, tuple[st
     write_json(folder / "model_index.json", index)
 
 
-def _pipeline(model: Model) -> str | None:
-    """The pipeline that draws with this model; None, with the reason in the log, where there is none."""
+def _pipeline(model: Model) -> tuple[str | None, str]:
+    """The pipeline that draws with this model; None where there is none, and the reason where one could be expected."""
     unet, text, first = model.unet, model.text_encoder, model.autoencoder
     if unet is None or first is None:
-        return None
+        return None, ""
     reason = "diffusers has no pipeline for its condition"
     if model.scale is None:
         reason = (
@@ -345,8 +354,7 @@ def _pipeline(model: Model) -> str | None:
     elif text is not None and text.max_tokens != PIPELINE_TOKENS:
         reason = f"LDMTextToImagePipeline has captions of {PIPELINE_TOKENS} tokens and this model of {text.max_tokens}"
     elif text is not None:
-        return "LDMTextToImagePipeline"
+        return TEXT_PIPELINE, ""
     elif unet.context_dim is None and unet.in_channels == unet.out_channels and unet.num_classes is None:
-        return "LDMPipeline"
-    log.warning("%s: its networks are written each in a folder, without a model_index.json", reason)
-    return None
+        return "LDMPipeline", ""
+    return None, reason

@@ -17,6 +17,7 @@ from ldmscale.config import (
     UNetConfig,
 )
 from ldmscale.data.tokens import Tokenizer
+from ldmscale.errors import DataError
 from ldmscale.interop.model import Model, Part
 from ldmscale.interop.reading import one_average, read
 from ldmscale.models.conditions import ClassEmbedder, SpatialRescaler
@@ -33,7 +34,12 @@ def load_model(path: Path, ema: bool | str, dtype: torch.dtype) -> Parts:
 
 
 def parts_of(model: Model, ema: bool, dtype: torch.dtype) -> Parts:
-    """Networks with the model's weights, on the CPU; the autoencoder beside a U-Net stays in float32."""
+    """Networks with the model's weights, on the CPU; the autoencoder beside a U-Net stays in float32.
+
+    Raises DataError where a setting is not known without which they cannot run.
+    """
+    if model.unknown:
+        raise DataError([*model.unknown.values()])
     parts = Parts(scale=model.scale)
     for name, part in model.parts.items():
         config = part.config

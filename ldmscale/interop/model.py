@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from ldmscale.config import (
@@ -71,6 +72,8 @@ class Model:
         lightning: what a .ckpt held besides its state_dict.
         source: how the source was laid out, for writing the same format again.
         learned_null: the null condition is a trained context, which no other format has a place for.
+        unknown: settings that neither the source nor the user told, each with the sentence that asks for it. Their values in
+            `parts` keep a place. Such a model can be written as it came, and not be run.
     """
 
     parts: dict[str, Part] = field(default_factory=dict)
@@ -82,6 +85,7 @@ class Model:
     lightning: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     learned_null: bool = False
+    unknown: dict[str, str] = field(default_factory=dict)
 
     @property
     def unet(self) -> UNetConfig | None:
@@ -100,6 +104,17 @@ class Model:
             if "text_encoder" in self.parts
             else None
         )
+
+    def scale_by(self, factor: float) -> bool:
+        """Set the one number that latents are multiplied by; False where no part tells how many channels they have."""
+        if self.autoencoder is not None:
+            channels = self.autoencoder.latent_width
+        elif self.unet is not None:
+            channels = self.unet.out_channels
+        else:
+            return False
+        self.scale = LatentScale(torch.zeros(channels), torch.full((channels,), factor))
+        return True
 
     @property
     def factor(self) -> float | None:
@@ -138,6 +153,7 @@ def write_model(model: Model, folder: Path) -> None:
         "scale": None if model.scale is None else model.scale.plain(),
         "latent_size": model.latent_size,
         "kept": sorted(model.kept),
+        "unknown": model.unknown,
         "source": model.source,
     }
     write_json(folder / MODEL_FILE, values)
@@ -157,6 +173,7 @@ def read_model(folder: Path) -> Model:
         latent_size=values["latent_size"],
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
         source=values["source"],
+        unknown=values.get("unknown", {}),
     )
     for name, config in values["parts"].items():
         tensors = read_safetensors(folder / f"{name}.safetensors")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldmscale.config import (
@@ -27,9 +26,8 @@ from ldmscale.interop import compvis
 from ldmscale.interop.compvis_config import Hints, find_yaml, load_yaml, read_hints
 from ldmscale.interop.diffusers_folder import is_diffusers, read_folder
 from ldmscale.interop.files import read_safetensors
-from ldmscale.interop.model import MODEL_FILE, Model, read_model
+from ldmscale.interop.model import MODEL_FILE, SCHEDULE_KEYS, Model, read_model
 from ldmscale.interop.pickles import plain, read_pickle
-from ldmscale.stages.latent_scale import LatentScale
 
 log = logging.getLogger(__name__)
 
@@ -145,22 +143,61 @@ def _settle(model: Model, given: Given) -> None:
         for key, value in vars(wanted).items():
             if key not in free and getattr(found, key) != value:
                 faults.append(f"{name}.{key}={value} is given, and the source has {getattr(found, key)}")
-    stored = model.kept.get("scale_factor")
-    if (
-        stored is not None
-        and given.scale_factor is not None
-        and abs(float(stored) - given.scale_factor) > 1e-6
-    ):
-        faults.append(
-            f"scale_factor={given.scale_factor} is given, and the source has {float(stored):.6g}: remove it"
-        )
+    faults += [*_other_heads(model, given), *_other_scale_or_schedule(model, given)]
     if faults:
         raise ConfigError(faults)
     model.diffusion = given.diffusion or model.diffusion
     model.latent_size = given.latent_size or model.latent_size
-    if given.scale_factor is not None and (first := model.autoencoder) is not None:
-        channels = first.latent_width
-        model.scale = LatentScale(torch.zeros(channels), torch.full((channels,), given.scale_factor))
+    if given.scale_factor is not None and not model.scale_by(given.scale_factor):
+        raise ConfigError(
+            f"scale_factor={given.scale_factor} is given, and the source has no latents: remove it"
+        )
+
+
+def _other_heads(model: Model, given: Given) -> list[str]:
+    """Heads that were given and are not those of the source, or come too late to change how its tensors were read."""
+    told = {
+        "unet": {"heads": given.unet_heads, "head_channels": given.unet_head_channels},
+        "text_encoder": {"heads": given.text_heads, "head_channels": given.text_head_channels},
+    }
+    faults = []
+    for name, values in told.items():
+        part = model.parts.get(name)
+        for key, value in values.items():
+            if value is None:
+                continue
+            if part is None:
+                faults.append(f"{name}.{key}={value} is given, and the source has no {name}: remove it")
+            elif f"{name}.heads" in model.unknown:
+                faults.append(
+                    f"{name}.{key}={value} is given, and the source was imported without: import the checkpoint itself again"
+                )
+            elif (found := getattr(part.config, key)) != value:
+                faults.append(f"{name}.{key}={value} is given, and the source has {found}: remove it")
+    return faults
+
+
+def _other_scale_or_schedule(model: Model, given: Given) -> list[str]:
+    """Where a source states these, an export writes them as they were: another value could not be kept."""
+    faults = []
+    stored: float | None = None
+    if "scale_factor" in model.kept:
+        stored = float(model.kept["scale_factor"])
+    components = model.source.get("components", {})
+    if "autoencoder" in components:
+        stored = components["autoencoder"]["config"].get("scaling_factor")
+    if stored is not None and given.scale_factor is not None and abs(stored - given.scale_factor) > 1e-6:
+        faults.append(
+            f"scale_factor={given.scale_factor} is given, and the source has {stored:.6g}: remove it"
+        )
+    if "scheduler" in model.source and given.diffusion is not None and model.diffusion is not None:
+        for key in SCHEDULE_KEYS:
+            here, there = getattr(given.diffusion, key), getattr(model.diffusion, key)
+            if here != there:
+                faults.append(
+                    f"diffusion.{key}={here} is given, and the source's scheduler has {there}: remove it"
+                )
+    return faults
 
 
 def one_average(ema: bool | str) -> bool:

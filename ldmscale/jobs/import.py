@@ -49,5 +49,7 @@ def main(overrides: Sequence[str]) -> int:
         log.info("%s: %d parameters%s", name, count, "" if part.averaged is None else ", and averaged copies")
     for what, count in kinds_kept(model).items():
         log.info("kept as they are: %d tensors, %s", count, what)
+    for told in model.unknown.values():
+        log.warning("%s; as it is, the model can be exported as compvis and not be run", told)
     log.info("%s is in %s", config.src, dst)
     return 0

@@ -209,8 +209,13 @@ def test_an_exported_pipeline_draws_what_sample_draws(kind, tmp_path):
     expected = torch.from_numpy(np.asarray(there)).permute(0, 3, 1, 2) * 2 - 1
     assert ours.std() > 0.1 and ours.shape[-1] == 8 * family.autoencoder.factor
     assert float((ours - expected).abs().max()) < 1e-4  # five guided steps, each 5e-6 of values up to 30
-    # The folder read without an import draws the same.
-    assert torch.equal(sample(load(tmp_path / "there"), PROMPTS, steps=5, guidance=3.0, noise=noise), ours)
+    # The folder read without an import draws the same, at the same size.
+    again = load(tmp_path / "there")
+    assert again.latent_shape == (family.unet.out_channels, 8, 8)
+    assert torch.equal(sample(again, PROMPTS, steps=5, guidance=3.0, noise=noise), ours)
+    # And the pipeline's own size is the trained one.
+    alone = pipeline(PROMPTS[:1], num_inference_steps=1, output_type="np").images
+    assert alone.shape[1] == ours.shape[-1]
 
 
 def test_a_pipeline_saved_by_diffusers_draws_the_same_here(tmp_path):

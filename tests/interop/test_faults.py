@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, Family, compvis_state, first_stage, model_of, unet
+from families import FAMILIES, TEXT, Family, compvis_state, first_stage, model_of, unet
 from safetensors.torch import load_file, save_file
 
+from ldmscale import load
 from ldmscale.cli import main
 from ldmscale.config import DiffusionConfig
-from ldmscale.errors import ConfigError
+from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop.diffusers_folder import write_folder
 from ldmscale.interop.writing import write
 from ldmscale.stages.latent_scale import LatentScale
@@ -69,15 +71,77 @@ def test_settings_that_cannot_be_followed_are_named_together(tmp_path, capfd):
     assert "norm_eps=1e-06" in told and "freq_shift=1" in told and "SkipDownBlock2D" in told
 
 
-def test_heads_are_asked_for_and_never_guessed(tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("family", "asked"),
+    [
+        ("faces", ["unet.heads"]),
+        ("churches", ["unet.heads"]),
+        ("semantic", ["unet.heads", "the number of halvings"]),
+        ("odd text", ["unet.heads", "text_encoder.heads"]),
+    ],
+)
+def test_what_shapes_do_not_tell_is_never_guessed_and_not_needed_to_write_a_checkpoint_back(
+    family, asked, tmp_path, capfd
+):
+    odd = Family(unet(heads=4, context_dim=32), first_stage(), replace(TEXT, heads=3, head_channels=10))
+    state = compvis_state(FAMILIES.get(family, odd))
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    assert main(["import", f"src={tmp_path}/model.ckpt", f"dst={tmp_path}/model"]) == 0
+    assert main(["export", f"src={tmp_path}/model", f"dst={tmp_path}/back", "format=compvis"]) == 0
+    back = torch.load(tmp_path / "back" / "model.ckpt", weights_only=True)["state_dict"]
+    assert set(back) == set(state) and all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    written = (tmp_path / "back" / "config.yaml").read_text()
+    assert not any(
+        word in written for word in ("num_head", "n_stages", "dim_head")
+    )  # nothing that nobody said
+    assert main(["export", f"src={tmp_path}/model", f"dst={tmp_path}/x", "format=diffusers"]) == 2
+    told = capfd.readouterr().err
+    for path in ("model", "model.ckpt"):
+        with pytest.raises(DataError) as error:
+            load(tmp_path / path)
+        assert len(error.value.faults) == len(asked)
+        assert all(name in str(error.value) and name in told for name in asked)
+    # Too late: the tensors have been laid out without.
+    again = ["import", f"src={tmp_path}/model", f"dst={tmp_path}/y", "unet.heads=4"]
+    assert main(again) == 2 and "import the checkpoint itself again" in capfd.readouterr().err
+
+
+def test_heads_that_do_not_fit_are_refused(tmp_path, capfd):
     torch.save({"state_dict": compvis_state(FAMILIES["faces"])}, tmp_path / "model.ckpt")
     source = ["import", f"src={tmp_path}/model.ckpt", f"dst={tmp_path}/model"]
-    assert main(source) == 2
-    assert "unet.heads is not known: the shapes of a checkpoint do not tell it" in capfd.readouterr().err
     assert main([*source, "unet.heads=5"]) == 2
     assert "does not divide" in capfd.readouterr().err
     assert main([*source, "unet=faces_f4"]) == 2  # a whole configuration is compared
     assert "unet.channels=224 is given, and the source has 32" in capfd.readouterr().err
+
+
+def test_what_a_diffusers_folder_says_is_not_overruled_in_silence(tmp_path, capfd):
+    from diffusers import AutoencoderKL, DDIMScheduler
+
+    first = AutoencoderKL(block_out_channels=(32,), scaling_factor=0.3)
+    first.save_pretrained(tmp_path / "there" / "vae")
+    DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(tmp_path / "there" / "scheduler")
+    (tmp_path / "there" / ".cache").mkdir()  # a download's
+    source = ["import", f"src={tmp_path}/there", f"dst={tmp_path}/model"]
+    assert main([*source, "scale_factor=0.5", "diffusion=eps", "unet.heads=8"]) == 2
+    told = capfd.readouterr().err
+    assert "scale_factor=0.5 is given, and the source has 0.3" in told
+    assert "diffusion.beta_end=0.012 is given, and the source's scheduler has 0.02" in told
+    assert "unet.heads=8 is given, and the source has no unet" in told
+    assert main([*source, "scale_factor=0.3"]) == 0
+
+
+def test_a_scale_that_the_source_left_open_is_kept_and_written(tmp_path):
+    state = compvis_state(FAMILIES["text2img"])
+    without = {name: tensor for name, tensor in state.items() if not name.startswith("first_stage_model.")}
+    torch.save({"state_dict": without}, tmp_path / "model.ckpt")
+    source = ["import", f"src={tmp_path}/model.ckpt", f"dst={tmp_path}/model", "unet.heads=8"]
+    assert main([*source, "scale_factor=0.25"]) == 0
+    assert load(tmp_path / "model").scale.factor.tolist() == [0.25] * 4  # without a first stage, too
+    write(scaled(FAMILIES["kl_f8"], scale=None), tmp_path / "there", "diffusers", ema=True, overwrite=False)
+    assert main(["import", f"src={tmp_path}/there", f"dst={tmp_path}/kl", "scale_factor=0.5"]) == 0
+    assert main(["export", f"src={tmp_path}/kl", f"dst={tmp_path}/back", "format=diffusers"]) == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["scaling_factor"] == 0.5
 
 
 def test_betas_of_another_schedule_than_given_are_told(tmp_path, capfd):
