@@ -10,6 +10,8 @@ PYTHON ?= python3
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH_INDEX ?=
 ARGS ?=
+# Tests of one file stay together: those that start ranks share a launch.
+TEST_WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/installed-$(DEVICE)
@@ -42,7 +44,7 @@ quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in a
 	$(BIN)/ldmscale quickstart $(ARGS)
 
 test: $(STAMP) ## run all tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 autoencoder-table: $(STAMP) ## train KL-f4 and VQ-f4 with and without the GAN and write docs/autoencoder_table.md (30 minutes)
 	$(BIN)/python -m benchmarks.autoencoder_table $(ARGS)
