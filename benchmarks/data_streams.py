@@ -3,7 +3,8 @@
     python -m benchmarks.data_streams [--rounds 5] [--samples 1024]
 
 Images (320x288 JPEGs of about 25 KB to 256 px squares, uint8): ours with both decoders; webdataset with Pillow; decode
-and resize alone, with bytes that are in memory. Latents (moments [8,32,32] fp16): ours; webdataset; reading the files.
+and resize alone, with bytes that are in memory. Latents (moments [8,32,32] fp16, 64 a batch): ours; webdataset;
+reading the files from end to end; reading the samples' bytes alone in our shuffled order.
 Before any clock runs, both give the same set of keys, pixels within the filters' rounding, and equal latents. Ratios are
 taken within a round, so that a load that comes and goes meets all; the median over rounds is printed, one JSON line each.
 """
@@ -14,6 +15,7 @@ import argparse
 import io
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -31,8 +33,10 @@ from ldmscale.data.index import ShardIndex
 from ldmscale.data.items import ImageItem, LatentItem
 from ldmscale.data.latents import LatentFormat, LatentShardWriter
 from ldmscale.data.loader import Loader
+from ldmscale.data.sequence import Sequence
 
 SIZE, BATCH, SHARDS = 256, 16, 4
+LATENT_BATCH = 64  # latents are small: a rank takes many at a time
 FORMAT = LatentFormat("bench", "moments", "float16", (4, 32, 32), {"size": SIZE})
 
 Work = Callable[[], Iterator[tuple[str, np.ndarray]]]
@@ -75,19 +79,19 @@ def pillow(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def ours(folder: Path, item: ImageItem | LatentItem, name: str, samples: int) -> Work:
+def ours(folder: Path, item: ImageItem | LatentItem, name: str, samples: int, size: int = BATCH) -> Work:
     index = ShardIndex.open(sorted(map(str, folder.glob("*.tar"))), build_missing=True)
 
     def work() -> Iterator[tuple[str, np.ndarray]]:
-        loader = Loader(index, item, seed=0, rank=0, world=1, global_batch=BATCH, rank_micro_batch=BATCH)
-        for _ in range(samples // BATCH):
+        loader = Loader(index, item, seed=0, rank=0, world=1, global_batch=size, rank_micro_batch=size)
+        for _ in range(samples // size):
             batch = next_for_all(loader)
             yield from zip(batch["key"], batch[name].numpy(), strict=True)
 
     return work
 
 
-def peer(folder: Path, extension: str, decode: Callable[[bytes], np.ndarray]) -> Work:
+def peer(folder: Path, extension: str, decode: Callable[[bytes], np.ndarray], size: int = BATCH) -> Work:
     shards = sorted(map(str, folder.glob("*.tar")))
 
     def collate(rows: list[tuple[str, np.ndarray, str]]) -> tuple[list[str], torch.Tensor]:
@@ -96,8 +100,26 @@ def peer(folder: Path, extension: str, decode: Callable[[bytes], np.ndarray]) ->
     def work() -> Iterator[tuple[str, np.ndarray]]:
         data = webdataset.WebDataset(shards, shardshuffle=SHARDS, seed=0).shuffle(1000)
         data = data.to_tuple("__key__", extension, "txt").map_tuple(str, decode, bytes.decode)
-        for keys, batch in data.batched(BATCH, collation_fn=collate):
+        for keys, batch in data.batched(size, collation_fn=collate):
             yield from zip(keys, batch.numpy(), strict=True)
+
+    return work
+
+
+def spans(folder: Path, samples: int) -> Work:
+    """The reads alone that a shuffled order asks for."""
+    index = ShardIndex.open(sorted(map(str, folder.glob("*.tar"))), build_missing=True)
+    sequence = Sequence(index, 0)
+
+    def work() -> Iterator[tuple[str, np.ndarray]]:
+        files = [os.open(path, os.O_RDONLY) for path in index.shards]
+        for first in range(0, samples, LATENT_BATCH):
+            shards, indices = sequence.places(0, first, LATENT_BATCH)
+            offsets, sizes = index.spans(shards, indices)
+            for shard, offset, size in zip(shards.tolist(), offsets.tolist(), sizes.tolist(), strict=True):
+                yield "", np.frombuffer(os.pread(files[shard], size, offset), dtype=np.uint8)
+        for handle in files:
+            os.close(handle)
 
     return work
 
@@ -128,13 +150,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=1024)
     chosen = parser.parse_args()
-    samples = chosen.samples // (SHARDS * BATCH) * SHARDS * BATCH
+    samples = max(1, chosen.samples // (SHARDS * LATENT_BATCH)) * SHARDS * LATENT_BATCH
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         images, latents = Path(scratch, "images"), Path(scratch, "latents")
         images.mkdir()
         write_images(images, samples)
-        write_latents(latents, samples)
+        many = 4 * samples  # latents
+        write_latents(latents, many)
         held = {key: data for key, data in _members(images, "jpg")}
 
         def alone() -> Iterator[tuple[str, np.ndarray]]:
@@ -163,24 +186,19 @@ def main() -> None:
         def raw() -> Iterator[tuple[str, np.ndarray]]:
             for path in sorted(latents.glob("*.tar")):
                 with open(path, "rb") as stream:
-                    for _ in range(samples // SHARDS):
-                        yield (
-                            "",
-                            np.frombuffer(
-                                stream.read(path.stat().st_size * SHARDS // samples), dtype=np.uint8
-                            ),
-                        )
+                    part = path.stat().st_size * SHARDS // many
+                    for _ in range(many // SHARDS):
+                        yield "", np.frombuffer(stream.read(part), dtype=np.uint8)
 
         works = {
-            "ours": ours(latents, LatentItem(FORMAT), "latent", samples),
-            "webdataset": peer(
-                latents, "latent.npy", lambda data: np.load(io.BytesIO(data)).astype(np.float32)
-            ),
-            "reading the files": raw,
+            "ours": ours(latents, LatentItem(FORMAT), "latent", many, LATENT_BATCH),
+            "webdataset": peer(latents, "latent.npy", lambda data: np.load(io.BytesIO(data)), LATENT_BATCH),
+            "reading the files from end to end": raw,
+            "reading the samples' bytes in our order": spans(latents, many),
         }
         mine, theirs = dict(works["ours"]()), dict(works["webdataset"]())
         assert mine.keys() == theirs.keys() and all(np.array_equal(mine[key], theirs[key]) for key in mine)
-        contest("latents", works, chosen.rounds, samples)
+        contest("latents", works, chosen.rounds, many)
 
 
 def _members(folder: Path, extension: str) -> Iterator[tuple[str, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping
 
@@ -39,7 +40,7 @@ def caption_of(members: Mapping[str, bytes], source: str = "txt") -> str:
             f"has no {member} member for the caption (members: {', '.join(sorted(members)) or 'none'})"
         )
     try:
-        text = members[member].decode("utf-8-sig")
+        text = members[member].removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"the caption ({member}) is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"

@@ -94,6 +94,11 @@ class ShardIndex:
         offset, nbytes = self._spans[self._first[shard] + index]
         return int(offset), int(nbytes)
 
+    def spans(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (offsets, bytes) of several samples, int64 [n] each; the samples must exist."""
+        found = np.asarray(self._spans)[self._first[shards] + indices]
+        return found["offset"].astype(np.int64), found["nbytes"].astype(np.int64)
+
     @property
     def fingerprint(self) -> str:
         """Identifies the set by names, sizes, counts and selection, in order: a resume with another set is none."""

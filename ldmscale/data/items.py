@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ldmscale.data.buckets import Shape
 from ldmscale.data.captions import caption_of
-from ldmscale.data.decode import MAX_PIXELS, decode_image, image_member
+from ldmscale.data.decode import LATENT, MAX_PIXELS, decode_image, image_member
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import LatentFormat, read_latent
 from ldmscale.data.samples import Sample
@@ -47,7 +48,7 @@ class ImageItem:
         Raises:
             DataError: if the image, the caption or the label cannot be used.
         """
-        item = _told(sample, self.caption_source, self.tokenizer, self.labels)
+        item = _told(sample.members, self.caption_source, self.tokenizer, self.labels)
         _, data = image_member(sample.members)
         draws = generator(self.seed, position, "crop") if self.crop == "random" or self.flip else None
         item["image"] = decode_image(
@@ -64,7 +65,7 @@ class ImageItem:
 
 @dataclass(frozen=True)
 class LatentItem:
-    """Makes {"latent": float32 [stored_shape]} of a latent sample, with "caption" and "tokens" if asked for.
+    """Makes {"latent": [stored_shape] in the stored dtype} of a latent sample, with "caption" and "tokens" if asked for.
 
     Attributes:
         format: of the set; its `kind` says whether "latent" holds moments.
@@ -84,21 +85,35 @@ class LatentItem:
         Raises:
             DataError: if the latent, the caption or the label cannot be used.
         """
-        item = _told(sample, self.caption_source, self.tokenizer, self.labels)
+        item = _told(sample.members, self.caption_source, self.tokenizer, self.labels)
         item["latent"] = read_latent(sample.members, self.format)
         return item
 
+    def member(self, position: int) -> str:
+        """The member whose array is the latent at a position."""
+        return LATENT
+
+    @property
+    def told_members(self) -> frozenset[str]:
+        """The members that `told` looks at."""
+        sources = [self.caption_source, None if self.labels is None else self.labels.source]
+        return frozenset(source.partition(":")[0] for source in sources if source is not None)
+
+    def told(self, members: Mapping[str, bytes]) -> dict[str, np.ndarray | str | int]:
+        """The item but for "latent" and "tokens". Raises DataError as calling does."""
+        return _told(members, self.caption_source, None, self.labels)
+
 
 def _told(
-    sample: Sample, source: str | None, tokenizer: Tokenizer | None, labels: ClassLabels | None
+    members: Mapping[str, bytes], source: str | None, tokenizer: Tokenizer | None, labels: ClassLabels | None
 ) -> dict[str, np.ndarray | str | int]:
     """The conditions of a sample, each read by its own reader."""
     item: dict[str, np.ndarray | str | int] = {}
     if source is not None:
-        caption = caption_of(sample.members, source)
+        caption = caption_of(members, source)
         item["caption"] = caption
         if tokenizer is not None:
             item["tokens"] = tokenizer.encode([caption])[0]
     if labels is not None:
-        item["label"] = labels.of(sample.members)
+        item["label"] = labels.of(members)
     return item

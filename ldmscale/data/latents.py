@@ -291,7 +291,7 @@ def finish_set(folder: str | Path, names: Iterable[str], format: LatentFormat) -
 
 
 def read_latent(members: Mapping[str, bytes], format: LatentFormat) -> np.ndarray:
-    """Returns a sample's moments or latent as float32 [stored_shape].
+    """Returns a sample's moments or latent [stored_shape] in the dtype that it is stored in; may be read-only.
 
     Raises:
         DataError: if it is missing, damaged, or of another shape.
@@ -301,7 +301,7 @@ def read_latent(members: Mapping[str, bytes], format: LatentFormat) -> np.ndarra
     array = decode_array(members[LATENT])
     if array.shape != format.stored_shape:
         raise DataError(f"the latent has shape {array.shape}, the set's is {format.stored_shape}")
-    return array.astype(np.float32)
+    return array
 
 
 def _record_path(path: Path) -> Path:

@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from ldmscale.data.buckets import BucketCursor
 from ldmscale.data.fetch import Fetcher, Ticket
 from ldmscale.data.index import ShardIndex
+from ldmscale.data.items import LatentItem
+from ldmscale.data.latent_reader import SKIPPED, LatentReader
 from ldmscale.data.ledger import Ledger
 from ldmscale.data.mixture import Mixture
 from ldmscale.data.samples import Sample
@@ -39,7 +41,6 @@ MakeItem = Callable[[Sample, int], Item]
 
 Batch = dict[str, Any]
 
-_SKIPPED = "skipped"
 _FAULT = "fault"
 _UNREACHABLE = "store"
 
@@ -149,7 +150,7 @@ class Loader:
         if self._handed_out == self.accumulation:
             self._done.take(self._global_batch)
             self._handed_out = 0
-        self._count(batch.pop(_SKIPPED).tolist())
+        self._count(batch.pop(SKIPPED).tolist())
         return batch
 
     def close(self) -> None:
@@ -163,17 +164,22 @@ class Loader:
 
     def _start(self) -> Iterator[Batch]:
         remote = any(not is_local(url) for url in self.index.shards)
+        samples = _Samples(self._fetcher, batched=not remote)
+        if (
+            not self._workers
+        ):  # torch's loader would do the same, with more ceremony than latents take to read
+            return map(self._pinned, map(samples.together, self._micro_batches()))
         # fsspec's asynchronous stores have a thread of their own, which does not survive a fork.
-        context = None if not self._workers else "forkserver" if remote else "fork"
+        context = "forkserver" if remote else "fork"
         loader: DataLoader[Batch] = DataLoader(
-            _Samples(self._fetcher),
+            samples,
             batch_sampler=self._micro_batches(),
             num_workers=self._workers,
-            collate_fn=_collate,
+            collate_fn=_as_it_is,
             pin_memory=self._pin_memory,
-            prefetch_factor=4 if self._workers else None,
+            prefetch_factor=4,
             multiprocessing_context=context,
-            worker_init_fn=_calm_worker if self._workers else None,
+            worker_init_fn=_calm_worker,
             # Draws of torch's own, from the global generator, would make the training's draws depend on the
             # loader.
             generator=torch.Generator().manual_seed(0),
@@ -201,6 +207,14 @@ class Loader:
                 ]
             first_part = 0
 
+    def _pinned(self, batch: Batch) -> Batch:
+        if not self._pin_memory:
+            return batch
+        return {
+            name: value.pin_memory() if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
     def _cursor(self, consumed: Sequence[int] | None) -> BucketCursor:
         return BucketCursor(self._shares, self._seed, consumed)
 
@@ -212,15 +226,39 @@ class Loader:
 
 
 class _Samples(Dataset[dict[str, Any]]):
-    def __init__(self, fetcher: Fetcher[Item]) -> None:
+    """Tickets to a batch: one after another, or, of latents that lie on a disk, all at once."""
+
+    def __init__(self, fetcher: Fetcher[Item], *, batched: bool) -> None:
         self.fetcher = fetcher
+        self.latents: LatentReader | None = None
+        if batched and isinstance(fetcher.make_item, LatentItem):
+            self.latents = LatentReader(fetcher, fetcher.make_item)
+
+    def together(self, tickets: list[Ticket]) -> Batch:
+        if self.latents is None:
+            return _collate([self[ticket] for ticket in tickets])
+        try:
+            return self.latents.read(tickets)
+        except DataError as error:
+            return _fault(error)
+
+    def __getitems__(self, tickets: list[Ticket]) -> Batch:
+        return self.together(tickets)  # what torch's loader calls
 
     def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
         try:
             fetched = self.fetcher.fetch(ticket)
         except DataError as error:  # told as a value: torch would wrap the worker's traceback around it
-            return {_FAULT: str(error), _UNREACHABLE: isinstance(error, StoreError)}
-        return {**fetched.item, "position": ticket.position, "key": fetched.key, _SKIPPED: fetched.skipped}
+            return _fault(error)
+        return {**fetched.item, "position": ticket.position, "key": fetched.key, SKIPPED: fetched.skipped}
+
+
+def _fault(error: DataError) -> Batch:
+    return {_FAULT: str(error), _UNREACHABLE: isinstance(error, StoreError)}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _collate(items: list[dict[str, Any]]) -> Batch:

@@ -80,6 +80,14 @@ class Mixture:
         part = 0 if len(self.parts) == 1 else int(np.searchsorted(self.first_shard, shard, side="right")) - 1
         return self.parts[part].span(shard - int(self.first_shard[part]), index)
 
+    def spans(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (offsets, bytes) of several samples, int64 [n] each; the samples must exist."""
+        if len(self.parts) == 1:
+            return self.parts[0].spans(shards, indices)
+        found = [self.span(int(shard), int(index)) for shard, index in zip(shards, indices, strict=True)]
+        offsets, sizes = np.array(found, dtype=np.int64).reshape(-1, 2).T
+        return offsets, sizes
+
     @property
     def fingerprint(self) -> str:
         """Identifies sets and weights: a resume with others is none."""

@@ -79,6 +79,15 @@ class Order:
         block = self._block_at(epoch, offset)
         return epoch, int(block.shard[offset - block.start]), int(block.index[offset - block.start])
 
+    def samples_at(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Shards and indices, int64 [count] each, of the samples from `position` on, where they lie in one block."""
+        epoch, offset = divmod(position, self.total)
+        block = self._block_at(epoch, offset)
+        at = slice(offset - block.start, offset - block.start + count)
+        if at.stop > len(block.index):
+            return None
+        return block.shard[at].astype(np.int64), block.index[at].astype(np.int64)
+
     def locate(self, number: int) -> tuple[int, int]:
         """Returns (shard, index in the shard) of sample `number` in the shards' own order, unshuffled."""
         shard = int(np.searchsorted(self._ends, number, side="right"))

@@ -72,11 +72,17 @@ class SampleReader:
 
     def _read_local(self, shard: int, offset: int, nbytes: int) -> bytes:
         try:
-            return os.pread(self._descriptor(shard), nbytes, offset)
+            return os.pread(self.descriptor(shard), nbytes, offset)
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror or error}") from error
 
-    def _descriptor(self, shard: int) -> int:
+    def descriptor(self, shard: int) -> int:
+        """An open file of a local shard; it stays open at least until the next call.
+
+        Raises:
+            DataError: if the shard has another size than it was indexed with.
+            OSError: if it cannot be opened.
+        """
         if self._owner != os.getpid():
             # After a fork: descriptors are shared with the parent, which may close them; pread does not mind,
             # LRU does.

@@ -70,6 +70,10 @@ class Sequence:
         """Where sample `number` of a bucket lies. O(1) for neighbouring numbers."""
         return self._lane(bucket).place(number)
 
+    def places(self, bucket: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard number and number in the shard of `count` samples from `first` on, int64 [count] each."""
+        return self._lane(bucket).places(first, count)
+
     def stand_in(self, bucket: int, draw: int) -> Place:
         """The sample of a bucket that a random 64-bit number stands for, each equally likely."""
         return self._lane(bucket).nth(draw)
@@ -109,6 +113,14 @@ class _Lane:
         which = int(turns[at])
         _, shard, index = self.orders[which].sample_at(cycle * int(self.per_cycle[which]) + int(before[at]))
         return self._place(which, shard, index)
+
+    def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        together = self.orders[0].samples_at(first, count) if len(self.orders) == 1 else None
+        if together is None:
+            single = [self.place(number) for number in range(first, first + count)]
+            return np.array([each.shard for each in single]), np.array([each.index for each in single])
+        shards, indices = together
+        return shards + self.first_shard[0], indices + self.first_index[0][shards]
 
     def nth(self, draw: int) -> Place:
         number = draw % int(self.ends[-1])

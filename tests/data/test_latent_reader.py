@@ -1,0 +1,161 @@
+"""Latents read by the batch are those of the careful way, whatever is wrong with the shards."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldmscale.data.fetch import Fetcher, Ticket
+from ldmscale.data.index import ShardIndex
+from ldmscale.data.items import LatentItem
+from ldmscale.data.latent_reader import LatentReader
+from ldmscale.data.latents import LatentFormat, LatentShardWriter
+from ldmscale.data.ledger import Ledger, read_ledger
+from ldmscale.data.loader import Loader
+from ldmscale.data.sequence import Sequence
+from ldmscale.data.tokens import Tokenizer, train_wordpiece
+
+FORMAT = LatentFormat("b" * 16, "moments", "float16", (4, 8, 8), {"size": 64})
+COUNTS = (40, 30)
+TOTAL = sum(COUNTS)
+
+
+def write(folder: Path, format: LatentFormat = FORMAT) -> list[str]:
+    draws, paths = np.random.default_rng(7), []
+    for shard, count in enumerate(COUNTS):
+        with LatentShardWriter(folder, f"{shard:05d}.tar", format) as writer:
+            for number in range(count):
+                # Every size class of texts: within a block, one block exactly, several.
+                caption = "word " * (number % 5 * 60) + f"caption {number} ü"
+                metadata = {"number": number, "url": "x" * (450 * (number % 3))}
+                key = f"{'folder/' if number % 7 == 0 else ''}{shard}{number:04d}"
+                writer.write(key, draws.standard_normal(format.stored_shape), caption, metadata)
+        paths.append(str(folder / f"{shard:05d}.tar"))
+    return paths
+
+
+def both(paths: list[str], item: LatentItem, folder: Path) -> tuple[LatentReader, list[Any], list[Any]]:
+    """(reader, batches of the reader, items of the careful way for the same positions)."""
+    index = ShardIndex.open(paths, build_missing=True)
+    ways = [
+        Fetcher(index, Sequence(index, 3, 2), item, seed=3, ledger=Ledger(folder / f"{name}.jsonl"))
+        for name in ("batch", "careful")
+    ]
+    reader = LatentReader(ways[0], item)
+    tickets = [Ticket(position, 0, position) for position in range(2 * TOTAL)]
+    batches = [reader.read(tickets[start : start + 10]) for start in range(0, len(tickets), 10)]
+    return reader, batches, [ways[1].fetch(ticket) for ticket in tickets]
+
+
+def assert_equal(batches: list[dict[str, Any]], wanted: list[Any], folder: Path) -> None:
+    rows = [(batch, row) for batch in batches for row in range(len(batch["key"]))]
+    for (batch, row), each in zip(rows, wanted, strict=True):
+        assert (batch["key"][row], int(batch["skipped"][row])) == (each.key, each.skipped)
+        assert batch["caption"][row] == each.item["caption"]
+        assert np.array_equal(batch["latent"][row].numpy(), each.item["latent"])
+        if "tokens" in batch:
+            assert np.array_equal(batch["tokens"][row].numpy(), each.item["tokens"])
+    told = [
+        [(entry["shard"], entry["key"], entry["reason"], entry["position"]) for entry in read_ledger(path)]
+        for path in (folder / "batch.jsonl", folder / "careful.jsonl")
+    ]
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("format", [FORMAT, replace(FORMAT, dtype="float32"), replace(FORMAT, kind="latent")])
+def test_whole_shards_are_read_by_the_batch(tmp_path: Path, format: LatentFormat) -> None:
+    train_wordpiece(["caption word"], 60, tmp_path / "tokenizer")
+    item = LatentItem(format, tokenizer=Tokenizer.load(tmp_path / "tokenizer", 6))
+    reader, batches, wanted = both(write(tmp_path, format), item, tmp_path)
+    assert reader.careful == 0 and batches[0]["latent"].dtype == getattr(torch, format.dtype)
+    assert_equal(batches, wanted, tmp_path)
+    assert read_ledger(tmp_path / "batch.jsonl") == []
+
+
+def flip_byte(data: bytearray, offset: int) -> None:
+    data[offset] ^= 0x11
+
+
+DAMAGE = {
+    "name": 3, "mode": 103, "size": 130, "mtime": 140, "checksum": 150, "type": 156, "magic": 258, "owner": 270,
+    "prefix": 400,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", list(DAMAGE))
+@pytest.mark.parametrize("member", ["json", "latent.npy", "txt"])
+def test_damaged_headers_are_noticed_as_the_careful_way_does(tmp_path: Path, where: str, member: str) -> None:
+    paths = write(tmp_path)
+    ShardIndex.open(paths, build_missing=True)
+    data = bytearray(Path(paths[0]).read_bytes())
+    status = os.stat(paths[0])
+    for key in (b"00003.", b"00017.", b"00021."):
+        flip_byte(data, data.index(key + member.encode() + b"\0") // 512 * 512 + DAMAGE[where])
+    Path(paths[0]).write_bytes(bytes(data))
+    os.utime(paths[0], ns=(status.st_atime_ns, status.st_mtime_ns))  # the index still stands
+    reader, batches, wanted = both(paths, LatentItem(FORMAT), tmp_path)
+    assert_equal(batches, wanted, tmp_path)
+    assert len(read_ledger(tmp_path / "batch.jsonl")) >= 6 and 6 <= reader.careful < TOTAL
+
+
+def test_damaged_values_captions_and_cut_shards_are_noticed_as_the_careful_way_does(
+    tmp_path: Path, write_tar: Callable[..., str]
+) -> None:
+    paths = write(tmp_path)
+    ShardIndex.open(paths, build_missing=True)
+    data = bytearray(Path(paths[1]).read_bytes())
+    status = os.stat(paths[1])
+
+    def at(name: bytes) -> int:
+        return data.index(name + b"\0") // 512 * 512 + 512
+
+    data[at(b"10003.latent.npy") + 128 : at(b"10003.latent.npy") + 130] = b"\x00\x7c"  # infinity
+    data[at(b"10004.latent.npy") + 400 : at(b"10004.latent.npy") + 402] = b"\x01\xfe"  # minus a NaN
+    data[at(b"10005.latent.npy") + 20] ^= 1  # the head of the array
+    data[at(b"10006.txt")] = 0xFF  # no UTF-8
+    Path(paths[1]).write_bytes(bytes(data))
+    os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    other = write_tar(  # members that the layout does not know, in an order of their own
+        tmp_path / "other.tar",
+        [
+            ("a.txt", b"a"),
+            ("a.latent.npy", bytes(data[at(b"10008.latent.npy") :][: 128 + 1024])),
+            ("a.cls", b"1"),
+        ],
+    )
+    reader, batches, wanted = both([*paths, other], LatentItem(FORMAT), tmp_path)
+    assert_equal(batches, wanted, tmp_path)
+    reasons = {entry["key"]: entry["reason"] for entry in read_ledger(tmp_path / "batch.jsonl")}
+    assert {"10003", "10004", "10005", "10006"} == reasons.keys() and reader.careful < TOTAL
+    assert "finite" in reasons["10003"] and "finite" in reasons["10004"] and "UTF-8" in reasons["10006"]
+
+
+def test_workers_and_ranks_change_nothing(tmp_path: Path) -> None:
+    index = ShardIndex.open(write(tmp_path), build_missing=True)
+
+    def stream(rank: int, world: int, workers: int) -> list[tuple[str, bytes]]:
+        loader = Loader(
+            index, LatentItem(FORMAT), seed=1, rank=rank, world=world, global_batch=12, rank_micro_batch=3,
+            workers=workers,
+        )  # fmt: skip
+        found = []
+        for batch in itertools.islice(loader, 12 * loader.accumulation):
+            found += [
+                (key, latent.numpy().tobytes())
+                for key, latent in zip(batch["key"], batch["latent"], strict=True)
+            ]
+        loader.close()
+        return found
+
+    alone = stream(0, 1, 0)
+    assert stream(0, 1, 2) == alone
+    halves = [stream(rank, 2, 0) for rank in (0, 1)]
+    assert [row for step in range(12) for half in halves for row in half[6 * step : 6 * step + 6]] == alone
