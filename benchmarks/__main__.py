@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Sequence
 
 from benchmarks.contenders import Contender
 from benchmarks.contest import Row, contest
 
 HEADS = (8, 2)  # head sizes 8 to 32, and 32 to 128; the published models have 40 to 160
+
+
+# Benchmarks without contenders: a program of their own, which takes --quick.
+PROGRAMS = {"checkpointing": "benchmarks.checkpointing"}
 
 
 def contests(quick: bool) -> dict[str, list[Contender]]:
@@ -70,7 +76,7 @@ def table(name: str, rows: Sequence[Row], threads: int) -> str:
 
 
 def main() -> None:
-    known = contests(quick=False)
+    known = [*contests(quick=False), *PROGRAMS]
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or several of: {', '.join(known)}")
     parser.add_argument("--seconds", type=float, default=60.0, help="no round of a table begins after it")
@@ -84,6 +90,11 @@ def main() -> None:
     if unknown := [name for name in chosen.names if name not in known]:
         parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(known)}")
     for name in chosen.names or known:
+        if name in PROGRAMS:
+            print(f"### {name}\n", flush=True)
+            quick = ["--quick"] if chosen.quick else []
+            subprocess.run([sys.executable, "-m", PROGRAMS[name], *quick], check=True)
+            continue
         rows = contest(
             contests(chosen.quick)[name],
             threads=chosen.threads,

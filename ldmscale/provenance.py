@@ -35,7 +35,7 @@ def git_revision() -> str | None:
         return None
     try:
         revision = _git(home, "rev-parse", "HEAD")
-        return revision + ("+" if _git(home, "status", "--porcelain", "--untracked-files=no") else "")
+        return revision + ("+" if _git(home, "status", "--porcelain", "--", "ldmscale", "conf") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

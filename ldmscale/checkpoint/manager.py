@@ -70,7 +70,8 @@ class CheckpointManager:
     over: a process that came back from the dead publishes nothing.
 
     With `url` every complete checkpoint is copied there, at most one at a time; a newer one that is complete
-    by then goes next. A failed upload is told and never stops a run.
+    by then goes next. A failed upload is told and never stops a run. `beside` names files and folders next to
+    `folder` that go there too, as they are then.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class CheckpointManager:
         attempt: int = 0,
         fence: Callable[[], None] | None = None,
         url: str | None = None,
+        beside: Sequence[str] = (),
     ) -> None:
         self.folder = Path(folder)
         self.retention = retention or Retention()
@@ -89,6 +91,7 @@ class CheckpointManager:
         self.failed_saves = 0  # in a row
         self.last_seconds = 0.0  # from the copy of the last save to its end
         self._fence = fence or (lambda: None)
+        self._beside = beside
         self.remote = None if url is None else RemoteCheckpoints(url)
         self._upload: tuple[int, TwoParts[None]] | None = None
         self._next_upload: int | None = None
@@ -203,6 +206,7 @@ class CheckpointManager:
 
         def publish(_: list[None]) -> None:
             self._fence()
+            remote.put_beside(self.folder.parent, self._beside)
             remote.publish(folder)
             known = remote.steps()
             facts = [self._facts(self.folder / folder_name(old), remote) for old in known if old <= step]

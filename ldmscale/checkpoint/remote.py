@@ -1,6 +1,7 @@
 """Copies of a run's checkpoints behind an fsspec URL (an object store, another file system).
 
     URL/step_00001000/rank_*.safetensors COMPLETE manifest.json
+    URL/beside/metrics.jsonl ...       files of the run, as they were at the last upload
 
 An object store moves nothing in one piece; there the manifest, uploaded last and removed first, is what makes
 a checkpoint count.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from ldmscale.checkpoint.folders import folder_name, step_of
 from ldmscale.checkpoint.storage import COMPLETE
 
 log = logging.getLogger(__name__)
+
+_BESIDE = "beside"
 
 
 class RemoteCheckpoints:
@@ -65,6 +69,30 @@ class RemoteCheckpoints:
     def publish(self, folder: Path) -> None:
         """Upload what makes the checkpoint count, when its other files are there."""
         self.put(folder, [COMPLETE, manifests.NAME])
+
+    def put_beside(self, root: Path, names: Sequence[str]) -> None:
+        """Upload files of the run's folder `root`, and all in its subfolders of these names; what is missing is left out."""
+        self._place("")
+        files: list[Path] = []
+        for name in names:
+            files += (root / name).rglob("*") if (root / name).is_dir() else [root / name]
+        for path in (path for path in files if path.is_file()):
+            place = self._place(_BESIDE, path.relative_to(root).as_posix())
+            self._fs.makedirs(place.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(path), place)
+
+    def get_beside(self, root: Path) -> list[str]:
+        """Download the files of the run into its folder; returns their names."""
+        top = self._place(_BESIDE)
+        try:
+            found = [str(place) for place in self._fs.find(top)]
+        except FileNotFoundError:
+            return []
+        names = [place.rpartition(f"/{_BESIDE}/")[2] for place in found]
+        for place, name in zip(found, names, strict=True):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            self._fs.get_file(place, str(root / name))
+        return names
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint's manifest there says besides tensors."""

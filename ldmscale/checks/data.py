@@ -109,7 +109,16 @@ def check_fixed_view(data: DataConfig) -> list[str]:
 
 def check_local(key: str, path: str) -> list[str]:
     if "://" in path:
-        return [f"{key}={path}: only local and shared folders can be written so far; give a path without ://"]
+        return [
+            f"{key}={path}: a folder that is written must be local or shared, since several processes append to its files "
+            "and hold it by a lease"
+            + (
+                f"; give a path without ://, and checkpoint.url={path} for a copy of every checkpoint and of the "
+                "metrics there, from which a lost run folder comes back"
+                if key == "run.dir"
+                else "; give a path without ://"
+            )
+        ]
     return []
 
 

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 
 from ldmscale.compose import config_folder
+from ldmscale.provenance import git_revision
 
 SUBMISSIONS = "submissions"
 _START = '''"""Starts the frozen code, wherever the job stands: this file's folder comes first in the search for modules."""
@@ -82,7 +82,7 @@ def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[s
             "directory": os.getcwd(),
             "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "code_sha256": _digest(frozen.code),
-            **_revision(package.parent),
+            "git_revision": git_revision(),
             "python": sys.version.split()[0],
             "packages": _versions(),
         },
@@ -121,33 +121,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _revision(checkout: Path) -> dict[str, Any]:
-    """The git revision of the code and whether it was changed since; nothing outside a checkout."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(checkout), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=30,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if (
-        not (checkout / "ldmscale" / "__init__.py").is_file()
-        or (revision := git("rev-parse", "HEAD")) is None
-    ):
-        return {"git_revision": None}
-    return {
-        "git_revision": revision,
-        "git_changed": bool(git("status", "--porcelain", "--", "ldmscale", "conf")),
-    }
 
 
 def _digest(folder: Path) -> str:
