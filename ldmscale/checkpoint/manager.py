@@ -142,12 +142,13 @@ class CheckpointManager:
 
         The arguments: `busy`, of any rank.
         """
+        upload = self._upload  # the end of a save begins one, which `uploading` does not tell of
         if self._saving is not None and not saving:
             outcome = self._saving.work.advance()
             if outcome is not None:
                 self._end_of_save(self._saving, outcome)
-        if self._upload is not None and not uploading:
-            step, work = self._upload
+        if upload is not None and not uploading:
+            step, work = upload
             outcome = work.advance()
             if outcome is not None:
                 self._end_of_upload(step, outcome)

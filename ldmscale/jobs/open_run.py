@@ -21,6 +21,7 @@ from ldmscale.distributed.stop import StopFlag
 from ldmscale.distributed.world import choose_device
 from ldmscale.errors import ConfigError, StoppedEarlyError
 from ldmscale.jobs.open_index import Patterns, open_index
+from ldmscale.jobs.recovery import recover
 from ldmscale.jobs.synthetic import synthetic_shards
 from ldmscale.run_folder import RunFolder
 from ldmscale.tracking.logs import quiet_libraries, set_up_logging
@@ -59,13 +60,13 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
     """Join the process group, write down what runs, and open the index of the shards (made where it is missing)."""
     stop.limit(config.run.max_hours, config.run.margin_minutes)
     folder = RunFolder(config.run.dir)
-    changes = folder.changes(plain(config))  # refuses before any device is touched
+    folder.changes(plain(config))  # refuses before any device is touched
     device = choose_device(ranks)
     if ranks.size > 1:
         export_rendezvous(ranks)
     connect(device, timeout_seconds=60 * config.safety.first_step_timeout_minutes)
     lease = _hold(folder, config, stop)
-    from_main_rank(lambda: folder.settle_config(plain(config)))
+    changes = from_main_rank(lambda: _settle(folder, config))
     set_up_logging(folder.path, ranks)
     quiet_libraries()
     for change in changes:
@@ -85,6 +86,14 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
         index,
         train.global_batch // (train.rank_micro_batch * ranks.size),
     )
+
+
+def _settle(folder: RunFolder, config: TrainingJob) -> list[str]:
+    """Write the configuration of a new run down; what a resume changes, else. Also of a run whose folder was lost."""
+    recover(folder, config.checkpoint.url)
+    changes = folder.changes(plain(config))
+    folder.settle_config(plain(config))
+    return changes
 
 
 def _hold(folder: RunFolder, config: TrainingJob, stop: StopFlag) -> list[Lease]:

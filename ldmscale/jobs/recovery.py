@@ -35,7 +35,9 @@ def recover(folder: RunFolder, url: str | None) -> None:
             f"checkpoint.url={url} cannot be read ({error!r}), and {folder.path} holds no run: whether a run is to be "
             "resumed is not known. Mend the access to the store, or give checkpoint.url=null to begin a new run"
         ) from error
-    log.warning("%s is gone: the run goes on from %s (%s)", folder.path, url, ", ".join(names) or "no metrics")
+    log.warning(
+        "%s is gone: the run goes on from %s (%s)", folder.path, url, ", ".join(names) or "no metrics"
+    )
     if about.get("wandb_id") is not None:
         folder.note({**folder.identity(), "wandb_id": about["wandb_id"]})
     if about.get("config") is not None:

@@ -15,6 +15,7 @@ from ldmscale.distributed.heartbeat import Heartbeat
 from ldmscale.distributed.stop import EXIT_STOPPED, StopFlag
 from ldmscale.jobs.loaders import first_sample, make_loader
 from ldmscale.jobs.open_run import Run
+from ldmscale.jobs.recovery import BESIDE
 from ldmscale.jobs.warm_start import begin_with
 from ldmscale.provenance import about_run
 from ldmscale.tracking.throughput import Throughput, peak_flops
@@ -138,4 +139,5 @@ def _checkpoints(run: Run, config: CheckpointConfig) -> CheckpointManager:
         attempt=run.identity["attempts"],
         fence=run.fence,
         url=config.url,
+        beside=BESIDE,
     )

@@ -57,3 +57,11 @@ contest([four, two], threads=1, seconds=1, rounds=1)
 def test_an_unknown_benchmark_is_refused_with_the_known_ones() -> None:
     done = bench("unet_stop")
     assert done.returncode == 2 and "no benchmark unet_stop" in done.stderr and "unet_step_8" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_cost_of_checkpoints_is_told() -> None:
+    done = bench("checkpointing")
+    assert done.returncode == 0, done.stderr
+    assert "| stall in steps |" in done.stdout and "| share of time |" in done.stdout

@@ -4,14 +4,16 @@ One process imports everything and forks: first a launcher, which forks its rank
 does. Ranks and launchers are processes like any other, to be killed by their numbers; what runs in a rank is
 the real command line. A line of JSON on standard input starts a job:
 
-    {"arguments": [...], "ranks": 2, "folder": "...", "log": "..."}
+    {"arguments": [...], "ranks": 2, "folder": "...", "log": "...", "keys": "...", "environment": {}, "beside": false}
 
-and the answers are {"launcher": PID, "ranks": [PID, ...]}, later {"status": STATUS}. Each rank appends the keys of the
+and the answers are {"launcher": PID, "ranks": [PID, ...]}, later {"status": STATUS}; that of a job which runs beside
+others comes when {"wait": PID} asks for it. Each rank appends the keys of the
 samples that it trains on, with their positions, to keys.jsonl in the folder of the run.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -22,14 +24,21 @@ from typing import Any
 
 import deepspeed  # noqa: F401
 import torch
+import torch._dynamo  # optimisers import it, and sympy with it: half of a start otherwise
+import torch.distributed.fsdp
 
+import ldmscale.attention_choice
 import ldmscale.jobs.autoencoder
 import ldmscale.jobs.diffusion
+import ldmscale.jobs.first_stage
 import ldmscale.jobs.latents
-import ldmscale.parts  # noqa: F401
+import ldmscale.jobs.training
+import ldmscale.parts
+import ldmscale.stages.autoencoder
+import ldmscale.stages.diffusion  # noqa: F401
 from ldmscale import cli, launcher
 from ldmscale.data import loader
-from ldmscale.jobs import training
+from ldmscale.jobs import loaders
 
 # What waits for the dead waits for less here.
 launcher._PATIENCE_AFTER_FAILURE = 0.3
@@ -50,7 +59,7 @@ class WatchedLoader(loader.Loader):
         return batch
 
 
-training.Loader = WatchedLoader  # type: ignore[misc]
+loaders.Loader = WatchedLoader  # type: ignore[misc]
 
 
 class Rank:
@@ -107,17 +116,22 @@ def jobs() -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a rank's collector would otherwise touch, and so copy, everything that it shares with this process
     for job in jobs():
+        if "wait" in job:
+            tell({"status": os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])})
+            continue
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.environ["CHAOS_KEYS"] = job["keys"]
+            os.environ.update({"CHAOS_KEYS": job["keys"]} | job["environment"])
             try:
                 start(job)
             except InRank:
                 return cli.main(job["arguments"])
-        _, status = os.waitpid(pid, 0)
-        tell({"status": os.waitstatus_to_exitcode(status)})
+        if not job["beside"]:
+            tell({"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
     return 0
 
 

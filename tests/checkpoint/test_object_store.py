@@ -1,0 +1,113 @@
+"""Copies of checkpoints in a real S3 store: whole or not at all, through kills, refusals and cut connections."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fault_proxy import FaultProxy
+from object_store import ObjectStore
+
+from ldmscale.checkpoint import CheckpointManager, Piece, Reader
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def bucket(
+    object_store: ObjectStore, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """An empty bucket, reached through the proxy."""
+    import fsspec
+
+    fault_proxy.only = "^(PUT|POST) "
+    for name, value in object_store.behind(fault_proxy.endpoint).environment().items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # those of other tests know other endpoints
+    yield object_store.bucket(f"checkpoints-{time.time_ns()}")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def pieces(step: int) -> list[Piece]:
+    values = torch.full((1 << 16,), float(step))
+    return [Piece("denoiser/master/w", (values.numel(),), 0, values)]
+
+
+def value(folder: Path | None) -> float:
+    assert folder is not None
+    out = torch.zeros(1)
+    Reader(folder).fill("denoiser/master/w", 5, out)
+    return out.item()
+
+
+def test_refusals_and_cut_connections_are_tried_again_or_told_and_never_leave_half_a_checkpoint(
+    bucket: str,
+    object_store: ObjectStore,
+    fault_proxy: FaultProxy,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run, store = tmp_path / "run" / "checkpoints", object_store.filesystem()
+    run.mkdir(parents=True)
+    (run.parent / "metrics.jsonl").write_text('{"step": 1}\n')
+    manager = CheckpointManager(run, url=f"{bucket}/run", beside=("metrics.jsonl", "tokenizer"))
+    fault_proxy.plan = ["503", "reset", "503"]
+    manager.save(1, pieces(1), {})
+    manager.finish(uploads=True)
+    assert fault_proxy.injected == 3 and "is not in" not in caplog.text
+    assert store.cat(f"{bucket}/run/beside/metrics.jsonl") == b'{"step": 1}\n'
+    # The manifest is the last object of a checkpoint.
+    written = [request.split("?")[0].rpartition("/")[2] for request in fault_proxy.requests]
+    assert written[-1] == "manifest.json" and "manifest.json" not in written[:-1]
+    # A store that refuses every manifest: the run goes on, the copy of before counts, the next start makes up for it.
+    fault_proxy.calm()
+    fault_proxy.only, fault_proxy.always = "^(PUT|POST) .*manifest", "403"
+    manager.save(2, pieces(2), {})
+    manager.finish(uploads=True)
+    assert f"step 2 is not in {bucket}/run, only in {run}" in caplog.text and manager.failed_saves == 0
+    elsewhere = CheckpointManager(tmp_path / "elsewhere", url=f"{bucket}/run")
+    assert value(elsewhere.newest()) == 1.0
+    fault_proxy.calm()
+    again = CheckpointManager(run, url=f"{bucket}/run")
+    assert value(again.newest()) == 2.0
+    again.finish(uploads=True)
+    # The folder is gone, and downloads stumble too.
+    shutil.rmtree(run.parent)
+    fault_proxy.only, fault_proxy.plan = "^GET .*safetensors", ["503", "reset", "short"]
+    back = CheckpointManager(run, url=f"{bucket}/run")
+    assert value(back.newest()) == 2.0 and fault_proxy.injected == 3
+
+
+def test_an_upload_that_is_killed_does_not_count_and_the_next_start_makes_it_whole(
+    bucket: str, object_store: ObjectStore, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    url, store = f"{bucket}/run", object_store.filesystem()
+    program = [sys.executable, str(Path(__file__).with_name("program_upload.py")), str(tmp_path / "run"), url]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*program, "1", "1"], env=environment, check=True, timeout=120)
+    # Killed while it sends its tensors, and while it sends what makes them count.
+    for step, stuck in ((2, "^(PUT|POST) .*safetensors"), (3, "^(PUT|POST) .*manifest")):
+        fault_proxy.calm()
+        fault_proxy.only, fault_proxy.plan = stuck, ["stall"]
+        process = subprocess.Popen([*program, str(step), "1"], env=environment)
+        deadline = time.monotonic() + 120
+        while not fault_proxy.injected and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        assert process.poll() is None and fault_proxy.injected
+        process.kill()
+        process.wait()
+        assert not store.exists(f"{url}/step_{step:08d}/manifest.json")
+        assert value(CheckpointManager(tmp_path / f"elsewhere_{step}", url=url).newest()) == 1.0
+    assert store.exists(f"{url}/step_00000003/rank_00000.safetensors")  # half of it is there
+    fault_proxy.calm()
+    again = CheckpointManager(tmp_path / "run", url=url)
+    assert value(again.newest()) == 3.0
+    again.finish(uploads=True)
+    assert value(CheckpointManager(tmp_path / "whole", url=url).newest()) == 3.0
