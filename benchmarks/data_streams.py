@@ -31,7 +31,8 @@ from ldmscale.data.budget import next_for_all
 from ldmscale.data.decode import decode_image
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.items import ImageItem, LatentItem
-from ldmscale.data.latents import LatentFormat, LatentShardWriter
+from ldmscale.data.latent_shards import LatentShardWriter
+from ldmscale.data.latents import LatentFormat
 from ldmscale.data.loader import Loader
 from ldmscale.data.sequence import Sequence
 

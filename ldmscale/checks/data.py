@@ -102,7 +102,8 @@ def check_fixed_view(data: DataConfig) -> list[str]:
         return ["data.bucket_step is set: the latents of a set have one shape; give data.bucket_step=null"]
     if data.crop == "random" or data.flip:
         return [
-            "data.crop=random or data.flip=true: stored latents are one view of an image; give data.crop=center data.flip=false"
+            "data.crop=random or data.flip=true: one fixed view of each image is read here; give data.crop=center data.flip=false "
+            "(latents.flips=true stores the mirrored view, too)"
         ]
     return []
 

@@ -117,10 +117,9 @@ def check_latents(config: DiffusionJob) -> list[str]:
             faults.append(
                 "first_stage.path is not set: images need an autoencoder; give the folder of an autoencoder run, or data=latents"
             )
-    if config.data.kind == "latents" and (config.data.flip or config.data.crop == "random"):
+    if config.data.kind == "latents" and config.data.crop == "random":
         faults.append(
-            "data.flip=true or data.crop=random: latents are one view of an image; give data.flip=false data.crop=center, "
-            "or data=shards to encode online"
+            "data.crop=random: latents are one crop of an image; give data.crop=center, or data=shards to encode online"
         )
     if config.data.kind == "latents" and "://" in str(config.data.shards):
         faults.append(

@@ -86,5 +86,14 @@ class LatentsConfig:
     """How shards of images become shards of latents."""
 
     path: str  # folder that receives them
-    dtype: Literal["fp16", "fp32"] = "fp16"
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    kind: Literal["moments", "sample"] = (
+        "moments"  # of a KL autoencoder: its posterior, or one draw from it for ever
+    )
+    flips: bool = False  # the mirrored images' latents, too, so that training may flip
+    tokenizer: str | None = None  # its folder or name: token ids are stored, too
+    max_tokens: Positive = 77  # of a caption, with the tokenizer
     rank_batch: Positive = 16  # images encoded at a time
+    claim_timeout_seconds: PositiveNumber = (
+        120.0  # a claim of another host without a sign of life for so long is void
+    )

@@ -194,7 +194,7 @@ def _scaled(pixels: np.ndarray, wide: int, high: int) -> np.ndarray:
 
 
 def decode_array(data: bytes) -> np.ndarray:
-    """Parses the bytes of a .npy file of finite floats; never unpickles.
+    """Parses the bytes of a .npy file of finite floats; never unpickles. uint16 are the bits of bfloat16.
 
     Raises:
         DataError: if they are none.
@@ -216,12 +216,18 @@ def decode_array(data: bytes) -> np.ndarray:
             if len(_npy_heads) > 16:
                 _npy_heads.clear()
             _npy_heads[head] = (array.dtype, array.shape, array.nbytes)
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or not _finite(array):
+    if not isinstance(array, np.ndarray) or not _is_float(array) or not _finite(array):
         raise DataError("the latent is no array of finite floats")
     return array
 
 
+def _is_float(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f" or array.dtype == np.uint16
+
+
 def _finite(array: np.ndarray) -> bool:
+    if array.dtype == np.uint16:
+        return bool(((array & 0x7F80) != 0x7F80).all())
     if array.dtype == np.float16:  # slow in numpy; its exponent is all ones where a value is not finite
         return bool(((array.view(np.uint16) & 0x7C00) != 0x7C00).all())
     return bool(np.isfinite(array).all())

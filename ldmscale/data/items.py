@@ -11,7 +11,7 @@ from ldmscale.data.buckets import Shape
 from ldmscale.data.captions import caption_of
 from ldmscale.data.decode import LATENT, MAX_PIXELS, decode_image, image_member
 from ldmscale.data.labels import ClassLabels
-from ldmscale.data.latents import LatentFormat, read_latent
+from ldmscale.data.latents import FLIPPED, LatentFormat, read_latent
 from ldmscale.data.samples import Sample
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.distributed.seeds import generator
@@ -72,12 +72,16 @@ class LatentItem:
         caption_source: "txt" or "json:KEY"; None leaves captions out.
         tokenizer: adds "tokens" int64 [max_tokens].
         labels: adds "label", the number of the sample's class.
+        flip: take the mirrored image's latent of every second sample, as `ImageItem` would mirror it.
+        seed: the run's seed; with the position it says of which.
     """
 
     format: LatentFormat
     caption_source: str | None = "txt"
     tokenizer: Tokenizer | None = None
     labels: ClassLabels | None = None
+    flip: bool = False
+    seed: int = 0
 
     def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
         """Makes the item.
@@ -86,12 +90,13 @@ class LatentItem:
             DataError: if the latent, the caption or the label cannot be used.
         """
         item = _told(sample.members, self.caption_source, self.tokenizer, self.labels)
-        item["latent"] = read_latent(sample.members, self.format)
+        item["latent"] = read_latent(sample.members, self.format, self.member(position))
         return item
 
     def member(self, position: int) -> str:
         """The member whose array is the latent at a position."""
-        return LATENT
+        flipped = self.flip and generator(self.seed, position, "crop").random() < 0.5
+        return FLIPPED if flipped else LATENT
 
     @property
     def told_members(self) -> frozenset[str]:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldmscale.data.decode import decode_array
+from ldmscale.data.decode import LATENT, decode_array
 from ldmscale.data.fetch import Fetched, Fetcher, Ticket
 from ldmscale.data.items import LatentItem
+from ldmscale.data.latents import FLIPPED
 from ldmscale.data.tar import BLOCK, TarFault, members, split_name
 from ldmscale.errors import DataError
 
@@ -232,7 +233,7 @@ def layout_of(data: bytes, item: LatentItem) -> Layout | None:
         if named is None or member.refused or member.data != member.start + BLOCK:
             return None
         extension, value = named[1], data[member.data : member.data + member.size]
-        if extension.endswith("npy"):
+        if extension in (LATENT, FLIPPED):
             try:
                 array = decode_array(value)
             except DataError:

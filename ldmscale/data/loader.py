@@ -179,7 +179,7 @@ class Loader:
             pin_memory=self._pin_memory,
             prefetch_factor=4,
             multiprocessing_context=context,
-            worker_init_fn=_calm_worker,
+            worker_init_fn=calm_worker,
             # Draws of torch's own, from the global generator, would make the training's draws depend on the
             # loader.
             generator=torch.Generator().manual_seed(0),
@@ -231,8 +231,10 @@ class _Samples(Dataset[dict[str, Any]]):
     def __init__(self, fetcher: Fetcher[Item], *, batched: bool) -> None:
         self.fetcher = fetcher
         self.latents: LatentReader | None = None
-        if batched and isinstance(fetcher.make_item, LatentItem):
-            self.latents = LatentReader(fetcher, fetcher.make_item)
+        item = fetcher.make_item
+        # numpy knows no bfloat16: those are read one by one.
+        if batched and isinstance(item, LatentItem) and item.format.dtype != "bfloat16":
+            self.latents = LatentReader(fetcher, item)
 
     def together(self, tickets: list[Ticket]) -> Batch:
         if self.latents is None:
@@ -277,7 +279,7 @@ def _collate(items: list[dict[str, Any]]) -> Batch:
     return batch
 
 
-def _calm_worker(number: int) -> None:
+def calm_worker(number: int) -> None:
     """Leaves signals to the training process, which decides when to stop.
 
     Slurm and terminals signal every process of a job; a worker that died of it would make the training

@@ -61,6 +61,10 @@ class Holder:
         """Whether it certainly does not run any more; False where that cannot be known from here."""
         return self.processes == _process_space() != "" and _start_of(self.pid) != self.started
 
+    def left(self, timeout_seconds: float) -> bool:
+        """Whether it may be followed: it released the folder, has died, or showed no life for so long."""
+        return self.released or self.dead or self.age_seconds > timeout_seconds
+
 
 class Lease:
     """A lease that this process holds, made by `take`. Its heartbeat runs in a thread until `release`."""
@@ -133,13 +137,9 @@ def take(
     first: Holder | None = None
     while True:
         holder = newest_holder(folder)
-        number = 1 if holder is None else holder.number + 1
-        if holder is None or holder.released or holder.dead or holder.age_seconds > timeout_seconds:
-            if holder is not None and not holder.released:
-                log.warning("the folder %s was left by %s: taken over", folder, holder.told())
-            if (path := _create(folder, number)) is not None:
-                _tidy(folder, number)
-                return Lease(path, number, timeout_seconds, on_lost)
+        if holder is None or holder.left(timeout_seconds):
+            if (lease := _follow(folder, holder, timeout_seconds, on_lost)) is not None:
+                return lease
             first = None  # another was faster: look at it
             continue
         local = holder.processes == _process_space() != ""
@@ -148,6 +148,30 @@ def take(
         if alive and time.monotonic() >= deadline:
             raise LeaseHeldError(f"{folder} is in use by {holder.told()}")
         time.sleep(_POLL_SECONDS)
+
+
+def take_if_free(
+    folder: Path, *, timeout_seconds: float = 60.0, on_lost: Callable[[], None] = lambda: None
+) -> Lease | None:
+    """As `take`, but never waits: None if another process holds the folder or may do so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = newest_holder(folder)
+    if holder is not None and not holder.left(timeout_seconds):
+        return None
+    return _follow(folder, holder, timeout_seconds, on_lost)
+
+
+def _follow(
+    folder: Path, holder: Holder | None, timeout_seconds: float, on_lost: Callable[[], None]
+) -> Lease | None:
+    """The lease after this holder's, who has left; None if another process was faster."""
+    number = 1 if holder is None else holder.number + 1
+    if holder is not None and not holder.released:
+        log.warning("the folder %s was left by %s: taken over", folder, holder.told())
+    if (path := _create(folder, number)) is None:
+        return None
+    _tidy(folder, number)
+    return Lease(path, number, timeout_seconds, on_lost)
 
 
 def newest_holder(folder: Path) -> Holder | None:

@@ -70,7 +70,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     caption = data.caption if tokenizer is not None else None
     reader: ImageItem | LatentItem
     if stored is not None:
-        reader = LatentItem(stored, caption, tokenizer, classes)
+        reader = LatentItem(stored, caption, tokenizer, classes, data.flip, config.seed)
     else:
         assert data.image_size is not None
         reader = ImageItem(

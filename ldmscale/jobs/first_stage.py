@@ -51,6 +51,11 @@ def open_first_stage(
         side = config.data.image_size // config.autoencoder.factor
         shape = (config.autoencoder.latent_width, side, side)
     first_stage = FirstStage(parts.autoencoder, scale, run.device)
+    if manifest is not None and config.data.flip and not manifest.format.flips:
+        raise DataError(
+            f"data.flip=true, but the latents of {run.shards[0]} were made without the mirrored images: give data.flip=false, "
+            "or make them anew with latents.flips=true"
+        )
     if manifest is not None and first_stage.digest is not None:
         manifest.check_autoencoder(first_stage.digest, run.shards[0])
     return first_stage, shape, manifest.format if manifest else None

@@ -1,8 +1,7 @@
-"""`ldmscale latents`: encode shards of images into shards of latents. Finished shards are never made again."""
+"""`ldmscale latents`: encode shards of images into shards of latents, with whoever else is at it. See `stages.latents`."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +14,12 @@ from ldmscale.errors import DataError
 from ldmscale.jobs.start import configured
 
 if TYPE_CHECKING:
-    from ldmscale.data.items import ImageItem
-    from ldmscale.data.latents import LatentFormat
-    from ldmscale.data.ledger import Ledger
-    from ldmscale.data.samples import Sample, SampleReader
+    from ldmscale.data.latents import LatentFormat, LatentManifest
+    from ldmscale.data.mixture import Mixture
+    from ldmscale.data.tokens import Tokenizer
     from ldmscale.stages.first_stage import FirstStage
 
 log = logging.getLogger(__name__)
-
-FREE_FAULTS = 20  # samples of a shard that may be bad before their share counts
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -34,62 +30,81 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
+    from ldmscale.data.claims import Claims
     from ldmscale.data.items import ImageItem
-    from ldmscale.data.latents import finish_set, is_finished
+    from ldmscale.data.latent_shards import finish_set, is_finished
+    from ldmscale.data.latents import LatentManifest
     from ldmscale.data.ledger import Ledger
     from ldmscale.data.samples import SampleReader
-    from ldmscale.distributed.collectives import from_main_rank
+    from ldmscale.data.tokens import Tokenizer
     from ldmscale.distributed.world import close_world, open_world
     from ldmscale.jobs.open_index import open_index
+    from ldmscale.stages.latents import LatentsWork, make_shards
     from ldmscale.tracking.logs import set_up_logging
 
-    world = open_world(ranks, timeout_minutes=24 * 60)  # ranks end hours apart on a large set
+    world = open_world(ranks)
     folder = Path(config.latents.path)
     set_up_logging(folder, ranks)
-    data = config.data
+    data, chosen = config.data, config.latents
     index = open_index(data.shards, data, ranks)
-    shards = index.shards
+    close_world()  # from here on ranks are strangers to each other, like those of other launches
     assert data.image_size is not None
-    first_stage, stored = _open(config, world.device, data.image_size)
-    reader = SampleReader(index)
-    read = ImageItem(
-        data.image_size, 0, data.crop, False, data.max_pixels, data.caption, decoder=data.decoder
+    tokenizer = None if chosen.tokenizer is None else Tokenizer.load(chosen.tokenizer, chosen.max_tokens)
+    first_stage, stored = _open(config, world.device, data.image_size, tokenizer)
+    sources = _sources(config, index)
+    names = [f"{number:05d}.tar" for number in range(len(index.shards))]
+    work = LatentsWork(
+        SampleReader(index),
+        ImageItem(
+            data.image_size,
+            0,
+            data.crop,
+            False,
+            data.max_pixels,
+            data.caption,
+            tokenizer,
+            decoder=data.decoder,
+        ),
+        first_stage,
+        stored,
+        sources,
+        Ledger(folder / "data_ledger.jsonl", ranks.rank),
+        chosen.rank_batch,
+        data.workers,
+        data.max_bad_share,
     )
-    ledger = Ledger(folder / "data_ledger.jsonl", ranks.rank)
-    names = [f"{number:05d}.tar" for number in range(len(shards))]
-    for number in range(ranks.rank, len(shards), ranks.size):
-        if stop.requested:
-            break
-        if is_finished(folder, names[number], stored):
-            log.info("shard %d of %d is done already", number + 1, len(shards))
-            continue
-        _encode_shard(
-            reader,
-            number,
-            folder / names[number],
-            stored,
-            read,
-            first_stage,
-            ledger,
-            config,
-        )
-        log.info("shard %d of %d: %d samples", number + 1, len(shards), int(index.counts[number]))
-    stopped = stop.agreed()
-    if stopped:
-        log.info(
-            "stopped (%s); finished shards stay, the same command goes on", stop.reason or "another rank"
-        )
-    else:
-        manifest = from_main_rank(lambda: finish_set(folder, names, stored))
-        log.info(
-            "%d latents in %s (%d samples could not be used); scale factor %.5f",
-            manifest.samples, folder, manifest.skipped, manifest.scale_factor,
-        )  # fmt: skip
-    close_world()
-    return EXIT_STOPPED if stopped else 0
+    claims = Claims(
+        folder,
+        names,
+        lambda number: is_finished(folder, names[number], stored, sources[number]),
+        timeout_seconds=chosen.claim_timeout_seconds,
+        first=ranks.rank * len(names) // ranks.size,
+    )
+    if not make_shards(work, claims, lambda: stop.requested):
+        log.info("stopped (%s); finished shards stay, the same command goes on", stop.reason)
+        return EXIT_STOPPED
+
+    def complete() -> bool:
+        try:
+            found = LatentManifest.load(folder)
+        except DataError:
+            return False
+        return found.shards == tuple(names) and found.format == stored
+
+    claims.once(complete, lambda: _told(finish_set(folder, names, stored), folder))
+    return 0
 
 
-def _open(config: LatentsJob, device: object, image_size: int) -> tuple[FirstStage, LatentFormat]:
+def _told(manifest: LatentManifest, folder: Path) -> None:
+    log.info(
+        "%d latents in %s (%d samples could not be used); scale factor %.5f",
+        manifest.samples, folder, manifest.skipped, manifest.scale_factor,
+    )  # fmt: skip
+
+
+def _open(
+    config: LatentsJob, device: object, image_size: int, tokenizer: Tokenizer | None
+) -> tuple[FirstStage, LatentFormat]:
     import torch
 
     from ldmscale.data.latents import LatentFormat
@@ -113,70 +128,40 @@ def _open(config: LatentsJob, device: object, image_size: int) -> tuple[FirstSta
             f"data.image_size={image_size} is no multiple of the autoencoder's factor {autoencoder.downsampling}"
         )
     side = image_size // autoencoder.downsampling
+    moments = isinstance(autoencoder, KLAutoencoder) and config.latents.kind == "moments"
     stored = LatentFormat(
         digest(autoencoder),
-        "moments" if isinstance(autoencoder, KLAutoencoder) else "latent",
-        {"fp16": "float16", "fp32": "float32"}[config.latents.dtype],
+        "moments" if moments else "latent",
+        {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[config.latents.dtype],
         (autoencoder.latent_channels, side, side),
         {"size": image_size, "crop": config.data.crop},
+        config.latents.flips,
+        None if tokenizer is None else tokenizer.fingerprint,
     )
     channels = autoencoder.latent_channels
     unscaled = LatentScale(torch.zeros(channels), torch.ones(channels))  # moments are stored as they are
     return FirstStage(autoencoder, unscaled, device), stored
 
 
-def _encode_shard(
-    reader: SampleReader,
-    number: int,
-    path: Path,
-    stored: LatentFormat,
-    read: ImageItem,
-    first_stage: FirstStage,
-    ledger: Ledger,
-    options: LatentsJob,
-) -> None:
-    """Encode one shard whole: it appears when its last sample is in it. What cannot be used goes to the ledger."""
-    import numpy as np
-    import torch
+def _sources(config: LatentsJob, index: Mixture) -> list[dict[str, object]]:
+    """What each shard of latents is made of: another version of its images, or another choice of them, is noticed."""
+    from ldmscale.data.shards import ShardState, shard_name, shard_states
+    from ldmscale.jobs.open_index import selection_of, storage_of
 
-    from ldmscale.data.latents import LatentShardWriter
-
-    count, batch = int(reader.index.counts[number]), options.latents.rank_batch
-    with LatentShardWriter(path.parent, path.name, stored) as writer:
-
-        def skip(key: str, error: DataError) -> None:
-            writer.skipped += 1
-            ledger.record(shard=reader.index.shards[number], key=key, reason=str(error), position=None)
-
-        for start in range(0, count, batch):
-            samples: list[tuple[Sample, dict[str, object], dict[str, object]]] = []
-            for at in range(start, min(start + batch, count)):
-                try:
-                    sample = reader.read(number, at)
-                    samples.append((sample, dict(read(sample, at)), _metadata(sample)))
-                except DataError as error:
-                    skip(f"sample {at}", error)
-            if not samples:
-                continue
-            images = torch.from_numpy(np.stack([np.asarray(item["image"]) for _, item, _ in samples]))
-            moments = first_stage.moments(images).cpu().numpy()
-            for (sample, item, metadata), latent in zip(samples, moments, strict=True):
-                try:
-                    writer.write(sample.key, latent, str(item["caption"]), metadata)
-                except DataError as error:
-                    skip(sample.key, error)
-        if writer.skipped > max(FREE_FAULTS, options.data.max_bad_share * count):
-            raise DataError(
-                f"{writer.skipped} of the {count} samples of {reader.index.shards[number]} cannot be used, more than "
-                f"data.max_bad_share={options.data.max_bad_share}; data_ledger.jsonl in {path.parent} names them"
-            )
-
-
-def _metadata(sample: Sample) -> dict[str, object]:
-    try:
-        found = json.loads(sample.members.get("json", b"{}"))
-    except ValueError as error:
-        raise DataError(f"its json cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"its json is a {type(found).__name__}, expected an object")
-    return found
+    data, selection = config.data, selection_of(config.data)
+    sources: list[dict[str, object]] = []
+    for number, state in enumerate(shard_states(index.shards, storage_of(data))):
+        if not isinstance(state, ShardState):
+            raise DataError(f"shard {index.shards[number]} cannot be found: {state}; check data.shards")
+        sources.append(
+            {
+                "name": shard_name(index.shards[number]),
+                "size": state.size,
+                "version": state.version,
+                "samples": int(index.counts[number]),
+                "selection": None if selection.everything else selection.key,
+                "caption": data.caption,
+                "decoder": data.decoder,
+            }
+        )
+    return sources

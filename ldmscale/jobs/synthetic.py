@@ -9,7 +9,8 @@ import numpy as np
 import webdataset
 from PIL import Image, ImageDraw
 
-from ldmscale.data.latents import LatentFormat, LatentShardWriter, finish_set, is_finished
+from ldmscale.data.latent_shards import LatentShardWriter, finish_set, is_finished
+from ldmscale.data.latents import LatentFormat
 from ldmscale.distributed.seeds import generator
 
 COLOURS = ("red", "green", "blue", "orange")

@@ -89,7 +89,7 @@ FAULTS = [
     ("diffusion", ["unet.channels=100"], 1, "give unet.channels=96"),
     ("diffusion", ["unet.out_channels=3"], 1, "give unet.in_channels=4 unet.out_channels=4"),
     ("diffusion", ["data=shards"], 1, "images need an autoencoder"),
-    ("diffusion", ["data.flip=true"], 1, "latents are one view of an image"),
+    ("diffusion", ["data.crop=random"], 1, "latents are one crop of an image"),
     ("diffusion", ["preview.sampler_steps=1000"], 1, "expected 1 to 999"),
     ("diffusion", ["data.caption=xml"], 1, "expected txt or json:KEY"),
     ("diffusion", ["first_stage.path=nowhere"], 1, "nowhere is not a run folder"),

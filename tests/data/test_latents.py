@@ -15,14 +15,8 @@ import torch
 
 from ldmscale.data.index import ShardIndex, check_shards
 from ldmscale.data.items import LatentItem
-from ldmscale.data.latents import (
-    LatentFormat,
-    LatentManifest,
-    LatentShardWriter,
-    finish_set,
-    is_finished,
-    read_latent,
-)
+from ldmscale.data.latent_shards import LatentShardWriter, finish_set, is_finished
+from ldmscale.data.latents import LatentFormat, LatentManifest, read_latent
 from ldmscale.data.loader import Loader
 from ldmscale.data.tokens import Tokenizer, train_wordpiece
 from ldmscale.errors import DataError
@@ -79,6 +73,27 @@ def test_our_loader_reads_them_with_tokens(tmp_path: Path) -> None:
                     np.array_equal(latent.numpy(), moments(int(key))) and caption == f"caption {int(key)} ü"
                 )
         loader.close()
+
+
+def test_the_loader_takes_mirrored_latents_by_position(tmp_path: Path) -> None:
+    form = replace(MOMENTS, dtype="float16", flips=True, tokenizer="b" * 16)
+    with LatentShardWriter(tmp_path, NAMES[0], form) as writer:
+        for number in range(8):
+            one = moments(number)
+            ids = np.arange(6) + number
+            writer.write(f"{number}", one, f"caption {number}", {}, flipped=one[:, :, ::-1], tokens=ids)
+    index = ShardIndex.build([str(tmp_path / NAMES[0])])
+    assert index is not None
+    item = LatentItem(form, flip=True, seed=3)
+    loader = Loader(index, item, seed=0, rank=0, world=1, global_batch=8, rank_micro_batch=8, workers=0)
+    batch = next(loader)
+    flips = 0
+    for key, position, latent in zip(batch["key"], batch["position"].tolist(), batch["latent"], strict=True):
+        mirrored = item.member(position) == "latent_flipped.npy"
+        flips += mirrored
+        expected = moments(int(key))[:, :, ::-1] if mirrored else moments(int(key))
+        assert np.array_equal(latent.numpy(), expected.astype(np.float16))
+    assert 0 < flips < 8
 
 
 def test_scale_and_channel_statistics_are_those_of_posterior_samples(tmp_path: Path) -> None:

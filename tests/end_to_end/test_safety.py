@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import ldmscale as library
-from ldmscale.data.latents import LatentFormat, LatentShardWriter, finish_set
+from ldmscale.data.latent_shards import LatentShardWriter, finish_set
+from ldmscale.data.latents import LatentFormat
 from ldmscale.data.order import Order
 
 pytestmark = pytest.mark.distributed

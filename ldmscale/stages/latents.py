@@ -1,0 +1,375 @@
+"""Stage 2: encode shards of images into shards of latents, by any number of processes that may come and go.
+
+A thread reads ahead (or data.workers processes do), the device encodes, a thread writes behind. The bytes of a shard are
+the same whatever the batch, the processes and the workers are, on a CPU; see `Encoder`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from ldmscale.data.claims import Claim, Claims
+from ldmscale.data.items import ImageItem
+from ldmscale.data.latent_shards import LatentShardWriter, Source
+from ldmscale.data.latents import LatentFormat
+from ldmscale.data.ledger import Ledger
+from ldmscale.data.loader import calm_worker
+from ldmscale.data.samples import Sample, SampleReader
+from ldmscale.data.shards import is_local
+from ldmscale.data.storage import StoreError
+from ldmscale.distributed.lease import LeaseLostError
+from ldmscale.errors import DataError
+from ldmscale.models.bottleneck import Posterior
+from ldmscale.stages import draws
+from ldmscale.stages.first_stage import FirstStage
+
+log = logging.getLogger(__name__)
+
+FREE_FAULTS = 20  # samples of a shard that may be bad before their share counts
+_BEHIND = 3  # batches that wait to be written
+_POLL_SECONDS = 0.5
+_TELL_SECONDS = 60.0
+
+
+class _Span(NamedTuple):
+    """Samples of one shard, in order."""
+
+    claim: int  # which of this process's claims it belongs to
+    number: int  # of the shard
+    start: int
+    stop: int
+    last: bool
+
+
+class _Row(NamedTuple):
+    key: str
+    at: int  # in its shard
+    caption: str
+    metadata: dict[str, Any]
+    tokens: np.ndarray | None
+
+
+@dataclass
+class Chunk:
+    """A span that was read: uint8 [b,3,H,W] and what stands beside each image."""
+
+    span: _Span
+    images: Tensor | None  # None: no sample of the span can be used
+    rows: list[_Row]
+    skipped: list[tuple[str, str]]  # key or number, and reason
+    unreachable: str = ""  # the store could not be reached
+
+
+class ChunkReader(Dataset[Chunk]):
+    """Reads and decodes spans; goes to the workers."""
+
+    def __init__(self, reader: SampleReader, item: ImageItem) -> None:
+        self.reader, self.item = reader, item
+
+    def __getitem__(self, span: _Span) -> Chunk:
+        chunk = Chunk(span, None, [], [])
+        images = []
+        for at in range(span.start, span.stop):
+            key = f"sample {at}"
+            try:
+                sample = self.reader.read(span.number, at)
+                key = sample.key
+                found, metadata = self.item(sample, at), _metadata(sample)
+            except StoreError as error:
+                chunk.unreachable = str(error)
+                return chunk
+            except DataError as error:
+                chunk.skipped.append((key, str(error)))
+                continue
+            tokens = found.get("tokens")
+            images.append(np.asarray(found["image"]))
+            chunk.rows.append(
+                _Row(key, at, str(found["caption"]), metadata, None if tokens is None else np.asarray(tokens))
+            )
+        if images:
+            chunk.images = torch.from_numpy(np.stack(images))
+        return chunk
+
+
+class Encoder:
+    """Images to what is stored, so that neighbours in the batch change nothing.
+
+    On a CPU every image is encoded alone, by one thread, several at a time: matrix products of other shapes, and other
+    numbers of threads, round in other ways (1e-6 of a latent in float32). On a GPU batches are filled up to `batch`:
+    there, latents follow the batch size and the kind of device by as much as its kernels do.
+    """
+
+    def __init__(self, first_stage: FirstStage, batch: int) -> None:
+        self.first_stage, self.batch = first_stage, batch
+        self._threads = (
+            ThreadPoolExecutor(
+                torch.get_num_threads(), "encoder", initializer=lambda: torch.set_num_threads(1)
+            )
+            if first_stage.device.type == "cpu"
+            else None
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [b,3,H,W] -> moments [b,2C,h,w] or VQ's vectors [b,C,h,w], float32 on the device."""
+        if self._threads is not None:
+            return torch.cat(list(self._threads.map(self.first_stage.moments, torch.split(images, 1))))
+        missing = self.batch - len(images)
+        full = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images
+        return self.first_stage.moments(full)[: len(images)]
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()
+
+
+@dataclass(frozen=True)
+class LatentsWork:
+    """What every shard of a set is made by.
+
+    Attributes:
+        reader: reads the shards of images.
+        item: makes the image, caption and tokens of a sample.
+        first_stage: encodes.
+        format: of the set.
+        sources: what each shard is made of.
+        ledger: takes down what cannot be used.
+        batch: images encoded at a time.
+        workers: processes that read; 0: a thread.
+        max_bad_share: of a shard's samples.
+    """
+
+    reader: SampleReader
+    item: ImageItem
+    first_stage: FirstStage
+    format: LatentFormat
+    sources: Sequence[Source]
+    ledger: Ledger
+    batch: int = 16
+    workers: int = 0
+    max_bad_share: float = 1.0
+
+
+@dataclass
+class _Shard:
+    """A shard in the making. `write` and `drop` are called by one thread."""
+
+    work: LatentsWork
+    claim: Claim
+    lost: bool = False
+    files: ExitStack = field(default_factory=ExitStack)
+    writer: LatentShardWriter | None = None
+
+    def write(self, chunk: Chunk, moments: Sequence[Tensor]) -> None:
+        """Adds a chunk; with the last one the shard appears. `moments`: of the images, and of the mirrored ones."""
+        try:
+            self._write(chunk, [each.cpu().numpy() for each in moments])
+        except LeaseLostError as error:
+            log.warning("shard %s is left to another process: %s", self.claim.path.name, error)
+            self.lost = True
+
+    def _write(self, chunk: Chunk, moments: Sequence[np.ndarray]) -> None:
+        number, work = self.claim.number, self.work
+        if self.writer is None:
+            path, check = self.claim.path, self.claim.lease.check
+            self.writer = LatentShardWriter(path.parent, path.name, work.format, work.sources[number], check)
+            self.files.enter_context(self.writer)
+        url = work.reader.index.shards[number]
+        refused = list(chunk.skipped)
+        for place, row in enumerate(chunk.rows):
+            views = [each[place] for each in moments]
+            try:
+                self.writer.write(
+                    row.key, views[0], row.caption, row.metadata,
+                    flipped=views[1] if len(views) > 1 else None, tokens=row.tokens,
+                )  # fmt: skip
+            except DataError as error:
+                refused.append((row.key, str(error)))
+        for key, reason in refused:
+            self.writer.skipped += 1
+            work.ledger.record(shard=url, key=key, reason=reason, position=None)
+        count = int(work.reader.index.counts[number])
+        if self.writer.skipped > max(FREE_FAULTS, work.max_bad_share * count):
+            raise DataError(
+                f"{self.writer.skipped} of the {count} samples of {url} cannot be used, more than "
+                f"data.max_bad_share={work.max_bad_share}; {work.ledger.path} names them"
+            )
+        if chunk.span.last:
+            self.files.close()
+            self.claim.lease.release()
+            log.info("shard %s: %d samples", self.claim.path.name, self.writer.samples)
+
+    def drop(self) -> None:
+        """Forgets what was made of it, and leaves it to others."""
+        error = LeaseLostError("dropped")
+        self.files.__exit__(LeaseLostError, error, None)
+        self.claim.lease.release()
+
+
+def make_shards(work: LatentsWork, claims: Claims, stopped: Callable[[], bool]) -> bool:
+    """Makes shards until all are finished, by whomever, and says True; False if it was stopped.
+
+    A shard in the making when it is stopped is dropped. Where others make the last ones it waits for them: should they
+    die, their shards are made here.
+
+    Raises:
+        DataError: if too much of a shard cannot be used, or a finished one is of another make.
+        StoreError: if the store of the images cannot be reached.
+    """
+    told = time.monotonic()
+    with _Line(work, claims, stopped) as line:
+        while not claims.all_finished():
+            if stopped():
+                return False
+            if line.run() == 0:
+                if time.monotonic() - told > _TELL_SECONDS:
+                    told = time.monotonic()
+                    log.info("the last shards are made by other processes: waiting for them")
+                time.sleep(_POLL_SECONDS)
+    return True
+
+
+class _Line:
+    """Reader, encoder and writer of this process, each at work on another batch."""
+
+    def __init__(self, work: LatentsWork, claims: Claims, stopped: Callable[[], bool]) -> None:
+        self._work, self._claims, self._stopped = work, claims, stopped
+        self._shards: dict[int, _Shard] = {}  # by the claim's number
+        self._claimed = 0
+        self._encoder = Encoder(work.first_stage, work.batch)
+        self._ahead, self._behind = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "writer")
+        self._pending: deque[Future[None]] = deque()
+        remote = any(not is_local(url) for url in work.reader.index.shards)
+        # As in `Loader`: stores have threads of their own, which do not survive a fork.
+        context = None if not work.workers else "forkserver" if remote else "fork"
+        self._loader: DataLoader[Chunk] = DataLoader(
+            ChunkReader(work.reader, work.item),
+            batch_size=None,
+            sampler=_Spans(self),
+            num_workers=work.workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=2 if work.workers else None,
+            multiprocessing_context=context,
+            worker_init_fn=calm_worker if work.workers else None,
+            persistent_workers=work.workers > 0,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __enter__(self) -> _Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ahead.shutdown()
+        self._behind.shutdown()
+        self._drop_all()
+        self._encoder.close()
+        stop = getattr(getattr(self._loader, "_iterator", None), "_shutdown_workers", None)
+        if stop is not None:
+            stop()
+
+    def run(self) -> int:
+        """Makes whatever can be claimed; the number of batches that were."""
+        chunks, done = iter(self._loader), 0
+        ahead = self._ahead.submit(next, chunks, None)
+        while (chunk := ahead.result()) is not None and not self._stopped():
+            ahead = self._ahead.submit(next, chunks, None)
+            if chunk.unreachable:
+                raise StoreError(chunk.unreachable)
+            self._encode(chunk)
+            done += 1
+        if not self._stopped():
+            self._wait(0)
+        return done
+
+    def spans(self) -> Iterator[_Span]:
+        """Claims shards as they are asked for."""
+        while not self._stopped():
+            claim = self._claims.next(self._lose)
+            if claim is None:
+                return
+            self._claimed += 1
+            mine, shard = self._claimed, _Shard(self._work, claim)
+            self._shards[mine] = shard
+            count, batch = int(self._work.reader.index.counts[claim.number]), self._work.batch
+            for start in range(0, max(count, 1), batch):
+                if shard.lost or self._stopped():
+                    break
+                yield _Span(mine, claim.number, start, min(start + batch, count), start + batch >= count)
+
+    def _encode(self, chunk: Chunk) -> None:
+        shard = self._shards.get(chunk.span.claim)
+        if shard is None:
+            return  # lost, and what was read ahead of it is of no use
+        if not shard.lost:
+            moments = []
+            if chunk.images is not None:
+                moments = [self._stored(chunk, chunk.images)]
+                if self._work.format.flips:
+                    moments.append(self._stored(chunk, chunk.images.flip(-1)))
+            self._pending.append(self._behind.submit(shard.write, chunk, moments))
+            self._wait(_BEHIND)
+        if shard.lost or chunk.span.last:
+            self._pending.append(self._behind.submit(self._end, chunk.span.claim))
+
+    def _stored(self, chunk: Chunk, images: Tensor) -> Tensor:
+        moments = self._encoder(images)  # [b,2C,h,w] or [b,C,h,w]
+        if self._work.format.stored_shape[0] == moments.shape[1]:
+            return moments
+        posterior = Posterior.from_moments(moments)
+        places = [(chunk.span.number << 32) + row.at for row in chunk.rows]
+        noise = draws.normal(0, places, "posterior", posterior.mean.shape[1:])
+        return posterior.sample(noise.to(moments.device))
+
+    def _wait(self, most: int) -> None:
+        """Until at most so many batches are left to be written; here the writer's errors come out."""
+        while len(self._pending) > most:
+            self._pending.popleft().result()
+
+    def _lose(self, number: int) -> None:
+        for shard in list(self._shards.values()):
+            if shard.claim.number == number:
+                shard.lost = True
+
+    def _end(self, claim: int) -> None:
+        shard = self._shards.pop(claim, None)
+        if shard is not None and shard.lost:
+            shard.drop()
+
+    def _drop_all(self) -> None:
+        while self._shards:
+            self._shards.popitem()[1].drop()
+
+
+class _Spans:
+    def __init__(self, line: _Line) -> None:
+        self._line = line
+
+    def __iter__(self) -> Iterator[_Span]:
+        return self._line.spans()
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+def _metadata(sample: Sample) -> dict[str, Any]:
+    try:
+        found = json.loads(sample.members.get("json", b"{}"))
+    except ValueError as error:
+        raise DataError(f"its json cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"its json is a {type(found).__name__}, expected an object")
+    return found

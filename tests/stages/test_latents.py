@@ -1,0 +1,287 @@
+"""Latents by many processes: the same bytes whoever makes them, however often some are killed, and each shard once."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from ldmscale.data.claims import Claims
+from ldmscale.data.index import ShardIndex
+from ldmscale.data.items import ImageItem, LatentItem
+from ldmscale.data.latent_shards import LatentShardWriter, finish_set, is_finished
+from ldmscale.data.latents import LatentFormat, LatentManifest, read_latent
+from ldmscale.data.ledger import Ledger, read_ledger
+from ldmscale.data.samples import Sample, SampleReader
+from ldmscale.data.tokens import Tokenizer, train_wordpiece
+from ldmscale.distributed.lease import LeaseLostError
+from ldmscale.models.autoencoder import KLAutoencoder
+from ldmscale.stages.first_stage import FirstStage, digest
+from ldmscale.stages.latent_scale import LatentScale
+from ldmscale.stages.latents import LatentsWork, make_shards
+
+SHARDS, IN_EACH, SIZE = 24, 7, 32
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    draws = np.random.default_rng(0)
+    for shard in range(SHARDS):
+        with webdataset.TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0) as tar:
+            for number in range(IN_EACH):
+                picture = io.BytesIO()
+                Image.fromarray(draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(picture, "PNG")
+                key = f"{shard:02d}_{number}"
+                tar.write(
+                    {"__key__": key, "png": picture.getvalue(), "txt": f"caption {key}", "json": {"k": key}}
+                )
+    train_wordpiece([f"caption {number}" for number in range(50)], 60, folder / "tokenizer")
+    return folder
+
+
+def prepared(
+    images: Path, out: Path, batch: int = 4, workers: int = 0, broken: bool = False, **format: object
+) -> tuple[LatentsWork, Claims]:
+    index = ShardIndex.open([str(images / f"{n:05d}.tar") for n in range(SHARDS)], build_missing=True)
+    torch.manual_seed(0)
+    network = KLAutoencoder(latent_channels=4, channels=32, channel_mult=(1, 2), blocks_per_level=1)
+    if broken:
+        with torch.no_grad():
+            next(network.parameters()).fill_(float("nan"))
+    tokenizer = Tokenizer.load(images / "tokenizer", 8) if "tokenizer" in format else None
+    form = LatentFormat(digest(network), "moments", "float32", (4, SIZE // 2, SIZE // 2), {"size": SIZE})
+    form = replace(form, **{**format, **({"tokenizer": tokenizer.fingerprint} if tokenizer else {})})
+    scale = LatentScale(torch.zeros(4), torch.ones(4))
+    sources = [{"name": f"{n:05d}.tar", "size": 1} for n in range(SHARDS)]
+    work = LatentsWork(
+        SampleReader(index), ImageItem(SIZE, 0, caption_source="txt", tokenizer=tokenizer),
+        FirstStage(network, scale, torch.device("cpu")), form, sources, Ledger(out / "data_ledger.jsonl"),
+        batch, workers,
+    )  # fmt: skip
+    names = [f"{n:05d}.tar" for n in range(SHARDS)]
+    return work, Claims(
+        out, names, lambda n: is_finished(out, names[n], form, sources[n]), timeout_seconds=30.0
+    )
+
+
+def make(
+    images: Path, out: Path, batch: int = 4, workers: int = 0, threads: int = 1, **format: object
+) -> None:
+    """What a rank does, from the index to the set's manifest."""
+    torch.set_num_threads(threads)
+    out.mkdir(exist_ok=True)
+    told = logging.FileHandler(out.with_name(f"{out.name}.{os.getpid()}.log"))
+    logging.getLogger("ldmscale.stages.latents").addHandler(told)
+    logging.getLogger("ldmscale.stages.latents").setLevel(logging.INFO)
+    work, claims = prepared(images, out, batch, workers, **format)
+    assert make_shards(work, claims, lambda: False)
+    claims.once((out / "manifest.json").exists, lambda: finish_set(out, claims.names, work.format) and None)
+
+
+def started(function: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    process = FORK.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def joined(*processes: multiprocessing.process.BaseProcess) -> None:
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def straight(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A set made by one process without a break, and how long that took."""
+    out = tmp_path_factory.mktemp("straight") / "set"
+    began = time.monotonic()
+    joined(started(make, images, out))
+    return out, time.monotonic() - began
+
+
+def test_twenty_killed_ranks_leave_the_set_of_a_straight_run(
+    images: Path, straight: tuple[Path, float], tmp_path: Path
+) -> None:
+    expected, seconds = straight
+    out, draws = tmp_path / "set", random.Random(0)
+    ranks = [started(make, images, out) for _ in range(2)]
+    while len(list(out.glob("0*.json"))) < 1:  # they are at work
+        time.sleep(0.01)
+    unfinished = 0
+    for _ in range(20):
+        time.sleep(draws.uniform(0, seconds / 40))
+        victim = draws.randrange(2)
+        unfinished += ranks[victim].is_alive()
+        os.kill(ranks[victim].pid or 0, signal.SIGKILL)
+        ranks[victim].join()
+        ranks[victim] = started(make, images, out)
+    assert unfinished == 20, "the set was finished before the last kill"
+    joined(*ranks)
+    assert contents(out) == contents(expected)
+
+
+def test_processes_that_know_nothing_of_each_other_share_the_work(
+    images: Path, straight: tuple[Path, float], tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    joined(*[started(make, images, out, 3) for _ in range(2)])
+    made = [path.read_text().count(" samples") for path in tmp_path.glob("set.*.log")]
+    assert sum(made) == SHARDS and min(made) > 0
+    assert contents(out) == contents(straight[0])
+    joined(started(make, images, out))  # finds all finished
+    again = [path.read_text().count(" samples") for path in tmp_path.glob("set.*.log")]
+    assert sum(again) == SHARDS and contents(out) == contents(straight[0])
+
+
+def test_bytes_do_not_depend_on_batch_workers_and_threads(
+    images: Path, straight: tuple[Path, float], tmp_path: Path
+) -> None:
+    joined(started(make, images, tmp_path / "other", 5, 1, 2))
+    assert contents(tmp_path / "other") == contents(straight[0])
+    manifest = LatentManifest.load(tmp_path / "other")
+    assert manifest.samples == SHARDS * IN_EACH and manifest.skipped == 0
+
+
+def test_stored_latents_are_those_of_the_images_and_their_mirror_images(images: Path, tmp_path: Path) -> None:
+    work, claims = prepared(images, tmp_path, flips=True, tokenizer="", dtype="bfloat16")
+    assert make_shards(work, claims, lambda: False)
+    tokenizer = Tokenizer.load(images / "tokenizer", 8)
+    rows = list(webdataset.WebDataset(str(tmp_path / "00003.tar"), shardshuffle=False).decode())
+    item = LatentItem(work.format, tokenizer=tokenizer, flip=True, seed=5)
+    online = replace(work.item, flip=True, seed=5)
+    flips = 0
+    for at, row in enumerate(rows):
+        assert row["__key__"] == f"03_{at}" and row["json"] == {"k": f"03_{at}"}
+        assert row["latent.npy"].dtype == np.uint16  # bfloat16, as the manifest says
+        source = work.reader.read(3, at)
+        members = {name: npy(row[name]) for name in ("latent.npy", "latent_flipped.npy")}
+        stored = item(Sample(row["__key__"], "", members | {"txt": row["txt"].encode()}), at)
+        image = np.asarray(online(source, at)["image"])  # mirrored where the position says so
+        flips += not np.array_equal(image, np.asarray(work.item(source, at)["image"]))
+        expected = work.first_stage.moments(torch.from_numpy(image)[None])[0]
+        assert torch.equal(
+            torch.from_numpy(np.asarray(stored["latent"])), expected.to(torch.bfloat16).float()
+        )
+        assert row["tokens.npy"].dtype == np.int32 and np.array_equal(stored["tokens"], row["tokens.npy"])
+        assert np.array_equal(np.asarray(stored["tokens"]), tokenizer.encode([f"caption 03_{at}"])[0])
+    assert 0 < flips < IN_EACH
+
+
+def test_latents_that_are_not_finite_are_refused_by_key(images: Path, tmp_path: Path) -> None:
+    work, claims = prepared(images, tmp_path, broken=True)
+    assert make_shards(work, claims, lambda: False)  # seven of a shard are below the free faults
+    entries = read_ledger(tmp_path / "data_ledger.jsonl")
+    assert len(entries) == SHARDS * IN_EACH and "not finite" in entries[0]["reason"]
+    assert {entry["key"] for entry in entries} == {
+        f"{s:02d}_{n}" for s in range(SHARDS) for n in range(IN_EACH)
+    }
+
+
+def test_a_stopped_process_leaves_its_shard_to_others(images: Path, tmp_path: Path) -> None:
+    work, claims = prepared(images, tmp_path)
+    assert not make_shards(work, claims, lambda: (tmp_path / "00002.json").exists())
+    assert not list(tmp_path.glob(".0*")) and not (tmp_path / "00005.json").exists()
+    again = prepared(images, tmp_path)[1]
+    claim = again.next(lambda number: None)
+    assert claim is not None and not (tmp_path / claim.path.name).exists()
+    claim.lease.release()
+
+
+FORMAT = LatentFormat("a" * 16, "latent", "float32", (2, 3, 3), {"size": 6})
+
+
+def fill(writer: LatentShardWriter, value: float) -> None:
+    writer.write("key", np.full((2, 3, 3), value), "caption", {})
+
+
+def stalls(out: Path) -> None:
+    claim = Claims(out, ["00000.tar"], lambda n: False, timeout_seconds=0.6).next(lambda n: None)
+    assert claim is not None
+    try:
+        with LatentShardWriter(out, "00000.tar", FORMAT, None, claim.lease.check) as writer:
+            fill(writer, 1.0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+    except LeaseLostError:
+        os._exit(7)
+
+
+def test_a_process_that_wakes_too_late_cannot_publish(tmp_path: Path) -> None:
+    late = started(stalls, tmp_path)
+    assert late.pid is not None
+    os.waitpid(late.pid, os.WUNTRACED)
+    claims = Claims(
+        tmp_path, ["00000.tar"], lambda n: is_finished(tmp_path, "00000.tar", FORMAT), timeout_seconds=0.6
+    )
+    while (claim := claims.next(lambda n: None)) is None:
+        time.sleep(0.05)
+    with LatentShardWriter(tmp_path, "00000.tar", FORMAT, None, claim.lease.check) as writer:
+        fill(writer, 2.0)
+    before = contents(tmp_path)
+    os.kill(late.pid, signal.SIGCONT)
+    late.join(30)
+    assert late.exitcode == 7
+    assert contents(tmp_path) == before and set(before) == {"00000.tar", "00000.json"}
+
+
+def test_one_that_wakes_behind_its_last_check_cannot_publish_either(tmp_path: Path) -> None:
+    with LatentShardWriter(tmp_path, "00000.tar", FORMAT) as late:
+        fill(late, 1.0)
+        with LatentShardWriter(tmp_path, "00000.tar", FORMAT) as fast:
+            fill(fast, 2.0)
+        before = contents(tmp_path)
+    assert contents(tmp_path) == before and set(before) == {"00000.tar", "00000.json"}
+    members = {
+        "latent.npy": next(iter(webdataset.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False)))[
+            "latent.npy"
+        ]
+    }
+    assert (read_latent(members, FORMAT) == 2.0).all()
+
+
+def test_a_death_between_commit_and_move_loses_nothing(tmp_path: Path) -> None:
+    with LatentShardWriter(tmp_path, "00000.tar", FORMAT) as writer:
+        fill(writer, 1.0)
+    before = contents(tmp_path)
+    checksum = json.loads(before["00000.json"])["sha256"]
+    (tmp_path / "00000.tar").rename(tmp_path / f".00000.tar.{checksum}.part")
+    assert is_finished(tmp_path, "00000.tar", FORMAT) and contents(tmp_path) == before
+    (tmp_path / "00000.tar").unlink()  # by hand: it is made again
+    assert not is_finished(tmp_path, "00000.tar", FORMAT)
+    with LatentShardWriter(tmp_path, "00000.tar", FORMAT) as writer:
+        fill(writer, 1.0)
+    assert contents(tmp_path) == before
+
+
+def test_a_changed_source_is_noticed(tmp_path: Path) -> None:
+    source = {"name": "a.tar", "size": 10, "version": "1"}
+    with LatentShardWriter(tmp_path, "00000.tar", FORMAT, source) as writer:
+        fill(writer, 1.0)
+    assert is_finished(tmp_path, "00000.tar", FORMAT, source)
+    with pytest.raises(Exception, match=r"made of other images \(size: 10 there, 11 now\)"):
+        is_finished(tmp_path, "00000.tar", FORMAT, source | {"size": 11})
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
