@@ -3,9 +3,10 @@
     python -m benchmarks.data_latents [--rounds 5] [--samples 64] [--size 128] [--channels 64] [--workers 0 1]
 
 The job reads 320x288 JPEGs from tars, decodes, resizes, encodes and writes shards of moments in float32 to this disk. The
-encoder alone gets the same images from memory, in batches as PyTorch takes them, and throws its moments away. Before any
-clock runs both give the same moments, to what batches change in float32, and runs of the job the same bytes. Ratios are
-taken within a round, in alternating order; the median over rounds is printed, one JSON line each.
+encoder alone gets the same images from memory and throws its moments away: as the job calls it (image by image, one thread
+each), and in batches with PyTorch's own threads. Before any clock runs all give the same moments, to what batches change
+in float32, and runs of the job the same bytes. Ratios are taken within a round, in alternating order; the median over
+rounds is printed, one JSON line each.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ldmscale.data.samples import SampleReader
 from ldmscale.models.autoencoder import KLAutoencoder
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latent_scale import LatentScale
-from ldmscale.stages.latents import LatentsWork, make_shards
+from ldmscale.stages.latents import Encoder, LatentsWork, make_shards
 
 BATCH = 16
 
@@ -94,7 +95,12 @@ def main() -> None:
             )
         )
 
+        encoder = Encoder(first_stage, BATCH)
+
         def alone() -> torch.Tensor:
+            return torch.cat([encoder(batch) for batch in torch.split(images, BATCH)])
+
+        def batches() -> torch.Tensor:
             return torch.cat([first_stage.moments(batch) for batch in torch.split(images, BATCH)])
 
         runs = 0
@@ -107,12 +113,13 @@ def main() -> None:
             return out
 
         check_form: list[LatentFormat] = []
-        expected, kept = alone(), [run(workers) for workers in chosen.workers]
+        expected, kept = batches(), [run(workers) for workers in chosen.workers]
         check(kept[0], check_form[0], expected)
+        check(kept[0], check_form[0], alone())
         for other in kept[1:]:
             for path in sorted(kept[0].glob("0*")):
                 assert path.read_bytes() == (other / path.name).read_bytes(), path.name
-        works: dict[str, Callable[[], object]] = {"encoder alone": alone}
+        works: dict[str, Callable[[], object]] = {"encoder alone": alone, "encoder alone, batches": batches}
         for workers in chosen.workers:
             works[f"latents, {workers} workers"] = lambda workers=workers: run(workers)
         rates: dict[str, list[float]] = {each: [] for each in works}

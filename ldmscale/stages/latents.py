@@ -6,7 +6,6 @@ the same whatever the batch, the processes and the workers are, on a CPU; see `E
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
@@ -14,21 +13,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from ldmscale.data.chunks import Chunk, ChunkReader, Span
 from ldmscale.data.claims import Claim, Claims
 from ldmscale.data.items import ImageItem
 from ldmscale.data.latent_shards import LatentShardWriter, Source
 from ldmscale.data.latents import LatentFormat
 from ldmscale.data.ledger import Ledger
 from ldmscale.data.loader import calm_worker
-from ldmscale.data.samples import Sample, SampleReader
+from ldmscale.data.samples import SampleReader
 from ldmscale.data.shards import is_local
 from ldmscale.data.storage import StoreError
 from ldmscale.distributed.lease import LeaseLostError
@@ -43,66 +43,6 @@ FREE_FAULTS = 20  # samples of a shard that may be bad before their share counts
 _BEHIND = 3  # batches that wait to be written
 _POLL_SECONDS = 0.5
 _TELL_SECONDS = 60.0
-
-
-class _Span(NamedTuple):
-    """Samples of one shard, in order."""
-
-    claim: int  # which of this process's claims it belongs to
-    number: int  # of the shard
-    start: int
-    stop: int
-    last: bool
-
-
-class _Row(NamedTuple):
-    key: str
-    at: int  # in its shard
-    caption: str
-    metadata: dict[str, Any]
-    tokens: np.ndarray | None
-
-
-@dataclass
-class Chunk:
-    """A span that was read: uint8 [b,3,H,W] and what stands beside each image."""
-
-    span: _Span
-    images: Tensor | None  # None: no sample of the span can be used
-    rows: list[_Row]
-    skipped: list[tuple[str, str]]  # key or number, and reason
-    unreachable: str = ""  # the store could not be reached
-
-
-class ChunkReader(Dataset[Chunk]):
-    """Reads and decodes spans; goes to the workers."""
-
-    def __init__(self, reader: SampleReader, item: ImageItem) -> None:
-        self.reader, self.item = reader, item
-
-    def __getitem__(self, span: _Span) -> Chunk:
-        chunk = Chunk(span, None, [], [])
-        images = []
-        for at in range(span.start, span.stop):
-            key = f"sample {at}"
-            try:
-                sample = self.reader.read(span.number, at)
-                key = sample.key
-                found, metadata = self.item(sample, at), _metadata(sample)
-            except StoreError as error:
-                chunk.unreachable = str(error)
-                return chunk
-            except DataError as error:
-                chunk.skipped.append((key, str(error)))
-                continue
-            tokens = found.get("tokens")
-            images.append(np.asarray(found["image"]))
-            chunk.rows.append(
-                _Row(key, at, str(found["caption"]), metadata, None if tokens is None else np.asarray(tokens))
-            )
-        if images:
-            chunk.images = torch.from_numpy(np.stack(images))
-        return chunk
 
 
 class Encoder:
@@ -294,7 +234,7 @@ class _Line:
             self._wait(0)
         return done
 
-    def spans(self) -> Iterator[_Span]:
+    def spans(self) -> Iterator[Span]:
         """Claims shards as they are asked for."""
         while not self._stopped():
             claim = self._claims.next(self._lose)
@@ -307,7 +247,7 @@ class _Line:
             for start in range(0, max(count, 1), batch):
                 if shard.lost or self._stopped():
                     break
-                yield _Span(mine, claim.number, start, min(start + batch, count), start + batch >= count)
+                yield Span(mine, claim.number, start, min(start + batch, count), start + batch >= count)
 
     def _encode(self, chunk: Chunk) -> None:
         shard = self._shards.get(chunk.span.claim)
@@ -357,19 +297,9 @@ class _Spans:
     def __init__(self, line: _Line) -> None:
         self._line = line
 
-    def __iter__(self) -> Iterator[_Span]:
+    def __iter__(self) -> Iterator[Span]:
         return self._line.spans()
 
 
 def _as_it_is(chunk: Any) -> Any:
     return chunk
-
-
-def _metadata(sample: Sample) -> dict[str, Any]:
-    try:
-        found = json.loads(sample.members.get("json", b"{}"))
-    except ValueError as error:
-        raise DataError(f"its json cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"its json is a {type(found).__name__}, expected an object")
-    return found
