@@ -17,7 +17,8 @@ from ldmscale.data.fetch import Fetcher, Ticket
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.items import LatentItem
 from ldmscale.data.latent_reader import LatentReader
-from ldmscale.data.latents import LatentFormat, LatentShardWriter
+from ldmscale.data.latent_shards import LatentShardWriter
+from ldmscale.data.latents import LatentFormat
 from ldmscale.data.ledger import Ledger, read_ledger
 from ldmscale.data.loader import Loader
 from ldmscale.data.sequence import Sequence
