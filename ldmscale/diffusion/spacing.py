@@ -20,17 +20,19 @@ class Path:
 
     `timesteps` [S] is what the network is told; a number between two timesteps stands for the noise level between them.
     `bars` [S+1] are the alpha_bar of each, and at last that where the last step ends: 1 is a clean image.
+    `start` is what the first noise, of variance 1, is multiplied by.
     """
 
     timesteps: tuple[float, ...]
     bars: tuple[float, ...]
+    start: float = 1.0
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def last(self, steps: int) -> Path:
         """The end of the path, of `steps` steps: what image-to-image follows."""
-        return Path(self.timesteps[len(self) - steps :], self.bars[len(self) - steps :])
+        return Path(self.timesteps[len(self) - steps :], self.bars[len(self) - steps :], self.start)
 
     def t(self, step: int, x: Tensor) -> Tensor:
         """The timestep of `step` for each sample of x: int64 [B], or float32 [B] where it lies between two."""
@@ -83,7 +85,10 @@ def path_of(sampler: str, schedule: NoiseSchedule, steps: int, spacing: str | No
         raise ValueError(f"spacing {spacing!r}: expected one of {', '.join(SPACINGS)}")
     as_compvis = spacing == "leading" and sampler in ("ddim", "plms")
     end = float(schedule.alphas_bar[0]) if as_compvis else 1.0
-    return Path(tuple(visited), (*(_bar(schedule, t) for t in visited), end))
+    bars = (*(_bar(schedule, t) for t in visited), end)
+    # Euler's noise is as large as the first level's (sigma there is all of it); diffusers makes leading an exception.
+    start = (1 - bars[0]) ** 0.5 if sampler == "euler" and spacing != "leading" else 1.0
+    return Path(tuple(visited), bars, start)
 
 
 def _linspace(sampler: str, total: int, steps: int) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ldmscale.config import DiffusionConfig, SpatialConfig
+from ldmscale.config import ClassEmbedderConfig, DiffusionConfig, SpatialConfig
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.errors import DataError
 from ldmscale.interop.model import Model
@@ -84,6 +84,7 @@ def read_hints(values: Mapping[str, Any], where: str) -> Hints:
         latent_size=params.get("image_size") if isinstance(params.get("image_size"), int) else None,
         dropout=float(unet.get("dropout", 0.0)),
         halvings=text.get("n_stages"),
+        null_class=(_at(values, "ldmscale") or {}).get("null_class"),
     )
 
 
@@ -223,7 +224,18 @@ def written(model: Model) -> dict[str, Any]:
                 "out_channels": spatial.config.channels,
             },
         }
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}} | _of_our_own(
+        model
+    )
+
+
+def _of_our_own(model: Model) -> dict[str, Any]:
+    """What CompVis' classes have no setting for, beside `model`, where they do not look."""
+    classes = model.parts.get("class_embedder")
+    if classes is None:
+        return {}
+    assert isinstance(classes.config, ClassEmbedderConfig)
+    return {"ldmscale": {"null_class": classes.config.null_class}}
 
 
 def _heads(model: Model) -> dict[str, int | None]:

@@ -212,6 +212,8 @@ def write_folder(model: Model, folder: Path, ema: bool) -> None:
     if model.kept:
         write_safetensors(folder / BESIDE / "kept.safetensors", model.kept)
         log.info("%d tensors that diffusers has no place for are in %s/", len(model.kept), BESIDE)
+    if model.lightning:
+        log.warning("not written, since diffusers has no place for it: %s", ", ".join(model.lightning))
 
 
 Described = dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]

@@ -60,6 +60,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> int:
             if part is not None:
                 part.to(world.device)
         _warn_of_late_start(parts, config)
+        _warn_of_no_guidance(parts, config)
         mine = [wanted[number] for number in missing[ranks.rank :: ranks.size]]
         _draw(parts, mine, len(missing), config, folder, ranks)
     barrier()
@@ -228,6 +229,17 @@ def _warn_of_late_start(parts: Parts, config: SampleConfig) -> None:
             "sample.spacing=trailing, or another number of steps",
             config.steps, first, last,
         )  # fmt: skip
+
+
+def _warn_of_no_guidance(parts: Parts, config: SampleConfig) -> None:
+    """A model that reads a condition and has none that says nothing is drawn from as it was trained: say so."""
+    if config.guidance == 1 or parts.denoiser is None or parts.denoiser.has_null:
+        return
+    if parts.denoiser.unet.context_dim is not None:
+        log.warning(
+            "sample.guidance=%g has no effect: the model has no null condition to move away from (class_embedder.null_class)",
+            config.guidance,
+        )
 
 
 def _given_picture(parts: Parts, config: SampleConfig) -> tuple[torch.Tensor | None, torch.Tensor | None]:

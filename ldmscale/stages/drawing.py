@@ -112,11 +112,11 @@ def draw_latents(
     else:
         ready = guided(denoise, context, null_context, options.guidance, options.guidance_rescale)
     path = path_of(options.sampler, schedule, options.steps, options.spacing)
-    start = noise
+    start = path.start * noise
     keep: Keep = samplers.as_it_is
     if given is not None:
         path = path.last(steps_of_strength(options.steps, given.strength))
-        start, keep = _started(given, noise, path.bars[0])
+        start, keep = _started(given, noise, path)
     return follow(ready, start, path, options, fresh_noise, keep)
 
 
@@ -145,8 +145,8 @@ def follow(
     raise ValueError(f"sampler {options.sampler!r}: there is none of that name")
 
 
-def _started(given: Given, noise: Tensor, bar: float) -> tuple[Tensor, Keep]:
-    """Where a path that begins at alpha_bar `bar` starts from given images, and what is kept of them at each level.
+def _started(given: Given, noise: Tensor, path: Path) -> tuple[Tensor, Keep]:
+    """Where a path starts from given images, and what is kept of them at each level.
 
     The kept part is put back with the same noise at every level (as in RePaint, Lugmayr et al. 2022, but without
     resampling), so that a model that was never trained for inpainting sees it as noisy as the rest.
@@ -156,7 +156,7 @@ def _started(given: Given, noise: Tensor, bar: float) -> tuple[Tensor, Keep]:
         noisy: Tensor = level**0.5 * given.latents + (1 - level) ** 0.5 * noise
         return noisy
 
-    redraw = given.redraw
+    redraw, bar = given.redraw, path.bars[0]
     if redraw is None:
         return at(bar), samplers.as_it_is
 
@@ -164,7 +164,7 @@ def _started(given: Given, noise: Tensor, bar: float) -> tuple[Tensor, Keep]:
         return torch.lerp(at(level), x, redraw)
 
     # What is redrawn whole must not see what was there.
-    start = noise if given.strength == 1 else at(bar)
+    start = path.start * noise if given.strength == 1 else at(bar)
     return keep(start, bar), keep
 
 

@@ -164,7 +164,7 @@ def test_dpmpp_2m(prediction, steps, spacing):
 def test_euler(prediction, spacing, steps):
     """EulerDiscreteScheduler(steps_offset=1), its defaults otherwise (linspace, linear interpolation, final sigma 0).
 
-    Ours begins with noise of variance 1; diffusers' sample is that noise times sqrt(sigma^2 + 1), in all spacings.
+    diffusers' sample is ours times sqrt(sigma^2 + 1); both begin with the same noise, as large as init_noise_sigma says.
     """
     theirs = diffusers.EulerDiscreteScheduler(
         **PUBLISHED, prediction_type=THEIR_NAME[prediction], timestep_spacing=spacing, steps_offset=1
@@ -172,10 +172,10 @@ def test_euler(prediction, spacing, steps):
     theirs.set_timesteps(steps)
     path = path_of("euler", schedule_of(), steps, spacing)
     assert theirs.timesteps.tolist() == pytest.approx(list(path.timesteps), abs=1e-3)
-    x = START * (theirs.sigmas[0] ** 2 + 1) ** 0.5
+    x = START * theirs.init_noise_sigma
     for t in theirs.timesteps:
         x = theirs.step(network(theirs.scale_model_input(x, t), t.expand(3)), t, x).prev_sample
-    ours = euler(network, START, path, prediction=prediction)
+    ours = euler(network, START * path.start, path, prediction=prediction)
     assert_equal(ours, x)
 
 

@@ -81,6 +81,34 @@ def test_the_classes_that_were_found_are_kept_with_the_run(place):
     assert parts.class_embedder is not None and parts.class_embedder.embedding.weight.shape == (6, 64)
 
 
+def test_a_class_conditional_run_is_exported_with_its_null_class_and_draws_the_same(place, ldmscale):
+    finished(ldmscale("export", "src=class", "dst=class.ckpt", "format=compvis", cwd=place))
+    refused = ldmscale("export", "src=class", "dst=there", "format=diffusers", cwd=place)
+    assert refused.returncode == 2 and "class_embedder: diffusers has no such network" in refused.stderr
+    run, exported = library.load(place / "class"), library.load(place / "class.ckpt")
+
+    def draw(parts: library.Parts) -> torch.Tensor:
+        return library.sample(parts, ["2", "0"], steps=3, guidance=4.0)
+
+    assert exported.denoiser is not None and exported.denoiser.has_null
+    assert torch.equal(draw(exported), draw(run))
+
+
+def test_an_unconditional_run_draws_the_same_in_the_pipeline_of_diffusers(place, ldmscale):
+    from diffusers import LDMPipeline
+
+    finished(ldmscale("export", "src=unconditional", "dst=pipeline", "format=diffusers", cwd=place))
+    pipeline = LDMPipeline.from_pretrained(place / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(4)
+    there = pipeline(generator=generator, num_inference_steps=3, output_type="np").images
+    parts = library.load(place / "unconditional")
+    assert parts.latent_shape is not None
+    noise = torch.randn(1, *parts.latent_shape, generator=torch.Generator().manual_seed(4))
+    ours = library.sample(parts, [""], steps=3, noise=noise)
+    assert float((ours - (torch.from_numpy(there).permute(0, 3, 1, 2) * 2 - 1)).abs().max()) < 1e-4
+
+
 def test_a_class_is_drawn_by_its_name_or_number_and_guided_by_the_null_class(place):
     parts = library.load(place / "class")
 
