@@ -128,6 +128,25 @@ def test_image_to_image_is_that_of_diffusers(parts, strength, kept):
     assert close(found, wanted)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_euler_begins_with_noise_as_large_as_diffusers_begins(parts, spacing):
+    theirs = diffusers.EulerDiscreteScheduler(
+        1000, 0.00085, 0.012, "scaled_linear", timestep_spacing=spacing, steps_offset=1
+    )
+    theirs.set_timesteps(5)
+    context = parts.denoiser.text_encoder(torch.from_numpy(parts.tokenizer.encode(PROMPTS[:1])))
+    noise = starting_noise([0], (4, 8, 8))
+    x = noise * theirs.init_noise_sigma
+    for t in theirs.timesteps:
+        told = t[None].to(torch.float32 if spacing == "linspace" else torch.int64)
+        x = theirs.step(
+            parts.denoiser.denoise(theirs.scale_model_input(x, t), told, context), t, x
+        ).prev_sample
+    wanted = parts.autoencoder.decode(parts.scale.unscale(x)).clamp(-1, 1)
+    options = {"steps": 5, "guidance": 1.0, "sampler": "euler", "spacing": spacing}
+    assert close(sample(parts, PROMPTS[:1], noise=noise, **options), wanted)
+
+
 def test_more_strength_leaves_less_of_the_image(parts):
     image = picture()
     kept = parts.autoencoder.decode(parts.autoencoder.encode(image).mean).clamp(-1, 1)
