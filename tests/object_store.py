@@ -102,7 +102,7 @@ def serve(folder: Path) -> Iterator[ObjectStore]:
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
         f"-dir={folder / 'data'}",
-        "-volume.max=20",
+        "-volume.max=200",  # a bucket takes several, and a full server answers with internal errors
         "-master.volumeSizeLimitMB=64",
         f"-master.port={port['master']}",
         f"-master.port.grpc={port['master_grpc']}",
