@@ -44,6 +44,17 @@ def test_a_run_begins_with_the_weights_of_another_one(host: Any, tmp_path: Path)
     assert same(weights(tmp_path / "averaged", "ema"), averaged)  # the average begins from there too
     host.finish([*still, "run.dir=raw", "zero=1", "warm_start.weights=raw"], keys)
     assert same(weights(tmp_path / "raw", "master"), raw)
+    # The same weights through another format: as exported, and as imported from there.
+    host.finish(["export", "src=first", "dst=exported", "format=diffusers"], keys, ranks=1)
+    host.finish(["import", "src=exported", "dst=imported"], keys, ranks=1)
+    for path, settings in (
+        ("exported", ["zero=2"]),
+        ("imported", ["zero=3", "zero.persistence_threshold=0"]),
+    ):
+        run = f"from_{path}"
+        host.finish([*job, *STILL, f"warm_start.path={path}", f"run.dir={run}", *settings], keys)
+        assert same(weights(tmp_path / run, "master"), averaged)
+        assert same(weights(tmp_path / run, "ema"), averaged)
     # A wider network does not fit, and the message says where.
     host.start([*still, "run.dir=wider", "unet.channels=64"], keys)
     assert host.answer()["status"] == 1
