@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 
-from ldmscale.config import AutoencoderConfig, DiffusionJob, UNetConfig
+from ldmscale.config import AutoencoderConfig, DiffusionJob, TextEncoderConfig, UNetConfig
 from ldmscale.distributed.collectives import any_true
 from ldmscale.errors import ConfigError
 from ldmscale.models.attention import Backend, Probe, probe, set_backend
@@ -113,7 +113,7 @@ def _probed(
 def diffusion_head_channels(config: DiffusionJob, dtype: torch.dtype) -> dict[torch.dtype, list[int]]:
     """Head sizes of U-Net and text transformer, which compute in `dtype`, and of the first stage, which is fp32."""
     sizes = unet_head_channels(config.unet)
-    if config.text_encoder is not None:
+    if isinstance(config.text_encoder, TextEncoderConfig):  # a frozen one has an attention of its own
         sizes.append(config.text_encoder.head_channels)
     found = {dtype: sizes}
     if config.first_stage.path is not None:

@@ -15,15 +15,18 @@ from ldmscale.config import (
     AutoencoderLossConfig,
     DiffusionConfig,
     DiffusionJob,
+    FrozenTextConfig,
     SpatialConfig,
     TextEncoderConfig,
     UNetConfig,
 )
 from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.frozen_text import bare_text_encoder
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.conditions import ClassEmbedder, Conditions, GivenContext, SpatialRescaler
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.discriminator import PatchDiscriminator
+from ldmscale.models.frozen_text import FrozenTextEncoder
 from ldmscale.models.layers import ResnetBlock
 from ldmscale.models.text_encoder import TextLayer, TextTransformer
 from ldmscale.models.transformer import SpatialAttention, SpatialTransformer
@@ -57,12 +60,17 @@ def build_text_encoder(config: TextEncoderConfig) -> TextTransformer:
     return TextTransformer(**_arguments(config, "kind", "tokenizer"))
 
 
-def build_denoiser(config: DiffusionJob, null_token_ids: Tensor | None = None) -> Denoiser:
+def build_denoiser(
+    config: DiffusionJob,
+    null_token_ids: Tensor | None = None,
+    frozen_text: FrozenTextEncoder | None = None,
+) -> Denoiser:
     """The U-Net and what reads its conditions, as the one network that the diffusion stage trains.
 
     Args:
         config: its sections unet, text_encoder, class_embedder, embeddings, spatial and diffusion.
         null_token_ids: int64 [L], the empty caption or layout; zeros unless given (the weights bring their own).
+        frozen_text: the opened encoder of a model that reads with one; without its weights unless given.
     """
     text, classes, given, spatial = (
         config.text_encoder,
@@ -72,9 +80,14 @@ def build_denoiser(config: DiffusionJob, null_token_ids: Tensor | None = None) -
     )
     if text is not None and null_token_ids is None:
         null_token_ids = torch.zeros(text.max_tokens, dtype=torch.int64)
+    reader: TextTransformer | FrozenTextEncoder | None = frozen_text
+    if isinstance(text, FrozenTextConfig) and frozen_text is None:
+        reader = bare_text_encoder(text)
+    elif isinstance(text, TextEncoderConfig):
+        reader = build_text_encoder(text)
     return Denoiser(
         build_unet(config.unet),
-        None if text is None else build_text_encoder(text),
+        reader,
         null_token_ids,
         null_condition=config.diffusion.null_condition,
         class_embedder=None if classes is None else ClassEmbedder(**_arguments(classes, "names")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ from torch import Tensor
 from ldmscale.averaging import chosen_weights
 from ldmscale.checkpoint import Reader, newest_checkpoint
 from ldmscale.compose import compose_job, config_folder
-from ldmscale.config import AutoencoderJob, DiffusionJob
+from ldmscale.config import AutoencoderJob, DiffusionJob, FrozenTextConfig
+from ldmscale.data.encoder_tokens import EncoderTokenizer
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.errors import CheckpointError, ConfigError
+from ldmscale.frozen_text import open_text_encoder
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.conditions import ClassEmbedder, SpatialRescaler
 from ldmscale.models.denoiser import Denoiser
+from ldmscale.models.frozen_text import FrozenTextEncoder
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
 from ldmscale.networks import build_autoencoder, build_denoiser, build_schedule
@@ -39,8 +42,8 @@ class Parts:
 
     unet: UNet | None = None
     autoencoder: KLAutoencoder | VQAutoencoder | None = None
-    text_encoder: TextTransformer | None = None
-    tokenizer: Tokenizer | None = None
+    text_encoder: TextTransformer | FrozenTextEncoder | None = None
+    tokenizer: Tokenizer | EncoderTokenizer | None = None
     schedule: NoiseSchedule | None = None
     class_embedder: ClassEmbedder | None = None
     classes: ClassLabels | None = None  # what the class embedder's rows are called
@@ -77,7 +80,7 @@ def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") 
         return Parts(
             unet=denoiser.unet,
             autoencoder=build_autoencoder(config.autoencoder),
-            text_encoder=denoiser.text_encoder,
+            text_encoder=denoiser.reads_text,
             class_embedder=denoiser.class_embedder,
             spatial_rescaler=denoiser.spatial_rescaler,
             schedule=build_schedule(config.diffusion),
@@ -94,7 +97,8 @@ def load(path: str | Path, ema: bool | str = True, dtype: torch.dtype = torch.fl
             a diffusers folder; a CompVis .ckpt or .safetensors with its yaml beside it.
         ema: averaged weights where the run kept them, raw ones otherwise; or the name of another average: "ema_0.999"
             of ema.decays, or "power_0.08" of any relative width, made from the stored power-function averages.
-        dtype: of the weights; the autoencoder of a diffusion run stays in float32 (half precision blurs and overflows).
+        dtype: of the weights; the autoencoder of a diffusion run stays in float32 (half precision blurs and overflows),
+            a frozen text encoder in the format that it was trained with.
 
     Raises:
         ConfigError: the folder is no run, and no model of another format.
@@ -128,10 +132,20 @@ def _load_autoencoder(config: AutoencoderJob, reader: Reader, ema: bool | str, d
 def _load_diffusion(
     config: DiffusionJob, folder: RunFolder, reader: Reader, ema: bool | str, dtype: torch.dtype
 ) -> Parts:
-    denoiser = build_denoiser(config)
+    stage, text = reader.state["stage"], config.text_encoder
+    frozen = None
+    if isinstance(text, FrozenTextConfig):
+        # Where the last start found it: the folder may have moved since config.yaml was written.
+        noted = folder.identity().get("text_encoder", {})
+        frozen = open_text_encoder(replace(text, path=noted.get("path", text.path)))
+    if frozen is not None and frozen.digest() != stage["text_encoder"]:
+        raise CheckpointError(
+            f"{folder.path} was trained with the text encoder {stage['text_encoder']}, and the one that its run.json names "
+            f"now holds {frozen.digest()}: give it its files of then back"
+        )
+    denoiser = build_denoiser(config, frozen_text=frozen)
     _fill(denoiser, chosen_weights(reader, "denoiser", ema))
     denoiser.requires_grad_(False).eval().to(dtype)
-    stage = reader.state["stage"]
     first_stage = (
         load(config.first_stage.path, config.first_stage.average) if config.first_stage.path else Parts()
     )
@@ -141,15 +155,19 @@ def _load_diffusion(
             f"now holds {digest(first_stage.autoencoder)}: was it trained on? Give it back its checkpoint of then"
         )
     channels, height, width = stage["latent_shape"]
-    text = config.text_encoder
+    tokenizer: Tokenizer | EncoderTokenizer | None = None
+    if isinstance(text, FrozenTextConfig):
+        tokenizer = EncoderTokenizer.load(folder.tokenizer, text.max_tokens)
+    elif text is not None:
+        tokenizer = Tokenizer.load(folder.tokenizer, text.max_tokens)
     return Parts(
         unet=denoiser.unet,
         autoencoder=first_stage.autoencoder,
-        text_encoder=denoiser.text_encoder,
+        text_encoder=denoiser.reads_text,
         class_embedder=denoiser.class_embedder,
         spatial_rescaler=denoiser.spatial_rescaler,
         classes=None if config.class_embedder is None else ClassLabels.load(folder.classes),
-        tokenizer=None if text is None else Tokenizer.load(folder.tokenizer, text.max_tokens),
+        tokenizer=tokenizer,
         schedule=build_schedule(config.diffusion),
         denoiser=denoiser,
         scale=LatentScale.from_plain(stage["latent_scale"]),

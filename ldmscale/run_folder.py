@@ -28,7 +28,7 @@ FREE_KEYS = (
     "data.shards", "data.heldout_shards", "data.workers", "data.max_bad_share", "data.max_bad_in_a_row",
     "data.allow_pipe", "data.storage.", "train.global_batch", "first_stage.path",
     "diffusion.loss_bins",
-    "unet.checkpointing", "text_encoder.checkpointing", "autoencoder.checkpointing",
+    "text_encoder.path", "unet.checkpointing", "text_encoder.checkpointing", "autoencoder.checkpointing",
     "validation.", "codebook.usage_window_steps", "codebook.alarm_usage",
 )  # fmt: skip
 

@@ -15,6 +15,8 @@ from ldmscale.config import JOBS, Job
 from ldmscale.errors import ConfigError
 
 MISSING = "???"  # what OmegaConf leaves where a mandatory value was not given
+# Parts of pydantic's locations that name the branch of a union and no key; the last are kinds of text encoders
+_BRANCHES = ("str", "int", "float", "bool", "bert", "clip", "t5")
 _T = TypeVar("_T")
 
 
@@ -85,9 +87,7 @@ def _missing_fault(path: str) -> str:
 def _fault(error: Mapping[str, Any]) -> str:
     # pydantic appends the branch of a union ("str", "tuple[...]") to the location: keys have no such characters.
     parts = [str(p) for p in error["loc"]]
-    path = ".".join(
-        p for p in parts if (p.isidentifier() and p not in ("str", "int", "float", "bool")) or p.isdigit()
-    )
+    path = ".".join(p for p in parts if (p.isidentifier() and p not in _BRANCHES) or p.isdigit())
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{path} is unknown: remove it, or see the keys with --cfg job"
     if error["type"] in ("missing", "missing_argument") or error.get("input") == MISSING:

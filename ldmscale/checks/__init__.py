@@ -30,6 +30,7 @@ from ldmscale.checks.stages import (
     check_warm_start,
     check_zero,
 )
+from ldmscale.checks.text import check_text_encoder
 from ldmscale.config import (
     AutoencoderJob,
     DiffusionJob,
@@ -75,6 +76,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_warm_start(config.warm_start.path),
             *check_unet(config.unet),
             *check_conditions(config),
+            *check_text_encoder(config.text_encoder),
             *check_latents(config),
             *check_objective(config.diffusion),
             *check_first_stage(config.first_stage.path),

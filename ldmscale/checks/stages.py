@@ -11,6 +11,7 @@ from ldmscale.config import (
     EmaConfig,
     FirstStageConfig,
     PreviewConfig,
+    TextEncoderConfig,
     TrainConfig,
     ZeroConfig,
 )
@@ -100,7 +101,7 @@ def check_latents(config: DiffusionJob) -> list[str]:
         for name in ("embeddings", "spatial")
         if getattr(config, name) is not None
     ]
-    if config.text_encoder is not None and config.text_encoder.tokenizer == "layout":
+    if isinstance(config.text_encoder, TextEncoderConfig) and config.text_encoder.tokenizer == "layout":
         faults.append(
             "text_encoder.tokenizer=layout, but shards cannot give this condition yet: the model builds, loads and samples, "
             "and cannot be trained"

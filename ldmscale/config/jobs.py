@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ldmscale.config.cluster import ClusterConfig
@@ -16,6 +17,7 @@ from ldmscale.config.networks import (
     AutoencoderConfig,
     ClassEmbedderConfig,
     EmbeddingsConfig,
+    FrozenTextConfig,
     SpatialConfig,
     TextEncoderConfig,
     UNetConfig,
@@ -107,7 +109,7 @@ class DiffusionJob:
     warm_start: WarmStartConfig = WarmStartConfig()
     validation: DenoisingValidationConfig = DenoisingValidationConfig()
     # What the U-Net is told; of the first three at most one. None of them: unconditional.
-    text_encoder: TextEncoderConfig | None = None
+    text_encoder: Annotated[TextEncoderConfig | FrozenTextConfig, Field(discriminator="kind")] | None = None
     class_embedder: ClassEmbedderConfig | None = None
     embeddings: EmbeddingsConfig | None = None
     spatial: SpatialConfig | None = None

@@ -87,6 +87,17 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class FrozenTextConfig:
+    """A pretrained text encoder that is read and not trained, with its own tokenizer, through the transformers library."""
+
+    kind: Literal["clip", "t5"]
+    path: str  # a hub name, or a folder that holds model and tokenizer
+    width: Positive  # of its vectors: config.json's hidden_size (CLIP) or d_model (T5)
+    max_tokens: Positive  # of a caption, which is filled up or cut
+    dtype: Literal["fp32", "bf16"] = "fp32"  # that it computes in, whatever train.precision is
+
+
+@dataclass(frozen=True, config=STRICT)
 class ClassEmbedderConfig:
     """One vector a class, read by cross-attention (CompVis' ClassEmbedder)."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from ldmscale.data.buckets import Shape
 from ldmscale.data.captions import caption_of
 from ldmscale.data.decode import LATENT, MAX_PIXELS, decode_image, image_member
+from ldmscale.data.encoder_tokens import EncoderTokenizer
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import FLIPPED, LatentFormat, read_latent
 from ldmscale.data.samples import Sample
@@ -37,7 +38,7 @@ class ImageItem:
     flip: bool = False
     max_pixels: int = MAX_PIXELS
     caption_source: str | None = None
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | EncoderTokenizer | None = None
     shapes: tuple[Shape, ...] = ()
     decoder: str = "pillow"
     labels: ClassLabels | None = None
@@ -78,7 +79,7 @@ class LatentItem:
 
     format: LatentFormat
     caption_source: str | None = "txt"
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | EncoderTokenizer | None = None
     labels: ClassLabels | None = None
     flip: bool = False
     seed: int = 0
@@ -110,7 +111,10 @@ class LatentItem:
 
 
 def _told(
-    members: Mapping[str, bytes], source: str | None, tokenizer: Tokenizer | None, labels: ClassLabels | None
+    members: Mapping[str, bytes],
+    source: str | None,
+    tokenizer: Tokenizer | EncoderTokenizer | None,
+    labels: ClassLabels | None,
 ) -> dict[str, np.ndarray | str | int]:
     """The conditions of a sample, each read by its own reader."""
     item: dict[str, np.ndarray | str | int] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ldmscale.config import AutoencoderJob, DiffusionJob
+from ldmscale.config import AutoencoderJob, DiffusionJob, FrozenTextConfig, TextEncoderConfig
 from ldmscale.errors import ConfigError
 from ldmscale.interop.model import Model, Part, PartConfig
 from ldmscale.parts import Parts, load
@@ -52,6 +52,11 @@ def _diffusion(config: DiffusionJob, folder: RunFolder, parts: Parts) -> Model:
         raise ConfigError(
             f"{folder.path} was trained at latents of {parts.latent_shape}: other formats know square ones only"
         )
+    if isinstance(config.text_encoder, FrozenTextConfig):
+        raise ConfigError(
+            f"{folder.path} reads captions with a frozen {config.text_encoder.kind} encoder: such a model can be loaded and "
+            "drawn from here, but not exported yet"
+        )
     model = Model(
         parts={"unet": _part(config.unet, parts.unet)},
         diffusion=config.diffusion,
@@ -63,7 +68,7 @@ def _diffusion(config: DiffusionJob, folder: RunFolder, parts: Parts) -> Model:
     )  # fmt: skip
     if parts.autoencoder is not None:
         model.parts["autoencoder"] = _part(config.autoencoder, parts.autoencoder)
-    if config.text_encoder is not None and parts.text_encoder is not None:
+    if isinstance(config.text_encoder, TextEncoderConfig) and parts.text_encoder is not None:
         model.parts["text_encoder"] = _part(config.text_encoder, parts.text_encoder)
     if config.class_embedder is not None and parts.class_embedder is not None:
         model.parts["class_embedder"] = _part(config.class_embedder, parts.class_embedder)

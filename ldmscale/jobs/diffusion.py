@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ldmscale.config import DiffusionJob
+from ldmscale.config import DiffusionJob, FrozenTextConfig
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.stop import StopFlag
 from ldmscale.jobs.start import configured
@@ -22,6 +22,9 @@ def main(overrides: Sequence[str]) -> int:
         # Whoever loads this run later may stand in another folder.
         found = replace(config.first_stage, path=str(Path(config.first_stage.path).absolute()))
         config = replace(config, first_stage=found)
+    text = config.text_encoder
+    if isinstance(text, FrozenTextConfig) and Path(text.path).is_dir():
+        config = replace(config, text_encoder=replace(text, path=str(Path(text.path).absolute())))
     with StopFlag().install() as stop:  # before the slow imports: a signal may come at any time
         return _run(config, ranks, stop)
 
@@ -37,7 +40,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.jobs.loaders import held_out
     from ldmscale.jobs.open_index import shapes_of
     from ldmscale.jobs.open_run import already_finished, open_run
-    from ldmscale.jobs.text import settle_tokenizer
+    from ldmscale.jobs.text import open_frozen_text, settle_tokenizer
     from ldmscale.jobs.training import train
     from ldmscale.networks import (
         build_denoiser,
@@ -59,10 +62,11 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     attention = choose_attention(config.train.attention, head_channels, run.device)
     run.note("attention", attention.plain())
     first_stage, latent_shape, stored = open_first_stage(config, run)
+    frozen_text = open_frozen_text(run, config)
     torch.manual_seed(config.seed)
     null = None if tokenizer is None else torch.from_numpy(tokenizer.encode([""])[0])
     with sharded_construction(options):
-        network = build_denoiser(config, null)
+        network = build_denoiser(config, null, frozen_text)
     engine = Engine("denoiser", network, options, run.device)
     log.info("denoiser of %s parameters, ZeRO-%d, %s, attention by %s", f"{engine.parameter_count():,}",
              config.zero.stage, config.train.precision, attention.backend)  # fmt: skip

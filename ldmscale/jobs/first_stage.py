@@ -9,6 +9,7 @@ import torch
 
 from ldmscale.config import DiffusionJob, FirstStageConfig
 from ldmscale.data.captions import caption_of
+from ldmscale.data.encoder_tokens import EncoderTokenizer
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import LatentFormat, LatentManifest
 from ldmscale.data.samples import SampleReader
@@ -62,7 +63,10 @@ def open_first_stage(
 
 
 def preview_conditions(
-    config: DiffusionJob, run: Run, tokenizer: Tokenizer | None, classes: ClassLabels | None
+    config: DiffusionJob,
+    run: Run,
+    tokenizer: Tokenizer | EncoderTokenizer | None,
+    classes: ClassLabels | None,
 ) -> PreviewConditions:
     """The configured prompts, or captions spread over the held-out shards (else over the training shards).
 

@@ -56,7 +56,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> int:
         parts = load(
             config.model, config.ema, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
         )
-        for part in (parts.denoiser, parts.autoencoder):
+        for part in (parts.denoiser, parts.text_encoder, parts.autoencoder):
             if part is not None:
                 part.to(world.device)
         _warn_of_late_start(parts, config)

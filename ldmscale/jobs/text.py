@@ -5,22 +5,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from ldmscale.config import DiffusionJob, TextEncoderConfig
+from ldmscale.config import DiffusionJob, FrozenTextConfig, TextEncoderConfig
 from ldmscale.data.captions import caption_of
+from ldmscale.data.encoder_tokens import EncoderTokenizer, keep
 from ldmscale.data.samples import SampleReader
 from ldmscale.data.tokens import Tokenizer, train_wordpiece
 from ldmscale.distributed.collectives import from_main_rank
 from ldmscale.errors import ConfigError, DataError
+from ldmscale.frozen_text import open_text_encoder
 from ldmscale.jobs.open_run import Run
+from ldmscale.models.frozen_text import FrozenTextEncoder
 
 log = logging.getLogger(__name__)
 
 TRAINED_ON = 200_000  # captions at most
 
 
-def settle_tokenizer(run: Run, config: DiffusionJob, text: TextEncoderConfig) -> Tokenizer:
+def settle_tokenizer(
+    run: Run, config: DiffusionJob, text: TextEncoderConfig | FrozenTextConfig
+) -> Tokenizer | EncoderTokenizer:
     """The tokenizer in the run folder, which rank 0 puts there when the run starts. Collective."""
     folder = run.folder.tokenizer
+    if isinstance(text, FrozenTextConfig):
+        from_main_rank(lambda: None if (folder / "tokenizer.json").exists() else keep(text.path, folder))
+        return EncoderTokenizer.load(folder, text.max_tokens)
 
     def settle() -> None:
         if (folder / "tokenizer.json").exists():
@@ -38,6 +46,26 @@ def settle_tokenizer(run: Run, config: DiffusionJob, text: TextEncoderConfig) ->
             f"give text_encoder.vocab_size={tokenizer.vocab_size}"
         )
     return tokenizer
+
+
+def open_frozen_text(run: Run, config: DiffusionJob) -> FrozenTextEncoder | None:
+    """The frozen text encoder on this rank's device, noted in run.json; None where the model has none. Collective.
+
+    Rank 0 opens it first: where it comes from the model hub, the others find it in the local copy.
+    """
+    text = config.text_encoder
+    if not isinstance(text, FrozenTextConfig):
+        return None
+    opened: list[FrozenTextEncoder] = []
+    from_main_rank(lambda: opened.append(open_text_encoder(text)))
+    encoder = opened[0] if opened else open_text_encoder(text)
+    found = encoder.digest()
+    run.note("text_encoder", {"path": text.path, "digest": found})
+    count = sum(weight.numel() for weight in encoder.parameters())
+    log.info(
+        "frozen %s encoder %s of %s parameters, %s, %s", text.kind, text.path, f"{count:,}", text.dtype, found
+    )
+    return encoder.to(run.device)
 
 
 def _captions(run: Run, source: str) -> Iterator[str]:

@@ -20,6 +20,7 @@ from ldmscale.models.conditions import (
     NullContext,
     SpatialRescaler,
 )
+from ldmscale.models.frozen_text import FrozenTextEncoder
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
 
@@ -34,7 +35,8 @@ class Denoiser(nn.Module):
 
     Args:
         unet: its context_dim is the width of the reader.
-        text_encoder: trained together with the U-Net; reads captions and layouts.
+        text_encoder: trained together with the U-Net; reads captions and layouts. A frozen one is no part of this
+            network: whoever opened it places it, and no engine, checkpoint or optimiser sees it.
         null_token_ids: int64 [L], the empty caption or layout. A buffer, saved with the weights.
         null_condition: what replaces a dropped context. "tokens": an input of the reader that says nothing (the
             empty caption, the class behind the others, embeddings of zeros). "learned": a trained
@@ -53,7 +55,7 @@ class Denoiser(nn.Module):
     def __init__(
         self,
         unet: UNet,
-        text_encoder: TextTransformer | None = None,
+        text_encoder: TextTransformer | FrozenTextEncoder | None = None,
         null_token_ids: Tensor | None = None,
         *,
         null_condition: Literal["tokens", "learned"] = "tokens",
@@ -63,7 +65,9 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.unet = unet
-        self.text_encoder = text_encoder
+        self.text_encoder = None if isinstance(text_encoder, FrozenTextEncoder) else text_encoder
+        # In a tuple, where torch does not look for networks.
+        self._frozen_text = (text_encoder,) if isinstance(text_encoder, FrozenTextEncoder) else ()
         self.class_embedder = class_embedder
         self.embeddings = embeddings
         self.spatial_rescaler = spatial_rescaler
@@ -73,6 +77,11 @@ class Denoiser(nn.Module):
         if reader is not None and null_condition == "learned":
             self.null_context = NullContext(reader.max_tokens, reader.width)
         self.register_buffer("null_token_ids", null_token_ids, persistent=True)
+
+    @property
+    def reads_text(self) -> TextTransformer | FrozenTextEncoder | None:
+        """What turns token ids into the context, trained or frozen."""
+        return next(iter(self._frozen_text), self.text_encoder)
 
     @property
     def has_null(self) -> bool:
@@ -129,8 +138,8 @@ class Denoiser(nn.Module):
         prediction: Tensor = self.unet(x, t, context, concat)
         return prediction
 
-    def _reader(self) -> TextTransformer | ClassEmbedder | GivenContext | None:
-        return self.text_encoder or self.class_embedder or self.embeddings
+    def _reader(self) -> TextTransformer | FrozenTextEncoder | ClassEmbedder | GivenContext | None:
+        return self.reads_text or self.class_embedder or self.embeddings
 
     def _context(self, conditions: Conditions, drop: Tensor | None) -> Tensor | None:
         reader = self._reader()
@@ -138,7 +147,7 @@ class Denoiser(nn.Module):
             return None
         if drop is not None and not self.has_null:
             raise ValueError("this model has no null condition that could replace a dropped one")
-        given = conditions.token_ids if self.text_encoder is not None else conditions.labels
+        given = conditions.token_ids if self.reads_text is not None else conditions.labels
         given = conditions.embeddings if self.embeddings is not None else given
         assert given is not None
         if drop is not None and self.null_context is None:
@@ -174,7 +183,7 @@ class Denoiser(nn.Module):
 
     def _check_given(self, conditions: Conditions) -> None:
         channels = self.unet.in_channels - self.unet.out_channels
-        reads = (self.text_encoder, self.class_embedder, self.embeddings, channels or None)
+        reads = (self.reads_text, self.class_embedder, self.embeddings, channels or None)
         for name, part, reader in zip(Conditions._fields, conditions, reads, strict=True):
             if (part is None) != (reader is None):
                 raise ValueError(
@@ -186,7 +195,7 @@ class Denoiser(nn.Module):
         if null_condition not in ("tokens", "learned"):
             raise ValueError(f"null_condition is {null_condition!r}; expected tokens or learned")
         named = {
-            "text encoder": self.text_encoder,
+            "text encoder": self.reads_text,
             "class embedder": self.class_embedder,
             "embeddings": self.embeddings,
         }
@@ -210,7 +219,7 @@ class Denoiser(nn.Module):
                 f"the U-Net has room for {channels} joined channels, the spatial rescaler gives "
                 f"{self.spatial_rescaler.out_channels}"
             )
-        if self.text_encoder is not None and null_condition == "tokens":
+        if self.reads_text is not None and null_condition == "tokens":
             if null_token_ids is None:
                 raise ValueError(
                     "null_condition=tokens needs null_token_ids, the token ids of the empty caption"

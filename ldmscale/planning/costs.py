@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldmscale.config import DiffusionJob
+from ldmscale.config import DiffusionJob, TextEncoderConfig
 from ldmscale.models.layers import Checkpointing, Downsample, ResnetBlock, Upsample
 from ldmscale.models.text_encoder import TextLayer
 from ldmscale.models.transformer import SpatialAttention, SpatialTransformer
@@ -72,7 +72,7 @@ def activations(
     whole = _kept(config, latent_shape, rank_micro_batch, dtype, checkpointing="off")
     modes = {
         config.unet.checkpointing,
-        "off" if config.text_encoder is None else config.text_encoder.checkpointing,
+        config.text_encoder.checkpointing if isinstance(config.text_encoder, TextEncoderConfig) else "off",
     }
     if modes == {"off"}:
         return Activations(whole, 0)
@@ -186,7 +186,9 @@ def _meta_denoiser(
         config = replace(
             config,
             unet=replace(config.unet, checkpointing=checkpointing),
-            text_encoder=None if text is None else replace(text, checkpointing=checkpointing),
+            text_encoder=replace(text, checkpointing=checkpointing)
+            if isinstance(text, TextEncoderConfig)
+            else text,
         )
     with torch.device("meta"):
         return build_denoiser(config).to(dtype)

@@ -17,6 +17,7 @@ from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import CheckpointError
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
+from ldmscale.models.frozen_text import FrozenTextEncoder
 from ldmscale.stages import draws
 from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.drawing import SamplerOptions, draw_latents, starting_noise
@@ -62,6 +63,8 @@ class DiffusionStage:
         self.first_stage, self.schedule, self.objective = first_stage, schedule, objective
         self.sampler, self.preview, self.latent_shape = sampler, preview, latent_shape
         self.seed, self.ranks, self.device = seed, ranks, device
+        reader = self._denoiser.reads_text
+        self._text_digest = reader.digest() if isinstance(reader, FrozenTextEncoder) else None
 
     @property
     def _denoiser(self) -> Denoiser:
@@ -151,15 +154,21 @@ class DiffusionStage:
             "latent_scale": self.first_stage.scale.plain(),
             "latent_shape": list(self.latent_shape),
             "autoencoder": self.first_stage.digest,
+            "text_encoder": self._text_digest,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing is taken back; the first stage must be the one that the run began with.
+        """Nothing is taken back; the frozen networks must be those that the run began with.
 
-        Raises CheckpointError where it is another one.
+        Raises CheckpointError where one is another.
         """
         if state["autoencoder"] != self.first_stage.digest:
             raise CheckpointError(
                 f"the run began with the autoencoder {state['autoencoder']}, and first_stage.path now holds "
                 f"{self.first_stage.digest}: was it trained on? Give the autoencoder of before, or another run.name"
+            )
+        if state.get("text_encoder") != self._text_digest:
+            raise CheckpointError(
+                f"the run began with the text encoder {state.get('text_encoder')}, and text_encoder.path now holds "
+                f"{self._text_digest}: give the encoder of before, or another run.name"
             )
