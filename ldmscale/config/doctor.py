@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from ldmscale.config.data import StorageConfig
 from ldmscale.config.values import STRICT, Positive
 
 
@@ -16,6 +18,7 @@ class DoctorConfig:
 
     folder: str = "runs"  # where runs will be written: its disk is measured
     shards: str | tuple[str, ...] | None = None  # shards that must be reachable
+    storage: StorageConfig = field(default_factory=StorageConfig)  # how, as data.storage of the run
     experiment: str | None = None  # whose checkpoints must have room: conf/experiment/<experiment>.yaml
     keep_checkpoints: Positive = 2
     probe_shards: Positive = 8  # of all shards, evenly chosen, are opened

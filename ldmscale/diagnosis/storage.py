@@ -9,9 +9,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import fsspec
-
+from ldmscale.data.shards import is_local, local_path
+from ldmscale.data.storage import Storage
 from ldmscale.diagnosis.findings import Findings
+from ldmscale.errors import DataError
 
 _BYTES_PER_PARAMETER = 16  # fp32 master, two Adam states, one average
 _READ_BYTES = 16 * 2**20
@@ -50,7 +51,7 @@ def examine_room(folder: Path, parameters: int, keep: int) -> Findings:
     return found
 
 
-def examine_shards(shards: Sequence[str], probes: int) -> Findings:
+def examine_shards(shards: Sequence[str], probes: int, storage: Storage) -> Findings:
     """Open evenly chosen shards and read the beginning of each."""
     found = Findings()
     count = min(probes, len(shards))
@@ -58,10 +59,12 @@ def examine_shards(shards: Sequence[str], probes: int) -> Findings:
     amount, began = 0, time.perf_counter()
     for url in dict.fromkeys(chosen):
         try:
-            with fsspec.open(url, "rb") as file:
-                head = file.read(_READ_BYTES)
-        except Exception as error:  # every backend has its own kinds
-            found.faults.append(f"{url} cannot be read: {type(error).__name__}: {error}")
+            head = _beginning(url, storage)
+        except OSError as error:
+            found.faults.append(f"{url} cannot be read: {error.strerror or error}")
+            continue
+        except DataError as error:
+            found.faults.append(f"{url} cannot be read: {error}")
             continue
         amount += len(head)
         if not head:
@@ -71,6 +74,13 @@ def examine_shards(shards: Sequence[str], probes: int) -> Findings:
         f"{len(shards)}, of which {len(set(chosen))} were opened: {amount / 2**20 / seconds:.0f} MiB/s"
     )
     return found
+
+
+def _beginning(url: str, storage: Storage) -> bytes:
+    if is_local(url):
+        with open(local_path(url), "rb") as file:
+            return file.read(_READ_BYTES)
+    return storage.read(url, 0, min(_READ_BYTES, int(storage.info(url).get("size") or 0)))
 
 
 def _disk_rates(folder: Path, measure_mib: int) -> tuple[float, float]:

@@ -34,6 +34,7 @@ def _run(folder: Path) -> int:
 
 def _machine(config: DoctorJob, ranks: Ranks) -> int:
     from ldmscale.data.shards import expand
+    from ldmscale.data.storage import Storage
     from ldmscale.diagnosis.findings import Findings
     from ldmscale.diagnosis.machine import examine
     from ldmscale.diagnosis.storage import examine_folder, examine_room, examine_shards
@@ -53,7 +54,9 @@ def _machine(config: DoctorJob, ranks: Ranks) -> int:
     if ranks.is_main and not parts[1].faults and wanted.experiment is not None:
         parts.append(examine_room(folder, _parameters(wanted.experiment), wanted.keep_checkpoints))
     if ranks.is_main and wanted.shards is not None:
-        parts.append(examine_shards(expand(wanted.shards), wanted.probe_shards))
+        given = wanted.storage
+        storage = Storage(given.options, given.endpoint, given.patience_seconds, given.request_seconds)
+        parts.append(examine_shards(expand(wanted.shards, storage=storage), wanted.probe_shards, storage))
     close_world()
     total = Findings()
     for part in parts:

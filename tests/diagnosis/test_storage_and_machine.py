@@ -1,5 +1,6 @@
 """What the doctor says of ranks that differ, of disks without room, and of shards that are not there."""
 
+from ldmscale.data.storage import Storage
 from ldmscale.diagnosis.machine import RankFacts, compare
 from ldmscale.diagnosis.storage import examine_folder, examine_room, examine_shards
 
@@ -40,10 +41,22 @@ def test_shards_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"x" * 1000)
     (tmp_path / "1.tar").write_bytes(b"")
     shards = [str(tmp_path / f"{number}.tar") for number in range(3)]
-    found = examine_shards(shards, 8)
+    found = examine_shards(shards, 8, Storage())
     assert (
         len(found.faults) == 2
         and "1.tar is empty" in found.faults[0]
         and "2.tar cannot be read" in found.faults[1]
     )
+    assert "3, of which 3 were opened" in found.values["shards"]
+
+
+def test_shards_in_a_store_are_reached_as_the_run_will_reach_them(object_store):
+    shards = [object_store.put("ready", f"examined/{number}.tar", b"x" * 1000 * number) for number in (1, 0)]
+    options = object_store.options()
+    options["client_kwargs"].pop("endpoint_url")
+    found = examine_shards([*shards, "s3://ready/examined/2.tar"], 8, Storage(options, object_store.endpoint))
+    assert [fault.split(":", 2)[1] for fault in found.faults] == [
+        "//ready/examined/0.tar is empty",
+        "//ready/examined/2.tar cannot be read",
+    ]
     assert "3, of which 3 were opened" in found.values["shards"]
