@@ -39,7 +39,7 @@ def main() -> None:
     cases = {
         "hard": ("planted", Budget(), 0),  # 16 stand-ins fail, too: this rank has no batch
         "share": ("share", Budget(max_share=0.05), 0),
-        "row": ("share", Budget(max_in_a_row=5), 2),
+        "row": ("share", Budget(max_in_a_row=5), 1),
         "killed": ("killed", Budget(), 1),
     }
     for name, (kind, budget, workers) in cases.items():

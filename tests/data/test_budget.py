@@ -54,7 +54,7 @@ def test_a_run_on_bad_data_ends_with_one_message_its_state_saved_and_status_2(
     write_shards: WriteShards,
     ldmscale: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    bad = {f"{shard:03d}{number:04d}": b"bad" for shard in range(2) for number in range(0, 48, 4)}
+    bad = {f"{shard:03d}{number:04d}": b"bad" for shard in range(2) for number in range(0, 48, 2)}
     write_shards(tmp_path / "set", [48, 48], bad)
     done = ldmscale(
         "autoencoder", "experiment=smoke", f"data.shards={tmp_path / 'set'}", "train.max_steps=60",
