@@ -54,6 +54,7 @@ class Parts:
     scale: LatentScale | None = None  # between the autoencoder's latents and those that the U-Net sees
     latent_shape: tuple[int, int, int] | None = None  # [C,h,w] that the model was trained at
     prediction: str = "eps"
+    spatial: str | None = None  # what is joined to the latent: "map", "image" or "masked"
     latent_statistics: dict[str, Any] | None = None  # measured at the end of the autoencoder's training
 
 
@@ -86,6 +87,7 @@ def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") 
             schedule=build_schedule(config.diffusion),
             denoiser=denoiser,
             prediction=config.diffusion.prediction,
+            spatial=None if config.spatial is None else config.spatial.kind,
         )
 
 
@@ -173,6 +175,7 @@ def _load_diffusion(
         scale=LatentScale.from_plain(stage["latent_scale"]),
         latent_shape=(channels, height, width),
         prediction=config.diffusion.prediction,
+        spatial=None if config.spatial is None else config.spatial.kind,
     )
 
 

@@ -58,6 +58,7 @@ def sample(
         noise: float32 [N,C,h,w] to start from, in place of the seeds'.
         eta: of ddim; 0 is deterministic; 1 adds the noise of DDPM.
         conditions: of as many samples, for a model that reads other things than captions; the prompts are then not read.
+            What is joined to the latent gives height and width.
         negative_prompts: what guidance moves away from, one for all or one for each prompt; "" and None are the
             model's null condition.
         guidance_rescale: share of the guided prediction that gets back the spread of the conditional one, 0 to 1
@@ -86,7 +87,7 @@ def sample(
     assert parts.schedule and parts.scale and parts.latent_shape
     weight = next(parts.denoiser.parameters())
     options = SamplerOptions(steps, guidance, eta, parts.prediction, sampler, spacing, guidance_rescale)
-    size = _size(parts, height, width, image)
+    size = _size(parts, height, width, image, conditions)
     strength = (0.75 if mask is None else 1.0) if strength is None else strength
     faults = [
         *_sampler_faults(options, parts.schedule),
@@ -131,16 +132,23 @@ def sample(
     return torch.where(mask.cpu() > 0.5, images, image.float().cpu())
 
 
-def conditions_of(parts: Parts, prompts: Sequence[str]) -> Conditions:
-    """What prompts tell this model, on the CPU.
+def conditions_of(parts: Parts, prompts: Sequence[str], spatial: Tensor | None = None) -> Conditions:
+    """What prompts, and `spatial` for what is joined to the latent, tell this model, on the CPU.
 
     Raises:
         ConfigError: a prompt names no class, or the model reads something that prompts cannot give.
     """
-    if parts.denoiser is not None and parts.denoiser.unet.in_channels != parts.denoiser.unet.out_channels:
+    joined = (
+        parts.denoiser is not None and parts.denoiser.unet.in_channels != parts.denoiser.unet.out_channels
+    )
+    if joined and spatial is None:
         raise ConfigError(
             "the model reads channels joined to its latent: give conditions=Conditions(spatial=...)"
         )
+    return _prompt_conditions(parts, prompts)._replace(spatial=spatial)
+
+
+def _prompt_conditions(parts: Parts, prompts: Sequence[str]) -> Conditions:
     if parts.tokenizer is not None and parts.text_encoder is not None:
         return Conditions(torch.from_numpy(parts.tokenizer.encode(list(prompts))))
     if parts.class_embedder is None:
@@ -152,18 +160,25 @@ def conditions_of(parts: Parts, prompts: Sequence[str]) -> Conditions:
         raise ConfigError([f"prompts: {fault}" for fault in error.faults]) from error
 
 
-def _size_step(parts: Parts) -> int:
+def size_step(parts: Parts) -> int:
     """Height and width of images are multiples of this many pixels: of the first stage's factor and the U-Net's levels."""
     assert parts.autoencoder and parts.unet
     factor: int = parts.autoencoder.downsampling
     return factor * int(2 ** (len(parts.unet.down_blocks) - 1))
 
 
-def _size(parts: Parts, height: int | None, width: int | None, image: Tensor | None) -> tuple[int, int]:
+def _size(
+    parts: Parts, height: int | None, width: int | None, image: Tensor | None, conditions: Conditions | None
+) -> tuple[int, int]:
     assert parts.autoencoder and parts.latent_shape
     if image is not None:
         return (height or image.shape[-2], width or image.shape[-1])
-    factor = parts.autoencoder.downsampling
+    factor: int = parts.autoencoder.downsampling
+    if conditions is not None and conditions.spatial is not None:
+        rescaler = parts.spatial_rescaler
+        halved = 1 if rescaler is None else 2**rescaler.halvings
+        wide, high = (conditions.spatial.shape[axis] // halved * factor for axis in (-1, -2))
+        return (height or high, width or wide)
     return (height or parts.latent_shape[1] * factor, width or parts.latent_shape[2] * factor)
 
 
@@ -186,7 +201,7 @@ def _image_faults(
     parts: Parts, size: tuple[int, int], count: int, image: Tensor | None, mask: Tensor | None
 ) -> list[str]:
     faults = []
-    step = _size_step(parts)
+    step = size_step(parts)
     for name, value in zip(("height", "width"), size, strict=True):
         if value < step or value % step:
             near = max(step, round(value / step) * step)

@@ -18,6 +18,10 @@ def check_sample(sample: SampleConfig) -> list[str]:
     run = given.parent.parent if given.name.startswith("step_") and (given / "COMPLETE").is_file() else given
     faults = check_model(str(run), "sample.model")
     faults += [*_check_guidance(sample), *_check_pictures(sample)]
+    if sample.prompts is None and sample.condition is None:
+        faults.append(
+            "sample.prompts is not set: give 'sample.prompts=[a red dragon]', a file, or - for standard input"
+        )
     if sample.out is not None:
         faults += check_local("sample.out", sample.out)
     elif given.is_file():
@@ -36,7 +40,38 @@ def check_sample(sample: SampleConfig) -> list[str]:
             *faults,
             f"sample.model={sample.model} is a run of {model.get('job')!r}: give the folder of a diffusion run",
         ]
-    return [*faults, *_check_path(sample, model), *_check_size(sample, model)]
+    return [
+        *faults,
+        *_check_path(sample, model),
+        *_check_size(sample, model),
+        *_check_condition(sample, model),
+    ]
+
+
+def _check_condition(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
+    """Files where the model reads a condition that prompts cannot give, and only there."""
+    reads = (model.get("spatial") or {}).get("kind")
+    if reads is None:
+        return (
+            []
+            if sample.condition is None
+            else ["sample.condition is set, but the model reads none from files: remove it"]
+        )
+    if sample.condition is None:
+        return [
+            f"sample.condition is not set, and the model reads one (spatial.kind={reads}): give a folder or a list of files"
+        ]
+    faults = [
+        f"sample.{name} is set, but what sample.condition names gives the size and all that is kept: remove it"
+        for name in ("height", "width", "image", "mask")
+        if getattr(sample, name) is not None
+    ]
+    listed = (sample.condition,) if isinstance(sample.condition, str) else sample.condition
+    if missing := [path for path in listed if not Path(path).exists()]:
+        faults.append(
+            f"sample.condition: there is no {missing[0]} ({len(missing)} missing): give a folder or files"
+        )
+    return faults
 
 
 def _check_guidance(sample: SampleConfig) -> list[str]:
@@ -47,10 +82,10 @@ def _check_guidance(sample: SampleConfig) -> list[str]:
             "sample.negative_prompts with sample.guidance=1: without guidance nothing moves away from them; give "
             "sample.guidance=5, or no negative prompts"
         )
-    lists = isinstance(negatives, tuple) and isinstance(sample.prompts, tuple)
-    if lists and len(negatives or ()) != len(sample.prompts):
+    prompts = sample.prompts
+    if isinstance(negatives, tuple) and isinstance(prompts, tuple) and len(negatives) != len(prompts):
         faults.append(
-            f"sample.negative_prompts has {len(negatives or ())} entries for {len(sample.prompts)} prompts: give one for "
+            f"sample.negative_prompts has {len(negatives)} entries for {len(prompts)} prompts: give one for "
             "each, or one text for all"
         )
     return faults

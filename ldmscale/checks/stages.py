@@ -98,9 +98,22 @@ def check_objective(diffusion: DiffusionConfig) -> list[str]:
 def check_latents(config: DiffusionJob) -> list[str]:
     faults = [
         f"{name} is set, but shards cannot give this condition yet: the model builds, loads and samples, and cannot be trained"
-        for name in ("embeddings", "spatial")
-        if getattr(config, name) is not None
+        for name, unread in (
+            ("embeddings", config.embeddings is not None),
+            ("spatial", config.spatial is not None and config.spatial.kind == "map"),
+        )
+        if unread
     ]
+    if config.spatial is not None and config.data.kind == "latents":
+        faults.append(
+            f"spatial.kind={config.spatial.kind} is made of the images, and data.kind=latents has none: give data=shards, "
+            "data.image_size= and the shards of images, which are then encoded online"
+        )
+    if config.spatial is not None and config.preview.prompts:
+        faults.append(
+            "preview.prompts is set, but a model with a spatial condition draws pictures of held-out samples: give "
+            "preview.prompts=[]"
+        )
     if isinstance(config.text_encoder, TextEncoderConfig) and config.text_encoder.tokenizer == "layout":
         faults.append(
             "text_encoder.tokenizer=layout, but shards cannot give this condition yet: the model builds, loads and samples, "

@@ -15,8 +15,11 @@ class SampleConfig:
     """What is drawn from a trained model."""
 
     model: str  # run folder
-    prompts: str | tuple[str, ...]  # a prompt, a list, a file of one prompt a line, or "-" for standard input
+    # A prompt, a list, a file of one prompt a line, or "-" for standard input; null: the names of `condition`
+    prompts: str | tuple[str, ...] | None
     out: str | None  # folder for PNGs and the grid; the samples/drawn of the model unless given
+    # A folder, a file or a list of files, each the condition of one prompt (jobs/sample_conditions.py)
+    condition: str | tuple[str, ...] | None = None
     steps: Positive = 50
     sampler: Literal["ddim", "ddpm", "plms", "dpmpp_2m", "euler"] = "ddim"
     # Of the timesteps (Lin et al. 2023, table 2); null: the sampler's published one

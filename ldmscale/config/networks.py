@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.values import STRICT, NotNegative, Positive
+from ldmscale.config.values import STRICT, NotNegative, Positive, Share
 
 # What is kept for the backward pass: everything; inputs of blocks and results of attention; inputs of blocks
 Checkpointing = Literal["off", "selective", "full"]
@@ -126,3 +126,9 @@ class SpatialConfig:
     channels: Positive  # joined: unet.in_channels is the latent's and these
     map_classes: Positive | None = None  # map: classes, brought to `channels` by a 1x1 convolution
     halvings: NotNegative = 0  # map: of height and width, until it has the latent's size
+    # image: how the small image is made of the one that is trained on (data/degradation.py)
+    degradation: Literal["bicubic", "blind"] = "bicubic"
+    # image: strength of the noise that is added to it, drawn from 0 to this, in units of [-1, 1]; released: none
+    noise: Share = 0.0
+    # masked: holes that are drawn, each kind as often (data/masks.py)
+    masks: tuple[Literal["thin", "medium", "thick"], ...] = ("thin", "medium", "thick")

@@ -14,6 +14,7 @@ from ldmscale.data.encoder_tokens import EncoderTokenizer
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import FLIPPED, LatentFormat, read_latent
 from ldmscale.data.samples import Sample
+from ldmscale.data.spatial import Holes, SmallImages
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.distributed.seeds import generator
 
@@ -30,6 +31,7 @@ class ImageItem:
         caption_source: "txt" or "json:KEY"; None leaves captions out (an autoencoder needs none).
         tokenizer: adds "tokens" int64 [max_tokens].
         labels: adds "label", the number of the sample's class.
+        spatial: adds "spatial" or "mask", made of the image as it is trained on.
     """
 
     size: int
@@ -42,6 +44,7 @@ class ImageItem:
     shapes: tuple[Shape, ...] = ()
     decoder: str = "pillow"
     labels: ClassLabels | None = None
+    spatial: SmallImages | Holes | None = None
 
     def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
         """Makes the item.
@@ -52,7 +55,7 @@ class ImageItem:
         item = _told(sample.members, self.caption_source, self.tokenizer, self.labels)
         _, data = image_member(sample.members)
         draws = generator(self.seed, position, "crop") if self.crop == "random" or self.flip else None
-        item["image"] = decode_image(
+        image = decode_image(
             data,
             size=self.shapes[sample.bucket] if self.shapes else self.size,
             crop=self.crop,
@@ -61,6 +64,9 @@ class ImageItem:
             max_pixels=self.max_pixels,
             decoder=self.decoder,
         )
+        item["image"] = image
+        if self.spatial is not None:
+            item.update(self.spatial.of(image, self.seed, position))
         return item
 
 

@@ -66,8 +66,19 @@ def parts_of(model: Model, ema: bool, dtype: torch.dtype) -> Parts:
         parts.latent_shape = (parts.unet.out_channels, model.latent_size, model.latent_size)
     if model.tokenizer is not None and model.text_encoder is not None:
         parts.tokenizer = Tokenizer.load(model.tokenizer, model.text_encoder.max_tokens)
+    parts.spatial = _spatial(parts)
     parts.denoiser = _denoiser(parts)
     return parts
+
+
+def _spatial(parts: Parts) -> str | None:
+    """What the published models join to the latent, told by the number of its channels."""
+    joined = 0 if parts.unet is None else parts.unet.in_channels - parts.unet.out_channels
+    if parts.unet is None or not joined:
+        return None
+    if parts.spatial_rescaler is not None:
+        return "map"
+    return {parts.unet.out_channels + 1: "masked", 3: "image"}.get(joined)
 
 
 def _denoiser(parts: Parts) -> Denoiser | None:

@@ -36,10 +36,11 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.data.items import ImageItem, LatentItem
     from ldmscale.jobs.classes import settle_classes
     from ldmscale.jobs.engines import averages_of, engine_options, rate_curve
-    from ldmscale.jobs.first_stage import open_first_stage, preview_conditions
-    from ldmscale.jobs.loaders import held_out
+    from ldmscale.jobs.first_stage import open_first_stage, preview_conditions, preview_of_samples
+    from ldmscale.jobs.loaders import held_out, picture_batch
     from ldmscale.jobs.open_index import shapes_of
     from ldmscale.jobs.open_run import already_finished, open_run
+    from ldmscale.jobs.spatial import spatial_reader
     from ldmscale.jobs.text import open_frozen_text, settle_tokenizer
     from ldmscale.jobs.training import train
     from ldmscale.networks import (
@@ -79,9 +80,14 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         assert data.image_size is not None
         reader = ImageItem(
             data.image_size, config.seed, data.crop, data.flip, data.max_pixels, caption, tokenizer,
-            shapes_of(data), data.decoder, classes,
+            shapes_of(data), data.decoder, classes, spatial_reader(config),
         )  # fmt: skip
     preview = config.preview
+    told = None
+    if preview.every_steps and config.spatial is not None:
+        told = preview_of_samples(config, picture_batch(run, config, reader), first_stage)
+    elif preview.every_steps:
+        told = preview_conditions(config, run, tokenizer, classes)
     stage = DiffusionStage(
         engine,
         averages_of(engine, config.ema),
@@ -89,7 +95,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         build_schedule(config.diffusion),
         build_objective(config.diffusion),
         SamplerOptions(preview.sampler_steps, preview.guidance, prediction=config.diffusion.prediction),
-        preview_conditions(config, run, tokenizer, classes) if preview.every_steps else None,
+        told,
         latent_shape,
         config.seed,
         ranks,

@@ -21,9 +21,11 @@ from ldmscale.jobs.open_run import Run
 from ldmscale.models.conditions import Conditions
 from ldmscale.parts import Parts, load
 from ldmscale.run_folder import is_foreign
+from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.diffusion import PreviewConditions
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latent_scale import LatentScale
+from ldmscale.train.stage import Batch
 from ldmscale.validate import differences, plain_part
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,12 @@ def preview_conditions(
     prompts = config.preview.prompts or _some_captions(config, run)
     tokens = torch.from_numpy(tokenizer.encode(list(prompts)))
     return PreviewConditions(tuple(prompts), Conditions(token_ids=tokens), seed)
+
+
+def preview_of_samples(config: DiffusionJob, batch: Batch, first_stage: FirstStage) -> PreviewConditions:
+    """What the given samples tell the model: spatial conditions are made of images, nobody can write them down."""
+    conditions = batch_conditions(batch, first_stage).to("cpu")
+    return PreviewConditions(tuple(batch.get("caption", batch["key"])), conditions, config.preview.seed)
 
 
 def _some_captions(config: DiffusionJob, run: Run) -> list[str]:

@@ -84,6 +84,27 @@ def read_prompts(given: str | tuple[str, ...]) -> list[str]:
     return prompts
 
 
+def prompts_of_conditions(config: SampleConfig) -> list[str]:
+    """One prompt for each file of a condition: those that are given, one for all, or else the names of the files.
+
+    Raises ConfigError where there are not as many.
+    """
+    from ldmscale.jobs.sample_conditions import condition_files
+
+    assert config.condition is not None
+    names = [file.stem for file in condition_files(config.condition)]
+    if config.prompts is None:
+        return names
+    texts = read_prompts(config.prompts)
+    texts = texts * len(names) if len(texts) == 1 else texts
+    if len(texts) != len(names):
+        raise ConfigError(
+            f"sample.prompts has {len(texts)} entries for {len(names)} files of sample.condition: give one for each, one for "
+            "all, or none"
+        )
+    return texts
+
+
 def read_negatives(given: str | tuple[str, ...] | None, count: int) -> list[str]:
     """One negative prompt for each of `count` prompts: a list or the lines of a file one for each, else one for all.
 
@@ -114,6 +135,7 @@ def _lines(given: str | tuple[str, ...]) -> list[str]:
 
 def parameters(config: SampleConfig) -> dict[str, str]:
     """What an image depends on besides its prompt and seed, as its PNG and sample.json tell it."""
+    from ldmscale.jobs.sample_conditions import conditions_digest
     from ldmscale.jobs.sample_set import file_digest
 
     told = {
@@ -128,6 +150,8 @@ def parameters(config: SampleConfig) -> dict[str, str]:
     for name in ("image", "mask"):
         path = getattr(config, name)
         told[name] = "" if path is None else f"{path} ({file_digest(path)})"
+    if config.condition is not None:
+        told["condition"] = conditions_digest(config.condition)
     return told
 
 
@@ -149,7 +173,9 @@ def _settle(config: SampleConfig, made_by: dict[str, str]) -> tuple[Prompts, Pat
     """Prompts, folder and what is missing in it."""
     from ldmscale.jobs.sample_set import Prompts, SampleFolder, free_folder
 
-    texts = read_prompts(config.prompts)
+    texts = (
+        prompts_of_conditions(config) if config.condition is not None else read_prompts(config.prompts or "")
+    )
     prompts = Prompts(texts, read_negatives(config.negative_prompts, len(texts)))
     if config.out is None:
         model = Path(config.model)
@@ -171,17 +197,23 @@ def _draw(
     ranks: Ranks,
 ) -> None:
     """Draw this rank's images, `rank_batch` at a time; rank 0 shows how far all are, taking the others to be as fast."""
+    from ldmscale.jobs.sample_conditions import Told
     from ldmscale.sampling import sample
     from ldmscale.stages.pictures import to_uint8
     from ldmscale.tracking.console import ProgressDisplay
 
     image, mask = _given_picture(parts, config)
+    told = None if config.condition is None else Told(parts, config.condition, config.images_per_prompt)
     display = ProgressDisplay(total, "images") if ranks.is_main else None
     began = said = time.monotonic()
     if display is not None:
         display.start()
-    for start in range(0, len(mine), config.rank_batch):
-        batch = mine[start : start + config.rank_batch]
+    batches: Sequence[Sequence[Wanted]]
+    batches = [mine[start : start + config.rank_batch] for start in range(0, len(mine), config.rank_batch)]
+    if told is not None:
+        batches = told.of_one_size(mine, config.rank_batch)
+    drawn = 0
+    for batch in batches:
         images = sample(
             parts,
             [wanted.prompt for wanted in batch],
@@ -190,6 +222,7 @@ def _draw(
             guidance=config.guidance,
             seeds=[wanted.seed for wanted in batch],
             eta=config.eta,
+            conditions=None if told is None else told.conditions(batch),
             negative_prompts=[wanted.negative for wanted in batch],
             guidance_rescale=config.guidance_rescale,
             spacing=config.spacing,
@@ -199,11 +232,13 @@ def _draw(
             strength=config.strength,
             mask=mask,
         )
-        for wanted, pixels in zip(batch, to_uint8(images), strict=True):
+        whole = images if told is None else told.finished(batch, images)
+        for wanted, pixels in zip(batch, to_uint8(whole), strict=True):
             folder.write(wanted, pixels)
+        drawn += len(batch)
         if display is None:
             continue
-        now, done = time.monotonic(), min((start + len(batch)) * ranks.size, total)
+        now, done = time.monotonic(), min(drawn * ranks.size, total)
         display.advance(done)
         if now - said >= PLAIN_LINE_SECONDS or done == total:
             display.show(done, {"throughput/images_per_second": done / max(now - began, 1e-9)})

@@ -179,6 +179,11 @@ def file_digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
+def text_digest(text: str) -> str:
+    """The same for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def listing_digest(path: Path) -> str:
     """The same for a model of many large files, by their names, sizes and times of change; drawn pictures do not count."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

@@ -81,7 +81,7 @@ class DiffusionStage:
         x0 = self.first_stage.batch_latents(batch, self.seed)  # [B,C,h,w]
         noisy = add_noise(self.objective, self.schedule, x0, positions, self.seed)
         drop = process.drop_mask(draws.uniform(self.seed, positions, "drop"), self.objective.caption_dropout)
-        conditions = batch_conditions(batch).to(self.device)
+        conditions = batch_conditions(batch, self.first_stage).to(self.device)
         dropped = drop.to(self.device) if self._denoiser.has_null else None
         output = engine(noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, dropped)
         loss, measured = denoising_loss(self.objective, self.schedule, noisy, output)
@@ -98,7 +98,7 @@ class DiffusionStage:
             positions,
             self.seed,
         )
-        conditions = batch_conditions(batch).to(self.device)
+        conditions = batch_conditions(batch, self.first_stage).to(self.device)
         kept = torch.zeros(len(positions), dtype=torch.bool, device=self.device)
         denoiser = self._denoiser.eval()
         output = denoiser(

@@ -67,7 +67,7 @@ def held_out_loss(
                 x0 = first_stage.batch_latents(batch, SEED)  # [B,C,h,w]
                 timesteps = spread_timesteps(numbers, schedule.timesteps)
                 noisy = add_noise(objective, schedule, x0, numbers, SEED, timesteps)
-                conditions = batch_conditions(batch).to(device)
+                conditions = batch_conditions(batch, first_stage).to(device)
                 output = network(noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, None)
                 losses = process.loss_per_sample(output, noisy.wanted, "l2").tolist()
                 found += zip(numbers, timesteps.tolist(), losses, strict=True)

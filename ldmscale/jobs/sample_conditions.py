@@ -1,0 +1,169 @@
+"""Conditions of `ldmscale sample` from files: small images to enlarge, images with a hole to fill.
+
+    small image   NAME.png|jpg|...: drawn four times as large (by the first stage's factor)
+    hole          NAME.png with NAME_mask.png beside it, white in the hole: what is known comes back as it was
+
+Files may have any size. The networks halve them, so their edges are repeated up to the next multiple, and what
+was added is cut off again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldmscale.data.decode import EXTENSIONS
+from ldmscale.errors import ConfigError
+from ldmscale.jobs.sample_set import Wanted, file_digest, text_digest
+from ldmscale.models.conditions import Conditions
+from ldmscale.parts import Parts
+from ldmscale.sampling import conditions_of, size_step
+from ldmscale.stages.conditions import masked_latents
+from ldmscale.stages.first_stage import FirstStage
+
+MASK = "_mask"  # ends the stem of a mask's file
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One condition, with its edges repeated."""
+
+    spatial: Tensor  # as Conditions.spatial, [1,K,h,w]
+    size: tuple[int, int]  # height and width of the image without what was added
+    known: Tensor | None = None  # float32 [3,H,W] in [-1,1], what comes back outside of the hole
+    hole: Tensor | None = None  # bool [1,H,W]
+
+
+def condition_files(given: str | tuple[str, ...]) -> list[Path]:
+    """The files of `sample.condition` in the order of drawing: a list as it is, a folder by its names, without masks.
+
+    Raises ConfigError where there is none.
+    """
+    if not isinstance(given, str):
+        return [Path(path) for path in given]
+    path = Path(given)
+    if not path.is_dir():
+        return [path]
+    found = [
+        file
+        for file in sorted(path.iterdir())
+        if file.suffix[1:].lower() in EXTENSIONS and not file.stem.endswith(MASK)
+    ]
+    if not found:
+        raise ConfigError(f"sample.condition={given} has no file that ends with {', '.join(EXTENSIONS)}")
+    return found
+
+
+def conditions_digest(given: str | tuple[str, ...]) -> str:
+    """What tells these files, masks included, from others."""
+    files = [part for file in condition_files(given) for part in (file, _mask_of(file)) if part is not None]
+    return text_digest("".join(file_digest(file) for file in files))
+
+
+class Told:
+    """What each wanted image is told by its file."""
+
+    def __init__(self, parts: Parts, given: str | tuple[str, ...], per_prompt: int) -> None:
+        assert parts.autoencoder and parts.denoiser and parts.scale
+        self._parts, self._files, self._per_prompt = parts, condition_files(given), per_prompt
+        device = next(parts.denoiser.parameters()).device
+        self._first_stage = FirstStage(parts.autoencoder, parts.scale, device)
+
+    def of_one_size(self, wanted: Sequence[Wanted], most: int) -> list[list[Wanted]]:
+        """The images in their order, in batches of at most `most` that are of one size."""
+        batches: list[list[Wanted]] = []
+        sizes: list[tuple[int, int]] = []
+        for image in wanted:
+            size = self._pixels(self._file(image)).shape[:2]
+            if not batches or sizes[-1] != size or len(batches[-1]) == most:
+                batches.append([])
+                sizes.append((size[0], size[1]))
+            batches[-1].append(image)
+        return batches
+
+    def conditions(self, batch: Sequence[Wanted]) -> Conditions:
+        """What a batch of one size is told, by its prompts and its files."""
+        spatial = torch.cat([self._read(self._file(image)).spatial for image in batch])
+        return conditions_of(self._parts, [image.prompt for image in batch], spatial)
+
+    def finished(self, batch: Sequence[Wanted], images: Tensor) -> Tensor:
+        """Drawn images float32 [N,3,H,W] without what was added at their edges, known pixels put back."""
+        whole = []
+        for wanted, image in zip(batch, images, strict=True):
+            read = self._read(self._file(wanted))
+            cut = image[:, : read.size[0], : read.size[1]]
+            if read.known is not None and read.hole is not None:
+                cut = torch.where(read.hole, cut, read.known)
+            whole.append(cut)
+        return torch.stack(whole)
+
+    def _file(self, image: Wanted) -> Path:
+        return self._files[image.number // self._per_prompt]
+
+    def _read(self, file: Path) -> _Read:
+        pixels = self._pixels(file)
+        height, width = pixels.shape[:2]
+        assert self._parts.autoencoder is not None
+        factor: int = self._parts.autoencoder.downsampling
+        step = size_step(self._parts)
+        if self._parts.spatial == "image":
+            small = _channels_first(_padded(pixels, step // factor)).float() / 127.5 - 1
+            return _Read(small[None], (height * factor, width * factor))
+        if self._parts.spatial != "masked":
+            raise ConfigError(
+                f"sample.condition: the model reads {self._parts.spatial}, which no file gives yet"
+            )
+        mask_file = _mask_of(file)
+        if mask_file is None:
+            raise ConfigError(
+                f"sample.condition: {file} has no {file.stem}{MASK}.png beside it, white in the hole"
+            )
+        hole = _opened(mask_file, "L") > 127
+        if hole.shape != (height, width):
+            raise ConfigError(
+                f"sample.condition: {mask_file} has {hole.shape[1]}x{hole.shape[0]} pixels and {file} {width}x{height}"
+            )
+        image = _channels_first(_padded(pixels, step))[None]
+        mask = torch.from_numpy(_padded(hole.astype(np.uint8), step))[None, None]
+        spatial = masked_latents(self._first_stage, image, mask)
+        known = _channels_first(pixels).float() / 127.5 - 1
+        return _Read(spatial.cpu(), (height, width), known, torch.from_numpy(hole)[None])
+
+    def _pixels(self, file: Path) -> np.ndarray:
+        """uint8 [H,W,3]."""
+        return _opened(file, "RGB")
+
+
+def _mask_of(file: Path) -> Path | None:
+    return next(
+        (
+            found
+            for extension in EXTENSIONS
+            if (found := file.with_name(f"{file.stem}{MASK}.{extension}")).is_file()
+        ),
+        None,
+    )
+
+
+def _opened(file: Path, mode: str) -> np.ndarray:
+    try:
+        with Image.open(file) as opened:
+            return np.array(ImageOps.exif_transpose(opened).convert(mode))
+    except OSError as error:
+        raise ConfigError(f"sample.condition: {file} cannot be read as a picture: {error}") from error
+
+
+def _padded(pixels: np.ndarray, step: int) -> np.ndarray:
+    """[H,W,...] with its last row and column repeated up to multiples of `step`."""
+    edges = [(0, -side % step) for side in pixels.shape[:2]]
+    return np.pad(pixels, edges + [(0, 0)] * (pixels.ndim - 2), mode="edge")
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
