@@ -112,7 +112,7 @@ class SampleFolder:
     def write_grid(self, images: Sequence[Wanted], columns: int | None) -> None:
         """grid.png of the first images, made smaller where they are large."""
         shown = images[:GRID_IMAGES]
-        cells = np.stack(list(self._cells(shown)))
+        cells = _of_one_size(list(self._cells(shown)))
         write_png(self.path / "grid.png", tile(cells, columns), [image.prompt for image in shown])
 
     def _cells(self, images: Sequence[Wanted]) -> Iterator[np.ndarray]:
@@ -150,6 +150,15 @@ class SampleFolder:
             f"sample.{name}: number {n + 1} is {new!r}, but {self.path} was begun with {old!r} ({len(different)} differ): "
             "give the prompts of then, with new ones behind them, or another sample.out"
         ]
+
+
+def _of_one_size(cells: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 [H,W,3] of several sizes -> [N,H,W,3], white where a cell is smaller than the largest."""
+    height, width = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))
+    whole = np.full((len(cells), height, width, 3), 255, np.uint8)
+    for at, cell in enumerate(cells):
+        whole[at, : cell.shape[0], : cell.shape[1]] = cell
+    return whole
 
 
 def is_whole(path: Path) -> bool:
