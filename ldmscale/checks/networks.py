@@ -110,18 +110,18 @@ def _check_spatial(config: DiffusionJob) -> list[str]:
             f"spatial.map_classes or spatial.halvings is set, but spatial.kind={spatial.kind}: remove them, or give "
             "spatial.kind=map"
         )
-    image, masked = spatial.kind == "image", spatial.kind == "masked"
-    for name, given, default, belongs in (
-        ("degradation", spatial.degradation, "bicubic", image),
-        ("noise", spatial.noise, 0.0, image),
-        ("masks", spatial.masks, ("thin", "medium", "thick"), masked),
+    for name, given, default, kind in (
+        ("map_member", spatial.map_member, "map.png", "map"),
+        ("degradation", spatial.degradation, "bicubic", "image"),
+        ("noise", spatial.noise, 0.0, "image"),
+        ("masks", spatial.masks, ("thin", "medium", "thick"), "masked"),
     ):
-        if not belongs and given != default:
+        if spatial.kind != kind and given != default:
             faults.append(
                 f"spatial.{name} is set, but spatial.kind={spatial.kind} does not read it: remove it, or give "
-                f"spatial.kind={'masked' if name == 'masks' else 'image'}"
+                f"spatial.kind={kind}"
             )
-    if masked and not spatial.masks:
+    if spatial.kind == "masked" and not spatial.masks:
         faults.append("spatial.masks=[] draws no hole: give spatial.masks=[thin,medium,thick]")
     if spatial.kind == "image" and spatial.channels != config.autoencoder.image_channels:
         faults.append(

@@ -96,17 +96,15 @@ def check_objective(diffusion: DiffusionConfig) -> list[str]:
 
 
 def check_latents(config: DiffusionJob) -> list[str]:
-    faults = [
-        f"{name} is set, but shards cannot give this condition yet: the model builds, loads and samples, and cannot be trained"
-        for name, unread in (
-            ("embeddings", config.embeddings is not None),
-            ("spatial", config.spatial is not None and config.spatial.kind == "map"),
+    faults = []
+    if config.embeddings is not None:
+        faults.append(
+            "embeddings is set, but shards cannot give this condition yet: the model builds, loads and samples, and cannot be "
+            "trained"
         )
-        if unread
-    ]
     if config.spatial is not None and config.data.kind == "latents":
         faults.append(
-            f"spatial.kind={config.spatial.kind} is made of the images, and data.kind=latents has none: give data=shards, "
+            f"spatial.kind={config.spatial.kind} goes with the images, and data.kind=latents has none: give data=shards, "
             "data.image_size= and the shards of images, which are then encoded online"
         )
     if config.spatial is not None and config.preview.prompts:

@@ -126,6 +126,7 @@ class SpatialConfig:
     channels: Positive  # joined: unet.in_channels is the latent's and these
     map_classes: Positive | None = None  # map: classes, brought to `channels` by a 1x1 convolution
     halvings: NotNegative = 0  # map: of height and width, until it has the latent's size
+    map_member: str = "map.png"  # map: member of a sample, a grey or palette PNG of class numbers
     # image: how the small image is made of the one that is trained on (data/degradation.py)
     degradation: Literal["bicubic", "blind"] = "bicubic"
     # image: strength of the noise that is added to it, drawn from 0 to this, in units of [-1, 1]; released: none

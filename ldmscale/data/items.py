@@ -13,6 +13,7 @@ from ldmscale.data.decode import LATENT, MAX_PIXELS, decode_image, image_member
 from ldmscale.data.encoder_tokens import EncoderTokenizer
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import FLIPPED, LatentFormat, read_latent
+from ldmscale.data.maps import ClassMaps
 from ldmscale.data.samples import Sample
 from ldmscale.data.spatial import Holes, SmallImages
 from ldmscale.data.tokens import Tokenizer
@@ -32,6 +33,7 @@ class ImageItem:
         tokenizer: adds "tokens" int64 [max_tokens].
         labels: adds "label", the number of the sample's class.
         spatial: adds "spatial" or "mask", made of the image as it is trained on.
+        maps: adds "spatial", a map of classes.
     """
 
     size: int
@@ -45,6 +47,7 @@ class ImageItem:
     decoder: str = "pillow"
     labels: ClassLabels | None = None
     spatial: SmallImages | Holes | None = None
+    maps: ClassMaps | None = None
 
     def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
         """Makes the item.
@@ -54,13 +57,17 @@ class ImageItem:
         """
         item = _told(sample.members, self.caption_source, self.tokenizer, self.labels)
         _, data = image_member(sample.members)
-        draws = generator(self.seed, position, "crop") if self.crop == "random" or self.flip else None
+        size = self.shapes[sample.bucket] if self.shapes else (self.size, self.size)
+        if self.maps is not None:
+            item["spatial"] = self.maps.of(
+                sample.members, size, self.crop, self.flip, self._draws(position), self.max_pixels
+            )
         image = decode_image(
             data,
-            size=self.shapes[sample.bucket] if self.shapes else self.size,
+            size=size,
             crop=self.crop,
             flip=self.flip,
-            generator=draws,
+            generator=self._draws(position),
             max_pixels=self.max_pixels,
             decoder=self.decoder,
         )
@@ -68,6 +75,10 @@ class ImageItem:
         if self.spatial is not None:
             item.update(self.spatial.of(image, self.seed, position))
         return item
+
+    def _draws(self, position: int) -> np.random.Generator | None:
+        """Of the view, from its beginning: the map of a sample is seen as its image is."""
+        return generator(self.seed, position, "crop") if self.crop == "random" or self.flip else None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.jobs.loaders import held_out, picture_batch
     from ldmscale.jobs.open_index import shapes_of
     from ldmscale.jobs.open_run import already_finished, open_run
-    from ldmscale.jobs.spatial import spatial_reader
+    from ldmscale.jobs.spatial import map_reader, spatial_reader
     from ldmscale.jobs.text import open_frozen_text, settle_tokenizer
     from ldmscale.jobs.training import train
     from ldmscale.networks import (
@@ -80,7 +80,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         assert data.image_size is not None
         reader = ImageItem(
             data.image_size, config.seed, data.crop, data.flip, data.max_pixels, caption, tokenizer,
-            shapes_of(data), data.decoder, classes, spatial_reader(config),
+            shapes_of(data), data.decoder, classes, spatial_reader(config), map_reader(config),
         )  # fmt: skip
     preview = config.preview
     told = None

@@ -1,6 +1,7 @@
-"""Conditions of `ldmscale sample` from files: small images to enlarge, images with a hole to fill.
+"""Conditions of `ldmscale sample` from files: small images to enlarge, maps, images with a hole to fill.
 
     small image   NAME.png|jpg|...: drawn four times as large (by the first stage's factor)
+    map           NAME.png, grey or palette, a class number a pixel: drawn at the size that maps and images had in training
     hole          NAME.png with NAME_mask.png beside it, white in the hole: what is known comes back as it was
 
 Files may have any size. The networks halve them, so their edges are repeated up to the next multiple, and what
@@ -19,7 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldmscale.data.decode import EXTENSIONS
-from ldmscale.errors import ConfigError
+from ldmscale.data.maps import map_of
+from ldmscale.errors import ConfigError, DataError
 from ldmscale.jobs.sample_set import Wanted, file_digest, text_digest
 from ldmscale.models.conditions import Conditions
 from ldmscale.parts import Parts
@@ -115,10 +117,10 @@ class Told:
         if self._parts.spatial == "image":
             small = _channels_first(_padded(pixels, step // factor)).float() / 127.5 - 1
             return _Read(small[None], (height * factor, width * factor))
+        if self._parts.spatial == "map":
+            return self._read_map(file, step // factor, factor)
         if self._parts.spatial != "masked":
-            raise ConfigError(
-                f"sample.condition: the model reads {self._parts.spatial}, which no file gives yet"
-            )
+            raise ConfigError(f"sample.condition: the model reads {self._parts.spatial}, which no file gives")
         mask_file = _mask_of(file)
         if mask_file is None:
             raise ConfigError(
@@ -134,6 +136,19 @@ class Told:
         spatial = masked_latents(self._first_stage, image, mask)
         known = _channels_first(pixels).float() / 127.5 - 1
         return _Read(spatial.cpu(), (height, width), known, torch.from_numpy(hole)[None])
+
+    def _read_map(self, file: Path, positions: int, factor: int) -> _Read:
+        """A map of classes, of as many pixels for each position of the latent as the rescaler halves away."""
+        rescaler = self._parts.spatial_rescaler
+        assert rescaler is not None
+        try:
+            numbers = map_of(file.read_bytes(), str(file), rescaler.channel_mapper.in_channels)
+        except DataError as error:
+            raise ConfigError([f"sample.condition: {fault}" for fault in error.faults]) from error
+        share = 2**rescaler.halvings
+        height, width = (side * factor // share for side in numbers.shape)
+        spatial = torch.from_numpy(_padded(numbers, positions * share))[None]
+        return _Read(spatial, (height, width))
 
     def _pixels(self, file: Path) -> np.ndarray:
         """uint8 [H,W,3]."""

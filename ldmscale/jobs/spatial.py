@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from ldmscale.config import DiffusionJob
+from ldmscale.data.maps import ClassMaps
 from ldmscale.data.spatial import Holes, SmallImages
 
 
 def spatial_reader(config: DiffusionJob) -> SmallImages | Holes | None:
     """What adds the spatial condition to a sample; None where the model reads none."""
     spatial = config.spatial
-    if spatial is None:
+    if spatial is None or spatial.kind == "map":
         return None
     if spatial.kind == "image":
         return SmallImages(config.autoencoder.factor, spatial.degradation, spatial.noise)
     return Holes(spatial.masks)
+
+
+def map_reader(config: DiffusionJob) -> ClassMaps | None:
+    """What reads the map of a sample; None where the model reads none."""
+    spatial = config.spatial
+    if spatial is None or spatial.kind != "map":
+        return None
+    assert spatial.map_classes is not None
+    return ClassMaps(spatial.map_member, spatial.map_classes, 2**spatial.halvings / config.autoencoder.factor)

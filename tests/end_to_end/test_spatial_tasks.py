@@ -1,10 +1,12 @@
 """Tasks whose condition is joined to the latent: shards, training, resume and drawing from files, on two ranks."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
 pytestmark = pytest.mark.distributed
@@ -23,6 +25,17 @@ TRAIN = [
 ]  # fmt: skip
 TASKS = {
     "superres": ["spatial=superres", "unet.in_channels=7", "spatial.degradation=blind", "spatial.noise=0.1"],
+    "semantic": [
+        "data=shards",
+        "data.image_size=32",
+        "data.workers=0",
+        "data.crop=random",
+        "data.shards='maps.tar'",
+        "spatial=semantic",
+        "spatial.map_classes=3",
+        "unet.in_channels=7",
+        "data.max_bad_share=0.2",
+    ],
     "inpainting": ["spatial=inpainting", "spatial.channels=5", "unet.in_channels=9"],
 }
 
@@ -40,6 +53,28 @@ def save(path: Path, pixels: np.ndarray) -> None:
 def read(path: Path) -> np.ndarray:
     with Image.open(path) as picture:
         return np.array(picture)
+
+
+def shard_with_maps(path: Path) -> None:
+    """Pictures wider than high, each with its map; two maps are bad."""
+    draws = np.random.default_rng(1)
+    with webdataset.TarWriter(str(path), mtime=0) as tar:
+        for number in range(24):
+            numbers = draws.integers(0, 3, (32, 48)).astype(np.uint8)
+            if number == 3:
+                numbers[0, 0] = 3
+            if number == 9:
+                numbers = numbers[:, :40]
+            image = np.repeat(draws.integers(0, 256, (32, 48, 1), dtype=np.uint8), 3, axis=2)
+            tar.write(
+                {"__key__": f"{number:03d}", "png": png(image), "map.png": png(numbers), "txt": "a map"}
+            )
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def losses(run: Path) -> list[float]:
@@ -65,6 +100,11 @@ def place(tmp_path_factory, ldmscale) -> Path:
         mask[5:20, 9:22] = 255
         save(folder / "inpainting_files" / f"{name}.png", image)
         save(folder / "inpainting_files" / f"{name}_mask.png", mask)
+        save(
+            folder / "semantic_files" / f"{name}.png",
+            draws.integers(0, 3, (height * 4, width * 4), dtype=np.uint8),
+        )
+    shard_with_maps(folder / "maps.tar")
     for task, told in TASKS.items():
         for steps in (2, 4):
             run = [*TRAIN, *told, f"run.dir={task}", f"train.max_steps={steps}"]
@@ -92,12 +132,20 @@ def test_files_of_any_size_are_drawn_from_alike_on_any_number_of_ranks(place, ld
         pixels, name = read(file), file.name.split("_")[1]
         assert np.array_equal(pixels, read(place / f"{task}_one" / file.name))
         given = read(place / f"{task}_files" / f"{name}.png")
+        if task == "semantic":
+            assert pixels.shape == (*given.shape, 3)
+            continue
         if task == "superres":
             assert pixels.shape == (given.shape[0] * 4, given.shape[1] * 4, 3)
             continue
         hole = read(place / f"{task}_files" / f"{name}_mask.png") > 127
         assert np.array_equal(pixels[~hole], given[~hole])
         assert (pixels[hole] != given[hole]).mean() > 0.9
+
+
+def test_bad_maps_are_in_the_ledger(place):
+    told = (place / "semantic_alone" / "data_ledger.jsonl").read_text()
+    assert "has the number 3: there are 3 classes" in told and "40x32 pixels, its image 48x32" in told
 
 
 def test_what_a_task_cannot_do_is_said_before_anything_is_loaded(place, ldmscale):
