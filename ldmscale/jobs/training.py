@@ -21,6 +21,7 @@ from ldmscale.provenance import about_run
 from ldmscale.tracking.throughput import Throughput, peak_flops
 from ldmscale.tracking.tracker import Tracker
 from ldmscale.train.engine import disconnect
+from ldmscale.train.pace import Pacer
 from ldmscale.train.safety import Guard, SafetyOptions
 from ldmscale.train.stage import Stage
 from ldmscale.train.trainer import Schedule, Trainer
@@ -90,6 +91,7 @@ def train(
         ),
         stop,
         heartbeat,
+        Pacer(run.ranks, run.device),
     )
     status: Any = "failed"
     try:

@@ -23,6 +23,7 @@ from ldmscale.tracking.metrics import MetricSums
 from ldmscale.tracking.throughput import Throughput
 from ldmscale.tracking.tracker import Tracker
 from ldmscale.train.host_copies import HostCopies
+from ldmscale.train.pace import Pacer
 from ldmscale.train.probe import summary, verify
 from ldmscale.train.rehearsal import rehearse
 from ldmscale.train.safety import Guard
@@ -75,13 +76,14 @@ class Trainer:
         throughput: Throughput,
         stop: StopFlag,
         heartbeat: Heartbeat,
+        pacer: Pacer,
     ) -> None:
         self.stage, self.schedule = stage, schedule
         self.learning_rates = learning_rates
         self.checkpoints, self.stored_averages = checkpoints, stored_averages
         self.guard = guard
         self.tracker, self.throughput, self.stop = tracker, throughput, stop
-        self.heartbeat = heartbeat
+        self.heartbeat, self.pacer = heartbeat, pacer
         self.step = 0  # optimiser steps done
         self.finished_step: int | None = None  # at which the stage has made its last measurements
         self.position = 0
@@ -267,9 +269,9 @@ class Trainer:
         }
         means = sums.mean()
         self._measured |= {key: value for key, value in means.items() if math.isfinite(value)}
-        self.tracker.log(
-            self.step, {"images_seen": self.position, **means, **rates, **self.throughput.report()}
-        )
+        pace = self.throughput.report()
+        ranks = self.pacer.compare(pace.get("time/data_wait_share", 0.0))
+        self.tracker.log(self.step, {"images_seen": self.position, **means, **rates, **pace, **ranks})
 
     def _draw(self) -> None:
         with self._aside("pictures"):
