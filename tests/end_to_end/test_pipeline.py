@@ -325,16 +325,24 @@ def test_latents_pass_over_what_cannot_be_used_and_write_it_down(place, ldmscale
 
 @pytest.mark.parametrize("form", ["diffusers", "compvis"])
 def test_a_run_is_exported_and_draws_the_same_images(form, place, ldmscale):
-    out = f"exported_{form}"
+    out, source = f"exported_{form}", "straight"
+    if form == "compvis":
+        # Which knows no v-prediction, and says so.
+        refused = ldmscale("export", "src=straight", "dst=refused", "format=compvis", cwd=place)
+        assert "diffusion.prediction=v" in finished(refused, 2).stderr and not (place / "refused").exists()
+        source = "eps"
+        finished(
+            ldmscale(*DIFFUSION, "diffusion=eps", "run.dir=eps", "train.max_steps=2", "zero=0", cwd=place)
+        )
     for ema in ("true", "false"):
         folder = f"{out}_{ema}"
         finished(
-            ldmscale("export", "src=straight", f"dst={folder}", f"format={form}", f"ema={ema}", cwd=place)
+            ldmscale("export", f"src={source}", f"dst={folder}", f"format={form}", f"ema={ema}", cwd=place)
         )
-        run = library.load(place / "straight", ema=ema == "true")
+        run = library.load(place / source, ema=ema == "true")
         if form == "compvis":
             # Heads, schedule, scale and size of latents come from the yaml that was written beside the checkpoint.
-            tokens = ["tokenizer=straight/tokenizer", f"dst={folder}_in", f"src={folder}/model.ckpt"]
+            tokens = [f"tokenizer={source}/tokenizer", f"dst={folder}_in", f"src={folder}/model.ckpt"]
             finished(ldmscale("import", *tokens, cwd=place))
             folder += "_in"
         parts = library.load(place / folder)
