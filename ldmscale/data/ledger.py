@@ -30,7 +30,9 @@ class Ledger:
 
     def record(self, *, shard: str, key: str, reason: str, position: int | None) -> None:
         """Writes down a sample (or, with an empty key, a shard) that was skipped, and why."""
-        log.warning("skipped %s of %s: %s", key or "all", shard, reason)
+        # Names in tars may be no text at all, and log files take only text.
+        told = f"{key or 'all'} of {shard}: {reason}".encode("utf-8", "backslashreplace").decode("utf-8")
+        log.warning("skipped %s", told)
         if self.path is None:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
