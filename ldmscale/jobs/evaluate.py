@@ -131,12 +131,14 @@ def _reconstruction(
             "shards": list(images.index.shards),
             "trained_on": _trained_on(chosen.model, images.index.shards),
             "image_size": config.data.image_size,
-            "resize": "short side, Pillow bicubic with antialiasing, of the crop as it lies in the source",
+            "resize": "short side, antialiased bicubic (Pillow's filter, by torch), of the crop as it lies in the source",
+            "decoder": config.data.decoder,
             "crop": "center",
             "transparency": "over white",
             "rounding": "8 bits for PSNR and SSIM",
             "ssim": "11x11 Gaussian of sigma 1.5, K1 0.01, K2 0.03, each colour by itself, valid places",
-            "perceptual": _told(chosen.perceptual, None if distance is None else distance.sha256),
+            "perceptual": _told(chosen.perceptual, None if distance is None else distance.sha256)
+            | ({"min_side": chosen.perceptual_min_side} if chosen.perceptual == "efficientnet_lite0" else {}),
             "features": _told(chosen.features, None if extractor is None else extractor.sha256)
             | ({} if extractor is None else {"input": extractor.preparation, "width": extractor.width}),
             "versions": _versions(),
