@@ -40,7 +40,11 @@ def content(run: Path) -> dict[str, str]:
         *run.glob("checkpoints/*"),
         *run.glob("checkpoints/*/*"),
     ]
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.is_file() and ".tmp" not in str(path.relative_to(run))
+    }
 
 
 def test_a_held_run_refuses_others_and_a_stopped_process_that_wakes_up_publishes_nothing(

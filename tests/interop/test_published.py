@@ -20,7 +20,9 @@ from ldmscale.networks import build_autoencoder, build_text_encoder, build_unet
 def configs(group: str, kind: type) -> dict:
     files = sorted((config_folder() / group).glob("*.yaml"))
     read = {path.stem: yaml.safe_load(path.read_text()) for path in files}
-    return {name: kind(**values) for name, values in read.items() if "defaults" not in values}
+    # Files that are differences to others, and encoders that come with weights of their own, are left out.
+    alone = {name: values for name, values in read.items() if not {"defaults", "path"} & set(values)}
+    return {name: kind(**values) for name, values in alone.items()}
 
 
 UNETS = {n: c for n, c in configs("unet", UNetConfig).items() if c.norm_groups == 32}
