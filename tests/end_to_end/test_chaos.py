@@ -1,4 +1,4 @@
-"""Killed thirty times at random moments, a third of them during a save, three stages end as if nothing had happened.
+"""Killed 20 to 32 times at random moments, a fifth or more of them during a save, three stages end as if nothing had happened.
 
 What is killed: one rank, the launcher alone, or everything. CHAOS_SEED repeats a course of events.
 """
@@ -77,7 +77,7 @@ def unreadable(run: Path) -> list[str]:
     ]
 
 
-def test_thirty_kills_leave_no_trace(host: Any, tmp_path: Path) -> None:
+def test_kills_at_random_moments_leave_no_trace(host: Any, tmp_path: Path) -> None:
     seed = int(os.environ.get("CHAOS_SEED", random.SystemRandom().randrange(10**6)))
     print(f"CHAOS_SEED={seed}")
     dice = random.Random(seed)
@@ -132,7 +132,7 @@ def test_thirty_kills_leave_no_trace(host: Any, tmp_path: Path) -> None:
         host.finish(command, tmp_path / f"chaos_{stage}.jsonl")
     seconds = time.monotonic() - began
     print(f"{kills} kills, {in_saves} during a save, in {seconds:.0f} s")
-    # How many kills fit depends on the speed of the machine: 30 and a third in saves are aimed at.
+    # How many kills fit depends on the speed of the machine: 32 and a third in saves are aimed at.
     assert kills >= 20 and in_saves * 5 >= kills, course
     for stage in ("autoencoder", "diffusion"):
         assert numbers(tmp_path / "chaos" / stage) == numbers(tmp_path / "straight" / stage), stage
