@@ -1,6 +1,7 @@
 """What tests of several rooms share: running ldmscale as a user does."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,16 @@ from object_store import ObjectStore, serve
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_as_they_were() -> Iterator[None]:
+    """A stop flag leaves its signals ignored, and children inherit that: no one could end them any more."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    for number, handler in before.items():
+        if handler is not None and signal.getsignal(number) != handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
