@@ -235,6 +235,8 @@ def _end_with_parent() -> Callable[[], None] | None:
     parent = os.getpid()
 
     def ask() -> None:
+        # A batch script may ignore it, and so would its ranks until they have their own handlers.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         set_death_signal(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(128 + signal.SIGTERM)

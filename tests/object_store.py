@@ -186,7 +186,7 @@ def _wait_until_ready(store: ObjectStore, process: subprocess.Popen[bytes], log:
 def _end(process: subprocess.Popen[bytes], ports: list[int]) -> None:
     # Its own shutdown takes ten seconds, and nobody needs the data.
     process.kill()
-    process.wait()
+    process.wait(timeout=60)
     for port in ports:  # sockets that it makes for its parts to talk to each other
         for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             left.unlink(missing_ok=True)

@@ -38,9 +38,10 @@ class StopFlag:
 
     def install(self, signals: Sequence[signal.Signals] = STOP_SIGNALS) -> StopFlag:
         """Take over these signals (main thread only) until `uninstall`, or the end of a `with` block."""
+        # First: a launcher that dies from now on is noticed. One that died before has ended this process by its SIGTERM.
+        watch_launcher(lambda: self.request("its launcher died"))
         for number in signals:
             self._before[number] = signal.signal(number, self._on_signal)
-        watch_launcher(lambda: self.request("its launcher died"))
         return self
 
     def uninstall(self) -> None:

@@ -39,12 +39,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=240,
     )
     if done.returncode:
         pytest.skip(f"a small disk can be made by root only: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=False)
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=False, timeout=240)
+    subprocess.run(["umount", str(folder)], check=True, timeout=240)
 
 
 def test_a_full_disk_is_told_the_run_goes_on_and_the_next_save_may_hold(
@@ -99,10 +100,10 @@ def test_every_way_to_run_out_of_space_leaves_the_older_checkpoint(small_disk: P
 def test_a_read_only_target_is_one_error_and_the_older_checkpoint_stays(small_disk: Path) -> None:
     manager = CheckpointManager(small_disk / "checkpoints", max_failed_saves=1)
     manager.save(1, filled(1), {})
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True, timeout=240)
     with pytest.raises(CheckpointError, match="Read-only file system"):
         manager.save(2, filled(2), {})
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True, timeout=240)
     assert first(manager.newest()) == 1.0
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fault_proxy import FaultProxy
 from object_store import ObjectStore
+from processes import running
 
 from ldmscale.checkpoint import CheckpointManager, Piece, Reader
 
@@ -96,13 +97,11 @@ def test_an_upload_that_is_killed_does_not_count_and_the_next_start_makes_it_who
     for step, stuck in ((2, "^(PUT|POST) .*safetensors"), (3, "^(PUT|POST) .*manifest")):
         fault_proxy.calm()
         fault_proxy.only, fault_proxy.plan = stuck, ["stall"]
-        process = subprocess.Popen([*program, str(step), "1"], env=environment)
-        deadline = time.monotonic() + 120
-        while not fault_proxy.injected and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        assert process.poll() is None and fault_proxy.injected
-        process.kill()
-        process.wait()
+        with running([*program, str(step), "1"], env=environment) as process:
+            deadline = time.monotonic() + 120
+            while not fault_proxy.injected and time.monotonic() < deadline and process.poll() is None:
+                time.sleep(0.02)
+            assert process.poll() is None and fault_proxy.injected
         assert not store.exists(f"{url}/step_{step:08d}/manifest.json")
         assert value(CheckpointManager(tmp_path / f"elsewhere_{step}", url=url).newest()) == 1.0
     assert store.exists(f"{url}/step_00000003/rank_00000.safetensors")  # half of it is there

@@ -22,6 +22,7 @@ def python(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
         cwd=tmp_path,
         env=environment,
         check=False,
+        timeout=240,
     )
 
 

@@ -18,7 +18,9 @@ def test_a_submission_holds_all_that_the_job_reads(ldmscale, tmp_path):
     assert done.returncode == 0, done.stderr
     frozen = tmp_path / "runs" / "smoke_diffusion" / "submissions" / "0001"
     script = (frozen / "job.sbatch").read_text()
-    assert subprocess.run(["bash", "-n", str(frozen / "job.sbatch")], check=False).returncode == 0
+    assert (
+        subprocess.run(["bash", "-n", str(frozen / "job.sbatch")], check=False, timeout=240).returncode == 0
+    )
     assert (
         f"LDMSCALE_FROZEN={frozen}" in script
         and "module load cuda" in script

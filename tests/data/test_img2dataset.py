@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,11 +36,20 @@ def img2dataset() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldmscale-tests" / WANTED
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs may want it at once
+        deadline = time.monotonic() + 400
+        while True:  # two test runs may want it at once
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline, f"another process holds {lock.name}"
+                time.sleep(0.2)
         if not (folder / "complete").exists():
-            subprocess.run([sys.executable, "-m", "venv", "--clear", folder / "venv"], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "venv", "--clear", folder / "venv"], check=True, timeout=120
+            )
             install = [folder / "venv/bin/python", "-m", "pip", "install", "-q", *PACKAGES]
-            done = subprocess.run(install, capture_output=True, text=True, check=False)
+            done = subprocess.run(install, capture_output=True, text=True, timeout=400, check=False)
             assert done.returncode == 0, done.stderr
             (folder / "complete").touch()
     return folder / "venv/bin/img2dataset"
@@ -60,7 +70,7 @@ def site(tmp_path: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
-    thread.join()
+    thread.join(60)
 
 
 @pytest.mark.slow

@@ -145,11 +145,11 @@ def test_many_may_build_at_once(tmp_path: Path, write_shards: WriteShards) -> No
     def build() -> None:
         totals.append(ShardIndex.open(shards, build_missing=True).total)
 
-    threads = [threading.Thread(target=build) for _ in range(6)]
+    threads = [threading.Thread(target=build, daemon=True) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert totals == [24] * 6
     assert not list((tmp_path / ".ldmscale_index").glob("*.part"))
 

@@ -17,13 +17,13 @@ def _write(path: str, rank: int) -> None:
 def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "data_ledger.jsonl"
     processes = [
-        multiprocessing.get_context("fork").Process(target=_write, args=(str(path), rank))
+        multiprocessing.get_context("fork").Process(target=_write, args=(str(path), rank), daemon=True)
         for rank in range(4)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(60)
     entries = read_ledger(path)
     assert {entry["key"] for entry in entries} == {f"{rank}-{n}" for rank in range(4) for n in range(50)}
     assert len(entries) == 200 and entries[0]["time"].endswith("+00:00")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,9 +17,14 @@ def _draws(arguments: tuple[int, int, str]) -> list[float]:
 
 
 def test_equal_arguments_give_equal_draws_in_another_process() -> None:
-    wanted = [(7, position, "noise") for position in range(4)]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.map(_draws, wanted) == [_draws(arguments) for arguments in wanted]
+    code = (
+        "import json; from ldmscale.distributed.seeds import generator; "
+        "print(json.dumps([generator(7, n, 'noise').standard_normal(5).tolist() for n in range(4)]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True
+    )
+    assert json.loads(done.stdout) == [_draws((7, position, "noise")) for position in range(4)]
 
 
 def test_every_argument_changes_the_draws() -> None:

@@ -190,7 +190,7 @@ def web(stored: Local) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
-    thread.join()
+    thread.join(60)
 
 
 def test_shards_are_read_from_a_web_server(web: str, stored: Local) -> None:

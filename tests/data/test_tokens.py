@@ -98,7 +98,12 @@ def test_a_name_that_the_hub_does_not_give_is_refused_with_the_remedy() -> None:
     # In a process of its own: the hub's client reads the variable when it is imported.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
     assert "DataError" in done.stderr and "save_pretrained" in done.stderr
     assert "text_encoder.tokenizer=FOLDER" in done.stderr

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import running
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -36,9 +37,7 @@ def test_a_stopped_rank_is_named_within_the_timeout_and_the_doctor_tells_the_sam
         "train.max_steps=100000", "safety.heartbeat_seconds=0.5", "safety.step_timeout_minutes=0.1", "run.name=hung",
     ]  # fmt: skip
     run = tmp_path / "runs" / "hung"
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with running(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         metrics = run / "metrics.jsonl"
         deadline = time.monotonic() + 180
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
@@ -48,7 +47,7 @@ def test_a_stopped_rank_is_named_within_the_timeout_and_the_doctor_tells_the_sam
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
         _, said = process.communicate(timeout=120)
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 110
     assert process.returncode == 70, said
     told = (run / "logs" / "rank_00000.log").read_text()
     assert re.search(

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
+from processes import line_of, running
 
 from ldmscale.distributed.lease import LeaseHeldError, LeaseLostError, newest_holder, take
 
@@ -30,13 +32,9 @@ while True:
 """
 
 
-def holder(folder: Path, timeout: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), str(timeout)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def holder(folder: Path, timeout: float) -> AbstractContextManager[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, str(folder), str(timeout)]
+    return running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def elsewhere(folder: Path) -> None:
@@ -48,17 +46,17 @@ def elsewhere(folder: Path) -> None:
 
 
 def test_of_many_that_come_at_once_one_gets_it(tmp_path: Path) -> None:
-    processes = [holder(tmp_path, 60.0) for _ in range(5)]
-    deadline = time.monotonic() + 60
-    while sum(process.poll() is not None for process in processes) < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    alive = [process for process in processes if process.poll() is None]
-    assert len(alive) == 1
-    assert [process.communicate()[1].strip() for process in processes if process not in alive] == ["held"] * 4
-    found = newest_holder(tmp_path)
-    assert found is not None and found.pid == alive[0].pid and found.number == 1
-    alive[0].kill()
-    alive[0].wait()
+    with ExitStack() as stack:
+        processes = [stack.enter_context(holder(tmp_path, 60.0)) for _ in range(5)]
+        deadline = time.monotonic() + 60
+        while sum(process.poll() is not None for process in processes) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        alive = [process for process in processes if process.poll() is None]
+        assert len(alive) == 1
+        told = [process.communicate(timeout=60)[1] for process in processes if process not in alive]
+        assert [each.strip() for each in told] == ["held"] * 4
+        found = newest_holder(tmp_path)
+        assert found is not None and found.pid == alive[0].pid and found.number == 1
     began = time.monotonic()
     lease = take(tmp_path)  # a dead process of this host is followed at once
     assert lease.number == 2 and time.monotonic() - began < 5
@@ -70,18 +68,17 @@ def test_one_that_comes_back_from_the_dead_is_told_and_writes_no_more(tmp_path: 
     stale = take(tmp_path, timeout_seconds=1.0, on_lost=lost.set)
     stale.check()
     with holder(tmp_path, 0.5) as other:
-        assert other.wait(timeout=30) == 1  # alive: refused
+        assert other.wait(timeout=60) == 1  # alive: refused
     # As a node that hangs: the heartbeat stops (its thread waits for the disk), the file grows old.
     path = tmp_path / "lease_00000001.json"
     stale._timeout = 3600.0
     time.sleep(0.4)
     os.utime(path, (1.0, 1.0))
     with holder(tmp_path, 1.0) as other:
-        assert other.stdout is not None and other.stdout.readline() == "2\n"
+        assert line_of(other) == "2\n"
         assert not stale.held()
         with pytest.raises(LeaseLostError, match=f"taken over by process {other.pid} on"):
             stale.check()
-        other.kill()
     stale.release()  # takes nothing away from the one who holds it now
     found = newest_holder(tmp_path)
     assert found is not None and found.number == 2 and not found.released
@@ -89,13 +86,12 @@ def test_one_that_comes_back_from_the_dead_is_told_and_writes_no_more(tmp_path: 
 
 def test_the_stale_holder_hears_of_it_by_itself(tmp_path: Path) -> None:
     with holder(tmp_path, 1.0) as stale:
-        assert stale.stdout is not None and stale.stdout.readline() == "1\n"
+        assert line_of(stale) == "1\n"
         stale.send_signal(signal.SIGSTOP)
         lease = take(tmp_path, timeout_seconds=1.0, wait_seconds=30.0)
         assert lease.number == 2
         stale.send_signal(signal.SIGCONT)
-        assert stale.stdout.readline() == "lost\n"
-        stale.kill()
+        assert line_of(stale) == "lost\n"
     lease.check()
     lease.release()
 
@@ -110,7 +106,7 @@ def test_one_on_another_host_is_watched_until_it_shows_life_or_its_time_is_over(
     with pytest.raises(LeaseHeldError, match="on node7"):
         take(tmp_path, timeout_seconds=60.0)
     assert 0.5 < time.monotonic() - began < 20
-    beat.join()
+    beat.join(60)
     second = take(tmp_path, timeout_seconds=1.5)  # shows no life any more
     assert second.number == 2 and 1.0 < time.monotonic() - began < 30
     second.release()

@@ -45,7 +45,7 @@ with StopFlag().install() as stop:
 os.kill(os.getpid(), signal.SIGTERM)
 raise SystemExit(75)
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 75
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=240).returncode == 75
 
 
 @pytest.mark.parametrize(
@@ -72,5 +72,7 @@ def test_the_status_means_try_again():
 def test_handlers_can_be_installed_before_torch_is_imported():
     modules = "ldmscale.distributed.stop, ldmscale.distributed.environment, ldmscale.launcher"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240
+    )
     assert done.stdout.strip() == "False"

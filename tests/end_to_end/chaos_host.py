@@ -13,6 +13,8 @@ samples that it trains on, with their positions, to keys.jsonl in the folder of 
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import gc
 import json
 import os
@@ -105,6 +107,11 @@ def start(job: dict[str, Any]) -> None:
     os._exit(launcher._wait(ranks))  # type: ignore[arg-type]
 
 
+def end_with_parent() -> None:
+    """Ask the kernel for SIGKILL should the parent die: of a test run that was killed, nothing is left."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
 def tell(answer: dict[str, Any]) -> None:
     os.write(1, (json.dumps(answer) + "\n").encode())
 
@@ -115,6 +122,8 @@ def jobs() -> Iterator[dict[str, Any]]:
 
 
 def main() -> int:
+    end_with_parent()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # in every fork too, to the log of its job
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # a rank's collector would otherwise touch, and so copy, everything that it shares with this process
@@ -124,6 +133,7 @@ def main() -> int:
             continue
         pid = os.fork()
         if pid == 0:
+            end_with_parent()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ.update({"CHAOS_KEYS": job["keys"]} | job["environment"])
             try:

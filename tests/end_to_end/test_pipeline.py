@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import running
 
 import ldmscale as library
 from ldmscale.stages.first_stage import digest
@@ -254,16 +254,18 @@ def test_a_signal_ends_with_75_after_a_save_and_the_same_command_goes_on(place, 
     command = [str(checkout / "launch" / "local.sh"), "-n", "2", "--cpu", *DIFFUSION, "run.dir=signalled"]
     command += ["train.max_steps=500", "checkpoint.save_every_steps=0", "preview.every_steps=0"]
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    with open(place / "signalled.log", "w") as log:
-        running = subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
     run, began = place / "signalled", time.monotonic()
-    while not (run / "metrics.jsonl").exists() or len(losses(run)) < 2:
-        assert running.poll() is None and time.monotonic() - began < 120, (
-            place / "signalled.log"
-        ).read_text()
-        time.sleep(0.1)
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=60) == 75, (place / "signalled.log").read_text()[-4000:]
+    with (
+        open(place / "signalled.log", "w") as log,
+        running(command, cwd=place, env=environment, stdout=log, stderr=log) as job,
+    ):
+        while not (run / "metrics.jsonl").exists() or len(losses(run)) < 2:
+            assert job.poll() is None and time.monotonic() - began < 180, (
+                place / "signalled.log"
+            ).read_text()
+            time.sleep(0.1)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=120) == 75, (place / "signalled.log").read_text()[-4000:]
     done = len(losses(run))
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{done:08d}"
     again = [o for o in command[4:] if not o.startswith("train.max_steps")]

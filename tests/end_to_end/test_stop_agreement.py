@@ -45,7 +45,7 @@ def test_a_signal_to_each_single_rank_of_three_stops_all_of_them_alike(host: Any
             for pid in job["ranks"]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
-        assert host.answer()["status"] == 75, (tmp_path / "log.txt").read_text()[-6000:]
+        assert host.ended() == 75, (tmp_path / "log.txt").read_text()[-6000:]
         reader = Reader(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip())
         assert reader.wrong_hashes() == [] and reader.manifest.world_size == RANKS
         assert reader.manifest.step == done(run) >= until

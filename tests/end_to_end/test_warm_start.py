@@ -56,7 +56,6 @@ def test_a_run_begins_with_the_weights_of_another_one(host: Any, tmp_path: Path)
         assert same(weights(tmp_path / run, "master"), averaged)
         assert same(weights(tmp_path / run, "ema"), averaged)
     # A wider network does not fit, and the message says where.
-    host.start([*still, "run.dir=wider", "unet.channels=64"], keys)
-    assert host.answer()["status"] == 1
+    assert host.run([*still, "run.dir=wider", "unet.channels=64"], keys) == 1
     log = (tmp_path / "log.txt").read_text()
     assert "do not fit this model" in log and "this model's has [64," in log

@@ -68,6 +68,7 @@ def test_a_link_to_it_works_from_elsewhere(tmp_path):
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHON": sys.executable},
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
 
@@ -77,12 +78,15 @@ def test_a_python_without_the_packages_is_told_how_to_get_them(tmp_path):
     (tmp_path / "launch").mkdir()
     shutil.copy(LOCAL_SH, tmp_path / "launch")
     (tmp_path / "ldmscale").symlink_to(LOCAL_SH.parents[1] / "ldmscale")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True, timeout=240
+    )
     done = subprocess.run(
         [str(tmp_path / "launch" / "local.sh"), "index"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHON": str(tmp_path / "empty" / "bin" / "python")},
+        timeout=240,
     )
     assert done.returncode == 2
     assert "make install" in done.stderr and "Traceback" not in done.stderr

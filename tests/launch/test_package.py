@@ -11,7 +11,9 @@ CHECKOUT = Path(__file__).parents[2]
 
 def test_the_wheel_works_outside_the_checkout(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(CHECKOUT)], check=True, cwd=tmp_path)
+    subprocess.run(
+        [*build, "--wheel-dir", str(tmp_path), str(CHECKOUT)], check=True, cwd=tmp_path, timeout=240
+    )
     (wheel,) = tmp_path.glob("ldmscale-*.whl")
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -23,7 +25,9 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
 
     def run(*command: str) -> str:
         environment = os.environ | {"PYTHONPATH": str(site)}
-        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=240
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

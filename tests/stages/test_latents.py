@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,10 +94,23 @@ def make(
     claims.once((out / "manifest.json").exists, lambda: finish_set(out, claims.names, work.format) and None)
 
 
+STARTED: list[multiprocessing.process.BaseProcess] = []
+
+
 def started(function: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
     process = FORK.Process(target=function, args=arguments)
     process.start()
+    STARTED.append(process)
     return process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def none_is_left() -> Iterator[None]:
+    """Python waits at its end for processes that a failed test left behind, a stopped one for instance."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.join(60)
 
 
 def joined(*processes: multiprocessing.process.BaseProcess) -> None:
@@ -125,7 +138,9 @@ def test_twenty_killed_ranks_leave_the_set_of_a_straight_run(
     expected, seconds = straight
     out, draws = tmp_path / "set", random.Random(0)
     ranks = [started(make, images, out) for _ in range(2)]
+    deadline = time.monotonic() + 120
     while len(list(out.glob("0*.json"))) < 1:  # they are at work
+        assert time.monotonic() < deadline, [rank.exitcode for rank in ranks]
         time.sleep(0.01)
     unfinished = 0
     for _ in range(20):
@@ -133,7 +148,7 @@ def test_twenty_killed_ranks_leave_the_set_of_a_straight_run(
         victim = draws.randrange(2)
         unfinished += ranks[victim].is_alive()
         os.kill(ranks[victim].pid or 0, signal.SIGKILL)
-        ranks[victim].join()
+        ranks[victim].join(60)
         ranks[victim] = started(make, images, out)
     assert unfinished == 20, "the set was finished before the last kill"
     joined(*ranks)
@@ -228,11 +243,15 @@ def stalls(out: Path) -> None:
 def test_a_process_that_wakes_too_late_cannot_publish(tmp_path: Path) -> None:
     late = started(stalls, tmp_path)
     assert late.pid is not None
-    os.waitpid(late.pid, os.WUNTRACED)
+    deadline = time.monotonic() + 60
+    while os.waitpid(late.pid, os.WUNTRACED | os.WNOHANG) == (0, 0):
+        assert time.monotonic() < deadline, "it has not come to the place where it stops itself"
+        time.sleep(0.01)
     claims = Claims(
         tmp_path, ["00000.tar"], lambda n: is_finished(tmp_path, "00000.tar", FORMAT), timeout_seconds=0.6
     )
     while (claim := claims.next(lambda n: None)) is None:
+        assert time.monotonic() < deadline, "the claim of a stopped process was not taken over"
         time.sleep(0.05)
     with LatentShardWriter(tmp_path, "00000.tar", FORMAT, None, claim.lease.check) as writer:
         fill(writer, 2.0)

@@ -111,7 +111,7 @@ logging.getLogger("x").error("it is broken")
 @pytest.mark.parametrize(("rank", "informed"), [(0, True), (1, False)])
 def test_one_rank_informs_and_all_complain(rank, informed):
     done = subprocess.run(
-        [sys.executable, "-c", SPEAK, str(rank)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", SPEAK, str(rank)], capture_output=True, text=True, check=True, timeout=240
     )
     assert ("for your information" in done.stderr) == informed
     assert "it is broken" in done.stderr and done.stdout == ""

@@ -101,5 +101,7 @@ def test_a_run_that_breaks_is_given_up_with_one_warning(tmp_path, caplog):
 
 def test_importing_the_tracker_does_not_import_wandb():
     code = "import sys, ldmscale.tracking.tracker; print('wandb' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240
+    )
     assert done.stdout.strip() == "False"

@@ -26,5 +26,7 @@ assert freed[1] > pages / 2 and kept[-1] < pages / 100, (freed, kept)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is set on Linux only")
 def test_a_step_faults_no_page_in_that_the_step_before_had() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=240
+    )
     assert done.returncode == 0, done.stderr
