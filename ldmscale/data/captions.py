@@ -39,13 +39,18 @@ def caption_of(members: Mapping[str, bytes], source: str = "txt") -> str:
         raise DataError(
             f"has no {member} member for the caption (members: {', '.join(sorted(members)) or 'none'})"
         )
+    return caption_in(members[member], source)
+
+
+def caption_in(data: bytes, source: str = "txt") -> str:
+    """The caption in the bytes of the member that holds it. As `caption_of`."""
     try:
-        text = members[member].removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"the caption ({member}) is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+            f"the caption ({caption_member(source)}) is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
         ) from error
-    if member == "json":
+    if source != "txt":
         text = _json_caption(text, source.split(":", 1)[1])
     caption = " ".join(text.split())
     if not caption:

@@ -33,6 +33,18 @@ class Ticket(NamedTuple):
     number: int
 
 
+class Run(NamedTuple):
+    """Tickets that follow each other: one micro-batch of one rank."""
+
+    position: int
+    bucket: int
+    number: int
+    count: int
+
+    def ticket(self, row: int) -> Ticket:
+        return Ticket(self.position + row, self.bucket, self.number + row)
+
+
 @dataclass(frozen=True)
 class Fetched(Generic[T]):
     """The item of one position, and how many samples were passed over for it."""

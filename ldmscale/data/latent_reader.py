@@ -1,72 +1,42 @@
 """Micro-batches of latents, read and verified by the batch.
 
 A sample of latents is a few small members, one of them an array of fixed size; parsing its headers one by one in Python
-takes ten times as long as reading it. All samples of a writer have the same headers but for names, sizes and checksums,
-so one sample that the careful parser (`tar`) has read gives the layout, and the headers of a whole batch are compared
-with it at once: every byte of them, checksums included. Whatever does not match, or is not finite, or cannot be read, is
-left to the careful way, `Fetcher.fetch`, which reads it after all or says why not. So values, order, stand-ins and
-ledger are the same either way.
+takes ten times as long as reading it. So the samples of a batch are read into one buffer, and their headers compared with
+the set's `latent_layout` at once. Whatever does not match, or is not finite, or cannot be read, is left to the careful
+way, `Fetcher.fetch`, which reads it after all or says why not. So values, order, stand-ins and ledger are the same either
+way.
+
+Shards are read, not mapped: a mapped file that is cut, or whose disk fails, ends the process by a signal.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from ldmscale.data.decode import LATENT, decode_array
-from ldmscale.data.fetch import Fetched, Fetcher, Ticket
+from ldmscale.data.captions import caption_in
+from ldmscale.data.decode import LATENT
+from ldmscale.data.fetch import Fetched, Fetcher, Run
 from ldmscale.data.items import LatentItem
-from ldmscale.data.latents import FLIPPED
-from ldmscale.data.tar import BLOCK, TarFault, members, split_name
+from ldmscale.data.latent_layout import NPY_HEAD, Found, Layout, layout_of, matching
+from ldmscale.data.latents import to_stored
+from ldmscale.data.samples import OPEN_FILES
+from ldmscale.data.tar import BLOCK
 from ldmscale.errors import DataError
 
 SKIPPED = "skipped"
 """In a batch: how many samples were passed over for each of its own."""
 
-# Where a ustar header says what differs between samples.
-_NAME, _SIZE, _SUM = slice(0, 100), slice(124, 135), slice(148, 154)
-_OCTAL = 8.0 ** np.arange(10, -1, -1)
-_NAMES = np.dtype({"names": ["name"], "formats": ["S100"], "offsets": [0], "itemsize": BLOCK})
-_shared = np.full(BLOCK, 255, dtype=np.uint8)
-_shared[_NAME] = _shared[_SIZE] = _shared[_SUM] = 0
-_SHARED = _shared.view(np.uint64)  # bits that headers of one kind of member share
-_SUM_BLANK = 8 * ord(" ")  # a header's checksum counts its own field as spaces
-_NPY_HEAD = 128  # bytes before the values of a .npy
-# Keys that need no care: printable, no dot, no absolute or Windows path. Others are read as they always were.
-_KEY = re.compile(rb"[!-~]+")
-_CAREFUL = re.compile(rb"^/|/$|[.\\:]")
 _LONGEST_SPAN = 1 << 24  # bytes of a sample
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What all samples of a writer share.
-
-    Attributes:
-        extensions: of the members, in order, as they stand behind the key: b".json".
-        at: blocks of their headers in the sample that gave the layout, int64 [members].
-        headers: of each, uint64 [members, 64].
-        sums: what the bytes of each header add up to beside the key and the size's digits, int64 [members].
-        arrays: numbers of the members that hold arrays.
-        texts: numbers and extensions of those that the item looks at.
-        npy_head: the 128 bytes that each array begins with.
-        array_bytes: of the values behind it.
-    """
-
-    extensions: tuple[bytes, ...]
-    at: np.ndarray
-    headers: np.ndarray
-    sums: np.ndarray
-    arrays: dict[str, int]
-    texts: tuple[tuple[int, str], ...]
-    npy_head: np.ndarray
-    array_bytes: int
+_KEPT = 4  # batches whose memory is used again
+_ALONE = 2  # references to what only a list holds, while it is asked for them
+# What holds the bits, and those of infinity; uint16 are bfloat16's.
+_BITS = {"float16": ("int16", 0x7C00), "uint16": ("int16", 0x7F80), "float32": ("int32", 0x7F800000)}
 
 
 class LatentReader:
@@ -80,13 +50,18 @@ class LatentReader:
     def __init__(self, fetcher: Fetcher[Any], item: LatentItem) -> None:
         self.fetcher, self.item = fetcher, item
         self.careful = 0  # samples that did not go by the batch
-        self._dtype, self._shape = np.dtype(item.format.dtype), item.format.stored_shape
+        self._memory = _Memory(item.format.stored_shape, item.format.stored_type)
+        self._names = ["key"]
+        if item.caption_source is not None:
+            self._names.append("caption")
+        if item.labels is not None:
+            self._names.append("label")
         self._layout: Layout | None = None
         self._buffer = np.empty((0, 0), dtype=np.uint8)
         self._rows: list[memoryview] = []
 
-    def read(self, tickets: Sequence[Ticket]) -> dict[str, Any]:
-        """Reads a micro-batch of consecutive tickets of one bucket.
+    def read(self, run: Run) -> dict[str, Any]:
+        """Reads a micro-batch.
 
         Returns:
             "latent" [b, *stored_shape] in the stored dtype, "key", "position" int64 [b], SKIPPED int64 [b], and what the
@@ -95,103 +70,105 @@ class LatentReader:
         Raises:
             DataError: as `Fetcher.fetch`.
         """
-        latents, told = self._by_batch(tickets)
-        skipped = [0] * len(tickets)
+        latents = self._memory.take(run.count)
+        columns: dict[str, list[Any]] = {name: [None] * run.count for name in self._names}
+        good = self._by_batch(run, latents, columns)
+        skipped = torch.zeros(run.count, dtype=torch.int64)
         upcast: list[tuple[int, np.ndarray]] = []
-        for row, ticket in enumerate(tickets):
-            if told[row] is None:
-                self.careful += 1
-                fetched: Fetched[Any] = self.fetcher.fetch(ticket)
-                own = dict(fetched.item)
-                latent = own.pop("latent")
-                if latent.dtype == latents.dtype:
-                    latents[row] = latent
-                else:
-                    upcast.append((row, latent))
-                skipped[row] = fetched.skipped
-                told[row] = {**own, "key": fetched.key}
+        for row in np.flatnonzero(~good).tolist():
+            self.careful += 1
+            fetched: Fetched[Any] = self.fetcher.fetch(run.ticket(row))
+            skipped[row] = fetched.skipped
+            for name in self._names:
+                columns[name][row] = fetched.key if name == "key" else fetched.item[name]
+            latent = fetched.item["latent"]
+            if self.item.format.dtype == "bfloat16":
+                latents[row] = to_stored(latent, "bfloat16")  # exact: it was read of these bits
+            elif latent.dtype == latents.dtype:
+                latents[row] = latent
+            else:
+                upcast.append((row, latent))
         if upcast:  # arrays of another dtype than the set's; float32 holds both
             latents = latents.astype(np.float32)
             for row, latent in upcast:
                 latents[row] = latent
-        rows: list[dict[str, Any]] = [row for row in told if row is not None]
+        values = torch.from_numpy(latents)
         batch: dict[str, Any] = {
-            "latent": torch.from_numpy(latents),
-            "key": [row["key"] for row in rows],
-            "position": torch.tensor([ticket.position for ticket in tickets], dtype=torch.int64),
-            SKIPPED: torch.tensor(skipped, dtype=torch.int64),
+            "latent": values.view(torch.bfloat16) if latents.dtype == np.uint16 else values,
+            "position": torch.arange(run.position, run.position + run.count),
+            SKIPPED: skipped,
+            **columns,
         }
-        if self.item.caption_source is not None:
-            captions = batch["caption"] = [row["caption"] for row in rows]
-            if self.item.tokenizer is not None:
-                batch["tokens"] = torch.from_numpy(self.item.tokenizer.encode(captions))
-        if self.item.labels is not None:
-            batch["label"] = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
+        if "caption" in columns and self.item.tokenizer is not None:
+            batch["tokens"] = torch.from_numpy(self.item.tokenizer.encode(columns["caption"]))
+        if "label" in columns:
+            batch["label"] = torch.tensor(columns["label"], dtype=torch.int64)
         return batch
 
-    def _by_batch(self, tickets: Sequence[Ticket]) -> tuple[np.ndarray, list[dict[str, Any] | None]]:
-        """Latents [b, *stored_shape] and what else each sample tells; None where it must be read with care."""
-        count = len(tickets)
-        latents = np.empty((count, *self._shape), dtype=self._dtype)
-        told: list[dict[str, Any] | None] = [None] * count
-        shards, indices = self.fetcher.sequence.places(tickets[0].bucket, tickets[0].number, count)
+    def _by_batch(self, run: Run, latents: np.ndarray, columns: dict[str, list[Any]]) -> np.ndarray:
+        """Fills in rows of both; says which, bool [b]. The others must be read with care."""
+        count = run.count
+        shards, indices = self.fetcher.sequence.places(run.bucket, run.number, count)
         offsets, sizes = self.fetcher.reader.index.spans(shards, indices)
-        whole = self._fill(shards.tolist(), offsets.tolist(), sizes.tolist())
-        if not whole.any():
-            return latents, told
-        if self._layout is None:
-            self._learn(whole, sizes)
-        if self._layout is None:
-            return latents, told
-        layout, blocks = self._layout, self._buffer[:count].reshape(count, -1, BLOCK)
-        at, ends, names, good = _matching(layout, blocks, sizes)
-        good &= whole
-        lines = np.arange(count)
-        for member in layout.arrays.values():
-            heads = blocks[lines, np.minimum(at[:, member] + 1, blocks.shape[1] - 1), :_NPY_HEAD]
-            good &= (heads == layout.npy_head).all(axis=1)
+        good = self._fill(shards, offsets, sizes)
         if not good.any():
-            self._learn(whole, sizes)
-            return latents, told
-        chosen = [layout.arrays.get(self.item.member(ticket.position), -1) for ticket in tickets]
-        self._copy(latents, np.array(chosen), at, good)
-        starts, lengths, wanted = ((at + 1) * BLOCK).tolist(), ends.tolist(), good.tolist()
-        first = layout.extensions[0]
-        for row in range(count):
-            if not wanted[row]:
-                continue
-            key = names[row][0][: -len(first)]
-            if names[row] != [key + extension for extension in layout.extensions]:
-                continue
-            if _KEY.fullmatch(key) is None or _CAREFUL.search(key) is not None:
-                continue
-            view, begin, length = self._rows[row], starts[row], lengths[row]
-            try:
-                own = self.item.told(
-                    {name: bytes(view[begin[k] : begin[k] + length[k]]) for k, name in layout.texts}
-                )
-            except DataError:
-                continue  # said again, and written down, by the careful way
-            own["key"] = key.decode("ascii")
-            told[row] = own
-        return latents, told
+            return good
+        if self._layout is None:
+            self._learn(good, sizes)
+        if self._layout is None:
+            return np.zeros(count, dtype=bool)
+        layout = self._layout
+        found = matching(layout, self._buffer[:count].reshape(count, -1, BLOCK), sizes)
+        if not (good & found.good).any():
+            self._learn(good, sizes)
+            return found.good & False
+        good &= found.good
+        self._copy(latents, self._chosen(run, layout), found.at, good)
+        columns["key"] = found.key_texts()
+        if len(columns) > 1:
+            self._tell(layout, found, columns, good)
+        return good
 
-    def _fill(self, shards: list[int], offsets: list[int], sizes: list[int]) -> np.ndarray:
+    def _chosen(self, run: Run, layout: Layout) -> np.ndarray:
+        """Which member's array is the latent of each sample, int64 [b]; -1: none."""
+        if not self.item.flip:
+            return np.full(run.count, layout.arrays.get(LATENT, -1))
+        views = [self.item.member(position) for position in range(run.position, run.position + run.count)]
+        return np.array([layout.arrays.get(view, -1) for view in views])
+
+    def _fill(self, shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Reads each sample's span into a row of the buffer. Returns which came whole, bool [b]."""
-        longest = -(-max(sizes) // BLOCK) * BLOCK
+        count, longest = len(shards), -(-int(sizes.max()) // BLOCK) * BLOCK
+        good = np.zeros(count, dtype=bool)
         if longest > _LONGEST_SPAN:
-            return np.zeros(len(shards), dtype=bool)
-        if self._buffer.shape[0] < len(shards) or self._buffer.shape[1] < longest:
-            self._buffer = np.zeros((len(shards), longest), dtype=np.uint8)
+            return good
+        if self._buffer.shape[0] < count or self._buffer.shape[1] < longest:
+            self._buffer = np.zeros((count, longest), dtype=np.uint8)
             self._rows = [row.data for row in self._buffer]
-        whole = []
-        for row, shard, offset, size in zip(self._rows, shards, offsets, sizes):  # noqa: B905  the buffer may be longer
+        came, read = [], os.preadv
+        handles = self._handles(shards.tolist())
+        for row, handle, offset, size in zip(  # noqa: B905  the buffer may be longer
+            self._rows, handles, offsets.tolist(), sizes.tolist()
+        ):
             try:
-                handle = self.fetcher.reader.descriptor(shard)
-                whole.append(os.preadv(handle, [row[:size]], offset) == size)
-            except (OSError, DataError):
-                whole.append(False)
-        return np.array(whole)
+                came.append(read(handle, [row[:size]], offset))
+            except OSError:
+                came.append(-1)
+        return np.array(came) == sizes
+
+    def _handles(self, shards: list[int]) -> Iterable[int]:
+        """An open file for each sample of a batch; -1 where there is none, which the careful way says again."""
+        several = set(shards)
+        if len(several) > OPEN_FILES:  # not all stay open
+            return map(self._handle, shards)
+        known = {shard: self._handle(shard) for shard in several}
+        return [known[shard] for shard in shards]
+
+    def _handle(self, shard: int) -> int:
+        try:
+            return self.fetcher.reader.descriptor(shard)
+        except (OSError, DataError):
+            return -1
 
     def _copy(self, latents: np.ndarray, chosen: np.ndarray, at: np.ndarray, good: np.ndarray) -> None:
         """Copies the values out of the buffer, and clears `good` of rows without, or with some that are not finite."""
@@ -199,129 +176,64 @@ class LatentReader:
         count, nbytes = len(chosen), self._layout.array_bytes
         good &= chosen >= 0
         out = latents.reshape(count, -1).view(np.uint8)
-        starts = (at[np.arange(count), chosen] + 1) * BLOCK + _NPY_HEAD
+        starts = (at[np.arange(count), chosen] + 1) * BLOCK + NPY_HEAD
         first = int(starts[0])
         if good.all() and (starts == first).all():
             np.copyto(out, self._buffer[:count, first : first + nbytes])
         else:
             out[~good] = 0
-            for row in np.flatnonzero(good):
+            for row in np.flatnonzero(good).tolist():
                 out[row] = self._buffer[row, starts[row] : starts[row] + nbytes]
         if not _all_finite(latents):
-            good &= np.isfinite(latents.reshape(count, -1)).all(axis=1)
+            good &= [_all_finite(latent) for latent in latents]
+
+    def _tell(self, layout: Layout, found: Found, columns: dict[str, list[Any]], good: np.ndarray) -> None:
+        """Fills in what the item's texts tell, and clears `good` of rows whose texts must be read with care."""
+        starts = (found.at + 1) * BLOCK
+        begins, ends = starts.tolist(), (starts + found.sizes).tolist()
+        members = dict(layout.texts)
+        alone = members.get(str(self.item.caption_source)) if self.item.labels is None else None
+        for row in np.flatnonzero(good).tolist():
+            view, begin, end = self._rows[row], begins[row], ends[row]
+            try:
+                if alone is not None:  # nearly always, and half the time
+                    columns["caption"][row] = caption_in(bytes(view[begin[alone] : end[alone]]))
+                    continue
+                texts = {name: bytes(view[begin[k] : end[k]]) for name, k in layout.texts}
+                for name, value in self.item.told(texts).items():
+                    columns[name][row] = value
+            except DataError:
+                good[row] = False  # said again, and written down, by the careful way
 
     def _learn(self, whole: np.ndarray, sizes: np.ndarray) -> None:
         for row in np.flatnonzero(whole)[:1]:
             self._layout = layout_of(bytes(self._rows[row][: sizes[row]]), self.item)
 
 
-def layout_of(data: bytes, item: LatentItem) -> Layout | None:
-    """The layout of the sample whose bytes these are; None if its like must be read with care."""
-    found = []
-    try:
-        for member in members(lambda offset, count: data[offset : offset + count], len(data)):
-            found.append(member)
-    except TarFault as fault:
-        if fault.kind != "no_end_mark":
-            return None
-    names: list[str] = []
-    headers: list[np.ndarray] = []
-    arrays: dict[str, int] = {}
-    head = b""
-    for member in found:
-        named = split_name(member.name)
-        if named is None or member.refused or member.data != member.start + BLOCK:
-            return None
-        extension, value = named[1], data[member.data : member.data + member.size]
-        if extension in (LATENT, FLIPPED):
-            try:
-                array = decode_array(value)
-            except DataError:
-                return None
-            if array.shape != item.format.stored_shape or array.dtype != np.dtype(item.format.dtype):
-                return None
-            if member.size != _NPY_HEAD + array.nbytes or (head and head != value[:_NPY_HEAD]):
-                return None
-            arrays[extension], head = len(names), value[:_NPY_HEAD]
-        headers.append(np.frombuffer(data, np.uint8, BLOCK, member.start))
-        names.append(extension)
-    if not arrays or len(set(names)) < len(names):
-        return None
-    extensions = [f".{name}".encode() for name in names]
-    together = np.stack(headers)
-    nbytes = int(np.prod(item.format.stored_shape)) * np.dtype(item.format.dtype).itemsize
-    # What a header's bytes add up to beside the first member's name and the digits of the size.
-    fixed = np.ones(BLOCK, dtype=bool)
-    fixed[:100] = fixed[_SIZE] = fixed[148:156] = False
-    sums = together[:, fixed].sum(axis=1, dtype=np.int64) + _SUM_BLANK + 11 * ord("0")
-    sums += np.array([sum(extension) - sum(extensions[0]) for extension in extensions])
-    return Layout(
-        extensions=tuple(extensions),
-        at=np.array([member.start // BLOCK for member in found]),
-        headers=together.view(np.uint64),
-        sums=sums,
-        arrays=arrays,
-        texts=tuple((k, name) for k, name in enumerate(names) if name in item.told_members),
-        npy_head=np.frombuffer(head, np.uint8),
-        array_bytes=nbytes,
-    )
+class _Memory:
+    """Memory of batches that nobody holds any more. Fresh memory costs more than the copy into it: its pages are faulted in.
 
-
-def _matching(
-    layout: Layout, blocks: np.ndarray, spans: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[list[bytes]], np.ndarray]:
-    """Finds the members of the samples of a batch and compares all their headers with the layout.
-
-    Args:
-        blocks: uint8 [b, blocks, 512].
-        spans: bytes of each sample [b].
-
-    Returns:
-        The block of each header [b, members], the bytes of each member [b, members], their names, and which samples
-        match [b].
+    A tensor made of an array holds that array as long as anything looks at its storage. So an array that only this list
+    holds is free.
     """
-    # Texts are mostly shorter than a block, so samples mostly have their members where the layout's own has them.
-    usual = layout.at
-    if usual[-1] < blocks.shape[1]:
-        headers = blocks[:, usual]  # [b, members, 512], a copy
-        found = _checked(layout, headers, np.broadcast_to(usual, headers.shape[:2]), spans)
-        if found[-1].all():
-            return found
-    count, wide = blocks.shape[0], blocks.shape[1]
-    lines = np.arange(count)
-    at = np.zeros((count, len(usual)), dtype=np.int64)
-    for member in range(1, len(usual)):
-        before = np.minimum(at[:, member - 1], wide - 1)
-        size = (blocks[lines, before, _SIZE] - ord("0")) @ _OCTAL
-        at[:, member] = before + 1 + np.ceil(size / BLOCK)
-    at = np.minimum(at, wide - 1)
-    return _checked(layout, blocks[lines[:, None], at], at, spans)
 
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._kept: list[np.ndarray] = []
 
-def _checked(
-    layout: Layout, headers: np.ndarray, at: np.ndarray, spans: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[list[bytes]], np.ndarray]:
-    digits, stated = headers[:, :, _SIZE] - ord("0"), headers[:, :, _SUM] - ord("0")
-    sizes = (digits @ _OCTAL).astype(np.int64)
-    ends = at + 1 + (sizes + (BLOCK - 1)) // BLOCK
-    good = (ends[:, :-1] == at[:, 1:]).all(axis=1) & (ends[:, -1] * BLOCK == spans)
-    # Where the names are the key and an extension (the caller looks) they differ by the extensions' bytes alone.
-    keys = headers[:, 0, _NAME].sum(axis=1, dtype=np.int64)[:, None]
-    good &= (keys + digits.sum(axis=2, dtype=np.int64) + layout.sums == stated @ _OCTAL[-6:]).all(axis=1)
-    good &= (digits.max(axis=(1, 2)) < 8) & (stated.max(axis=(1, 2)) < 8)
-    for member in layout.arrays.values():
-        good &= sizes[:, member] == _NPY_HEAD + layout.array_bytes
-    differ = (headers.view(np.uint64) ^ layout.headers) & _SHARED
-    if differ.any():
-        good &= ~differ.any(axis=(1, 2))
-    return at, sizes, headers.view(_NAMES)["name"][:, :, 0].tolist(), good
+    def take(self, count: int) -> np.ndarray:
+        """An array [count, *shape] that nobody else has; its values are of no use."""
+        for number in range(len(self._kept)):
+            if len(self._kept[number]) == count and sys.getrefcount(self._kept[number]) <= _ALONE:
+                return self._kept[number]
+        fresh = np.empty((count, *self._shape), dtype=self._dtype)
+        self._kept = [*self._kept[-(_KEPT - 1) :], fresh]
+        return fresh
 
 
 def _all_finite(latents: np.ndarray) -> bool:
-    if latents.dtype == np.float16:
-        # Slow in numpy, but integers of the same bits have the same order: beyond infinity are only NaNs.
-        bits = np.ascontiguousarray(latents)
-        return bool(
-            bits.view(np.int16).max(initial=0) < 0x7C00 and bits.view(np.uint16).max(initial=0) < 0xFC00
-        )
-    return bool(np.isfinite(latents).all())
+    """Of floats or the bits of bfloat16: as integers they have the same order, and beyond infinity are only NaNs."""
+    signed, infinity = _BITS[latents.dtype.name]
+    beyond = latents.view(signed).max(initial=0) >= infinity  # of those above 0
+    unsigned = signed.replace("int", "uint")
+    return not beyond and bool(latents.view(unsigned).max(initial=0) < infinity + np.iinfo(signed).max + 1)

@@ -112,12 +112,14 @@ class LatentShardWriter:
             raise ValueError(f"{key}: flipped latents and tokens must be given as {self.format} says")
         stored = self._stored(key, latent)
         text = json.dumps(dict(metadata), sort_keys=True, ensure_ascii=False).encode("utf-8")
-        members = {LATENT: _npy(stored), "txt": caption.encode("utf-8"), "json": text}
+        # Arrays first: whatever the texts' lengths are, they are at the same place of every sample.
+        members = {LATENT: _npy(stored)}
         if flipped is not None:
             members[FLIPPED] = _npy(self._stored(key, flipped))
         if tokens is not None:
             members[TOKENS] = _npy(tokens.astype(np.int32))
-        self._tar.write({"__key__": key, **members})
+        for name, value in {**members, "txt": caption.encode("utf-8"), "json": text}.items():
+            self._tar.write({"__key__": key, name: value})  # one by one, for it sorts what it is given
         self._add_to_sums(from_stored(stored).astype(np.float64))
         self.samples += 1
 

@@ -62,6 +62,11 @@ class LatentFormat:
         channels, height, width = self.shape
         return (2 * channels if self.kind == "moments" else channels, height, width)
 
+    @property
+    def stored_type(self) -> np.dtype[Any]:
+        """Of `latent.npy`: uint16 for bfloat16."""
+        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+
 
 @dataclass(frozen=True)
 class LatentManifest:

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldmscale.data.buckets import BucketCursor
-from ldmscale.data.fetch import Fetcher, Ticket
+from ldmscale.data.fetch import Fetcher, Run, Ticket
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.items import LatentItem
 from ldmscale.data.latent_reader import SKIPPED, LatentReader
@@ -168,12 +168,13 @@ class Loader:
         if (
             not self._workers
         ):  # torch's loader would do the same, with more ceremony than latents take to read
-            return map(self._pinned, map(samples.together, self._micro_batches()))
+            return map(self._pinned, map(samples.__getitem__, self._micro_batches()))
         # fsspec's asynchronous stores have a thread of their own, which does not survive a fork.
         context = "forkserver" if remote else "fork"
         loader: DataLoader[Batch] = DataLoader(
             samples,
-            batch_sampler=self._micro_batches(),
+            batch_size=None,  # each item is a batch
+            sampler=self._micro_batches(),
             num_workers=self._workers,
             collate_fn=_as_it_is,
             pin_memory=self._pin_memory,
@@ -192,7 +193,7 @@ class Loader:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         return iterator
 
-    def _micro_batches(self) -> Iterator[list[Ticket]]:
+    def _micro_batches(self) -> Iterator[Run]:
         ahead, first_part = self._cursor(self._done.consumed), self._handed_out
         while True:
             start = ahead.position
@@ -201,10 +202,8 @@ class Loader:
                 start, 0, rank=self.rank, world=self._world, global_batch=self._global_batch
             )
             for part in range(first_part, self.accumulation):
-                yield [
-                    Ticket(position, bucket, number + position - start)
-                    for position in mine[part * self._micro : (part + 1) * self._micro]
-                ]
+                position = mine[part * self._micro]
+                yield Run(position, bucket, number + position - start, self._micro)
             first_part = 0
 
     def _pinned(self, batch: Batch) -> Batch:
@@ -219,44 +218,35 @@ class Loader:
         return BucketCursor(self._shares, self._seed, consumed)
 
     def _count(self, skipped: list[int]) -> None:
+        if not any(skipped):
+            self.read += len(skipped)
+            self.bad_in_a_row = 0
+            return
         for count in skipped:
             self.replaced += count
             self.bad_in_a_row = self.bad_in_a_row + 1 if count else 0
         self.read += len(skipped) + sum(skipped)
 
 
-class _Samples(Dataset[dict[str, Any]]):
+class _Samples(Dataset[Batch]):
     """Tickets to a batch: one after another, or, of latents that lie on a disk, all at once."""
 
     def __init__(self, fetcher: Fetcher[Item], *, batched: bool) -> None:
         self.fetcher = fetcher
-        self.latents: LatentReader | None = None
         item = fetcher.make_item
-        # numpy knows no bfloat16: those are read one by one.
-        if batched and isinstance(item, LatentItem) and item.format.dtype != "bfloat16":
-            self.latents = LatentReader(fetcher, item)
+        self.latents = LatentReader(fetcher, item) if batched and isinstance(item, LatentItem) else None
 
-    def together(self, tickets: list[Ticket]) -> Batch:
-        if self.latents is None:
-            return _collate([self[ticket] for ticket in tickets])
+    def __getitem__(self, run: Run) -> Batch:
         try:
-            return self.latents.read(tickets)
-        except DataError as error:
-            return _fault(error)
-
-    def __getitems__(self, tickets: list[Ticket]) -> Batch:
-        return self.together(tickets)  # what torch's loader calls
-
-    def __getitem__(self, ticket: Ticket) -> dict[str, Any]:
-        try:
-            fetched = self.fetcher.fetch(ticket)
+            if self.latents is not None:
+                return self.latents.read(run)
+            return _collate([self._row(run.ticket(row)) for row in range(run.count)])
         except DataError as error:  # told as a value: torch would wrap the worker's traceback around it
-            return _fault(error)
+            return {_FAULT: str(error), _UNREACHABLE: isinstance(error, StoreError)}
+
+    def _row(self, ticket: Ticket) -> dict[str, Any]:
+        fetched = self.fetcher.fetch(ticket)
         return {**fetched.item, "position": ticket.position, "key": fetched.key, SKIPPED: fetched.skipped}
-
-
-def _fault(error: DataError) -> Batch:
-    return {_FAULT: str(error), _UNREACHABLE: isinstance(error, StoreError)}
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -264,9 +254,6 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _collate(items: list[dict[str, Any]]) -> Batch:
-    for item in items:
-        if _FAULT in item:
-            return item
     batch: Batch = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]

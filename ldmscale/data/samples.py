@@ -15,7 +15,7 @@ from ldmscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_OPEN_FILES = 64
+OPEN_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class SampleReader:
                 "`ldmscale index data.shards=...`"
             )
         self._files[shard] = handle
-        while len(self._files) > _OPEN_FILES:
+        while len(self._files) > OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return handle
 

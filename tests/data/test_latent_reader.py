@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldmscale.data.fetch import Fetcher, Ticket
+from ldmscale.data.fetch import Fetcher, Run
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.items import LatentItem
 from ldmscale.data.latent_reader import LatentReader
@@ -51,9 +51,9 @@ def both(paths: list[str], item: LatentItem, folder: Path) -> tuple[LatentReader
         for name in ("batch", "careful")
     ]
     reader = LatentReader(ways[0], item)
-    tickets = [Ticket(position, 0, position) for position in range(2 * TOTAL)]
-    batches = [reader.read(tickets[start : start + 10]) for start in range(0, len(tickets), 10)]
-    return reader, batches, [ways[1].fetch(ticket) for ticket in tickets]
+    runs = [Run(start, 0, start, 10) for start in range(0, 2 * TOTAL, 10)]
+    batches = [reader.read(run) for run in runs]
+    return reader, batches, [ways[1].fetch(run.ticket(row)) for run in runs for row in range(run.count)]
 
 
 def assert_equal(batches: list[dict[str, Any]], wanted: list[Any], folder: Path) -> None:
@@ -61,7 +61,8 @@ def assert_equal(batches: list[dict[str, Any]], wanted: list[Any], folder: Path)
     for (batch, row), each in zip(rows, wanted, strict=True):
         assert (batch["key"][row], int(batch["skipped"][row])) == (each.key, each.skipped)
         assert batch["caption"][row] == each.item["caption"]
-        assert np.array_equal(batch["latent"][row].numpy(), each.item["latent"])
+        found, wanted_latent = batch["latent"][row], torch.from_numpy(np.array(each.item["latent"]))
+        assert torch.equal(found.to(wanted_latent.dtype), wanted_latent)
         if "tokens" in batch:
             assert np.array_equal(batch["tokens"][row].numpy(), each.item["tokens"])
     told = [
@@ -71,7 +72,15 @@ def assert_equal(batches: list[dict[str, Any]], wanted: list[Any], folder: Path)
     assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("format", [FORMAT, replace(FORMAT, dtype="float32"), replace(FORMAT, kind="latent")])
+@pytest.mark.parametrize(
+    "format",
+    [
+        FORMAT,
+        replace(FORMAT, dtype="float32"),
+        replace(FORMAT, dtype="bfloat16"),
+        replace(FORMAT, kind="latent"),
+    ],
+)
 def test_whole_shards_are_read_by_the_batch(tmp_path: Path, format: LatentFormat) -> None:
     train_wordpiece(["caption word"], 60, tmp_path / "tokenizer")
     item = LatentItem(format, tokenizer=Tokenizer.load(tmp_path / "tokenizer", 6))
@@ -107,10 +116,17 @@ def test_damaged_headers_are_noticed_as_the_careful_way_does(tmp_path: Path, whe
     assert len(read_ledger(tmp_path / "batch.jsonl")) >= 6 and 6 <= reader.careful < TOTAL
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 def test_damaged_values_captions_and_cut_shards_are_noticed_as_the_careful_way_does(
-    tmp_path: Path, write_tar: Callable[..., str]
+    tmp_path: Path, write_tar: Callable[..., str], dtype: str
 ) -> None:
-    paths = write(tmp_path)
+    format = replace(FORMAT, dtype=dtype)
+    infinity, minus_nan = {
+        "float16": (b"\x00\x7c", b"\x01\xfe"),
+        "bfloat16": (b"\x80\x7f", b"\x81\xff"),
+        "float32": (b"\x00\x00\x80\x7f", b"\x01\x00\x80\xff"),
+    }[dtype]
+    paths = write(tmp_path, format)
     ShardIndex.open(paths, build_missing=True)
     data = bytearray(Path(paths[1]).read_bytes())
     status = os.stat(paths[1])
@@ -118,8 +134,9 @@ def test_damaged_values_captions_and_cut_shards_are_noticed_as_the_careful_way_d
     def at(name: bytes) -> int:
         return data.index(name + b"\0") // 512 * 512 + 512
 
-    data[at(b"10003.latent.npy") + 128 : at(b"10003.latent.npy") + 130] = b"\x00\x7c"  # infinity
-    data[at(b"10004.latent.npy") + 400 : at(b"10004.latent.npy") + 402] = b"\x01\xfe"  # minus a NaN
+    wide = len(infinity)
+    data[at(b"10003.latent.npy") + 128 : at(b"10003.latent.npy") + 128 + wide] = infinity
+    data[at(b"10004.latent.npy") + 400 : at(b"10004.latent.npy") + 400 + wide] = minus_nan
     data[at(b"10005.latent.npy") + 20] ^= 1  # the head of the array
     data[at(b"10006.txt")] = 0xFF  # no UTF-8
     Path(paths[1]).write_bytes(bytes(data))
@@ -128,11 +145,11 @@ def test_damaged_values_captions_and_cut_shards_are_noticed_as_the_careful_way_d
         tmp_path / "other.tar",
         [
             ("a.txt", b"a"),
-            ("a.latent.npy", bytes(data[at(b"10008.latent.npy") :][: 128 + 1024])),
+            ("a.latent.npy", bytes(data[at(b"10008.latent.npy") :][: 128 + 512 * wide])),
             ("a.cls", b"1"),
         ],
     )
-    reader, batches, wanted = both([*paths, other], LatentItem(FORMAT), tmp_path)
+    reader, batches, wanted = both([*paths, other], LatentItem(format), tmp_path)
     assert_equal(batches, wanted, tmp_path)
     reasons = {entry["key"]: entry["reason"] for entry in read_ledger(tmp_path / "batch.jsonl")}
     assert {"10003", "10004", "10005", "10006"} == reasons.keys() and reader.careful < TOTAL
@@ -160,3 +177,26 @@ def test_workers_and_ranks_change_nothing(tmp_path: Path) -> None:
     assert stream(0, 1, 2) == alone
     halves = [stream(rank, 2, 0) for rank in (0, 1)]
     assert [row for step in range(12) for half in halves for row in half[6 * step : 6 * step + 6]] == alone
+
+
+def test_memory_is_used_again_only_when_nobody_looks_at_it(tmp_path: Path) -> None:
+    index = ShardIndex.open(write(tmp_path), build_missing=True)
+
+    def loader() -> Loader:
+        return Loader(index, LatentItem(FORMAT), seed=1, rank=0, world=1, global_batch=5, rank_micro_batch=5)
+
+    stream = loader()
+    # Held in every way: the batch, a view of a row, an array of one; and not at all.
+    kept: list[Any] = []
+    wanted = []
+    for number, batch in enumerate(itertools.islice(stream, 40)):
+        latent = batch["latent"]
+        held = (latent, latent[2:4], latent.numpy()[1], latent.view(torch.int16)[0])[number % 4]
+        if number % 8 < 4:
+            kept.append(held)
+            wanted.append(held.tolist())
+        del batch, latent, held
+    assert [each.tolist() for each in kept] == wanted
+    kept.clear()
+    places = {batch["latent"].data_ptr() for batch in itertools.islice(loader(), 40)}
+    assert len(places) <= 4
