@@ -111,6 +111,7 @@ def decode_image(
     generator: np.random.Generator | None = None,
     max_pixels: int = MAX_PIXELS,
     decoder: str = "pillow",
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decodes an image, crops it to the wanted aspect ratio and scales it once (antialiased bicubic).
 
@@ -124,6 +125,7 @@ def decode_image(
         generator: gives the crop's place, then the flip; needed for `crop="random"` and `flip`.
         max_pixels: refuse larger images before decoding them.
         decoder: of JPEGs (`DECODERS`).
+        out: takes the result, and is returned.
 
     Returns:
         uint8 [3, height, width].
@@ -149,8 +151,11 @@ def decode_image(
     left, top = int((width - crop_width) * place), int((height - crop_height) * place)
     scaled = _scaled(pixels[top : top + crop_height, left : left + crop_width], wide, high)
     if flip and generator is not None and generator.random() < 0.5:
-        scaled = np.ascontiguousarray(scaled[:, :, ::-1])
-    return scaled
+        scaled = scaled[:, :, ::-1]
+    if out is None:
+        return np.ascontiguousarray(scaled)
+    np.copyto(out, scaled)
+    return out
 
 
 def _pixels(image: Image.Image, data: bytes, wide: int, high: int, decoder: str) -> np.ndarray:

@@ -39,7 +39,7 @@ class Run(NamedTuple):
     position: int
     bucket: int
     number: int
-    count: int
+    samples: int
 
     def ticket(self, row: int) -> Ticket:
         return Ticket(self.position + row, self.bucket, self.number + row)
@@ -80,8 +80,10 @@ class Fetcher(Generic[T]):
         self.seed = seed
         self.ledger = ledger
 
-    def fetch(self, ticket: Ticket) -> Fetched[T]:
+    def fetch(self, ticket: Ticket, make_item: Callable[[Sample, int], T] | None = None) -> Fetched[T]:
         """Fetches the item of a ticket, or its stand-in.
+
+        `make_item` takes the place of the fetcher's own: the same item, in memory that is ready for it.
 
         The stand-in keeps the position, and with it the position's noise, timestep and crop.
 
@@ -90,6 +92,7 @@ class Fetcher(Generic[T]):
             StoreError: if the shards' store cannot be reached.
         """
         position, bucket, number = ticket
+        make_item = make_item or self.make_item
         place = self.sequence.place(bucket, number)
         draws = None
         reason = ""
@@ -98,7 +101,7 @@ class Fetcher(Generic[T]):
             try:
                 sample = self.reader.read(place.shard, place.index, bucket)
                 key = sample.key
-                return Fetched(key, self.make_item(sample, position), skipped)
+                return Fetched(key, make_item(sample, position), skipped)
             except StoreError:
                 raise
             except DataError as error:

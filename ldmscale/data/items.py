@@ -49,15 +49,23 @@ class ImageItem:
     spatial: SmallImages | Holes | None = None
     maps: ClassMaps | None = None
 
-    def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
-        """Makes the item.
+    def shape(self, bucket: int) -> tuple[int, int, int]:
+        """Of "image"."""
+        width, height = self.shapes[bucket] if self.shapes else (self.size, self.size)
+        return (3, height, width)
+
+    def __call__(
+        self, sample: Sample, position: int, out: np.ndarray | None = None
+    ) -> dict[str, np.ndarray | str | int]:
+        """Makes the item; the image in `out` [3, height, width], if that is given.
 
         Raises:
             DataError: if the image, the caption or the label cannot be used.
         """
         item = _told(sample.members, self.caption_source, self.tokenizer, self.labels)
         _, data = image_member(sample.members)
-        size = self.shapes[sample.bucket] if self.shapes else (self.size, self.size)
+        _, height, width = self.shape(sample.bucket)
+        size = (width, height)
         if self.maps is not None:
             item["spatial"] = self.maps.of(
                 sample.members, size, self.crop, self.flip, self._draws(position), self.max_pixels
@@ -70,6 +78,7 @@ class ImageItem:
             generator=self._draws(position),
             max_pixels=self.max_pixels,
             decoder=self.decoder,
+            out=out,
         )
         item["image"] = image
         if self.spatial is not None:

@@ -117,8 +117,8 @@ def layout_of(data: bytes, item: LatentItem) -> Layout | None:
     extensions = [f".{name}".encode() for name in names]
     endings = np.zeros((_LONGEST_NAME, len(extensions), 2 * _LONGEST_NAME), dtype=np.uint8)
     for length in range(_LONGEST_NAME):
-        for member, extension in enumerate(extensions):
-            endings[length, member, length : length + len(extension)] = list(extension[:_LONGEST_NAME])
+        for k, ending in enumerate(extensions):
+            endings[length, k, length : length + len(ending)] = list(ending[:_LONGEST_NAME])
     endings = endings[
         :, :, :_LONGEST_NAME
     ]  # of names too long for the key nothing matches: they have other headers

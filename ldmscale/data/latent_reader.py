@@ -12,13 +12,13 @@ Shards are read, not mapped: a mapped file that is cut, or whose disk fails, end
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
+from ldmscale.data.batch_memory import BatchMemory
 from ldmscale.data.captions import caption_in
 from ldmscale.data.decode import LATENT
 from ldmscale.data.fetch import Fetched, Fetcher, Run
@@ -33,8 +33,6 @@ SKIPPED = "skipped"
 """In a batch: how many samples were passed over for each of its own."""
 
 _LONGEST_SPAN = 1 << 24  # bytes of a sample
-_KEPT = 4  # batches whose memory is used again
-_ALONE = 2  # references to what only a list holds, while it is asked for them
 # What holds the bits, and those of infinity; uint16 are bfloat16's.
 _BITS = {"float16": ("int16", 0x7C00), "uint16": ("int16", 0x7F80), "float32": ("int32", 0x7F800000)}
 
@@ -50,7 +48,7 @@ class LatentReader:
     def __init__(self, fetcher: Fetcher[Any], item: LatentItem) -> None:
         self.fetcher, self.item = fetcher, item
         self.careful = 0  # samples that did not go by the batch
-        self._memory = _Memory(item.format.stored_shape, item.format.stored_type)
+        self._memory = BatchMemory()
         self._names = ["key"]
         if item.caption_source is not None:
             self._names.append("caption")
@@ -70,10 +68,11 @@ class LatentReader:
         Raises:
             DataError: as `Fetcher.fetch`.
         """
-        latents = self._memory.take(run.count)
-        columns: dict[str, list[Any]] = {name: [None] * run.count for name in self._names}
+        form = self.item.format
+        latents = self._memory.take((run.samples, *form.stored_shape), form.stored_type)
+        columns: dict[str, list[Any]] = {name: [None] * run.samples for name in self._names}
         good = self._by_batch(run, latents, columns)
-        skipped = torch.zeros(run.count, dtype=torch.int64)
+        skipped = torch.zeros(run.samples, dtype=torch.int64)
         upcast: list[tuple[int, np.ndarray]] = []
         for row in np.flatnonzero(~good).tolist():
             self.careful += 1
@@ -82,7 +81,7 @@ class LatentReader:
             for name in self._names:
                 columns[name][row] = fetched.key if name == "key" else fetched.item[name]
             latent = fetched.item["latent"]
-            if self.item.format.dtype == "bfloat16":
+            if form.dtype == "bfloat16":
                 latents[row] = to_stored(latent, "bfloat16")  # exact: it was read of these bits
             elif latent.dtype == latents.dtype:
                 latents[row] = latent
@@ -95,7 +94,7 @@ class LatentReader:
         values = torch.from_numpy(latents)
         batch: dict[str, Any] = {
             "latent": values.view(torch.bfloat16) if latents.dtype == np.uint16 else values,
-            "position": torch.arange(run.position, run.position + run.count),
+            "position": torch.arange(run.position, run.position + run.samples),
             SKIPPED: skipped,
             **columns,
         }
@@ -107,7 +106,7 @@ class LatentReader:
 
     def _by_batch(self, run: Run, latents: np.ndarray, columns: dict[str, list[Any]]) -> np.ndarray:
         """Fills in rows of both; says which, bool [b]. The others must be read with care."""
-        count = run.count
+        count = run.samples
         shards, indices = self.fetcher.sequence.places(run.bucket, run.number, count)
         offsets, sizes = self.fetcher.reader.index.spans(shards, indices)
         good = self._fill(shards, offsets, sizes)
@@ -132,8 +131,8 @@ class LatentReader:
     def _chosen(self, run: Run, layout: Layout) -> np.ndarray:
         """Which member's array is the latent of each sample, int64 [b]; -1: none."""
         if not self.item.flip:
-            return np.full(run.count, layout.arrays.get(LATENT, -1))
-        views = [self.item.member(position) for position in range(run.position, run.position + run.count)]
+            return np.full(run.samples, layout.arrays.get(LATENT, -1))
+        views = [self.item.member(position) for position in range(run.position, run.position + run.samples)]
         return np.array([layout.arrays.get(view, -1) for view in views])
 
     def _fill(self, shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -154,7 +153,8 @@ class LatentReader:
                 came.append(read(handle, [row[:size]], offset))
             except OSError:
                 came.append(-1)
-        return np.array(came) == sizes
+        complete: np.ndarray = np.array(came) == sizes
+        return complete
 
     def _handles(self, shards: list[int]) -> Iterable[int]:
         """An open file for each sample of a batch; -1 where there is none, which the careful way says again."""
@@ -208,27 +208,6 @@ class LatentReader:
     def _learn(self, whole: np.ndarray, sizes: np.ndarray) -> None:
         for row in np.flatnonzero(whole)[:1]:
             self._layout = layout_of(bytes(self._rows[row][: sizes[row]]), self.item)
-
-
-class _Memory:
-    """Memory of batches that nobody holds any more. Fresh memory costs more than the copy into it: its pages are faulted in.
-
-    A tensor made of an array holds that array as long as anything looks at its storage. So an array that only this list
-    holds is free.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._shape, self._dtype = shape, dtype
-        self._kept: list[np.ndarray] = []
-
-    def take(self, count: int) -> np.ndarray:
-        """An array [count, *shape] that nobody else has; its values are of no use."""
-        for number in range(len(self._kept)):
-            if len(self._kept[number]) == count and sys.getrefcount(self._kept[number]) <= _ALONE:
-                return self._kept[number]
-        fresh = np.empty((count, *self._shape), dtype=self._dtype)
-        self._kept = [*self._kept[-(_KEPT - 1) :], fresh]
-        return fresh
 
 
 def _all_finite(latents: np.ndarray) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.mixture import Mixture
 from ldmscale.data.shards import is_local, local_path
-from ldmscale.data.tar import TarFault, members, split_name
+from ldmscale.data.tar import TarFault, members, plain_members, split_name
 from ldmscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,14 @@ class SampleReader:
 def _parse(data: bytes, url: str, bucket: int) -> Sample:
     found: dict[str, bytes] = {}
     key = ""
+    plain = plain_members(data)
+    if plain is not None:
+        for name, value in plain:
+            named = split_name(name)
+            if named is not None:
+                key = named[0]
+                found.setdefault(named[1], value)
+        return Sample(key, url, found, bucket)
     try:
         for member in members(lambda offset, count: data[offset : offset + count], len(data)):
             named = None if member.refused else split_name(member.name)

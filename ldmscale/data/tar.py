@@ -7,11 +7,13 @@ making sense nor lets a sample be read from the middle of an archive.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
+_FILE, _UNUSUAL = ord("0"), frozenset("\\:")  # a regular file; what no plain name has
 _REGULAR = frozenset(b"07\0")
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _FOLDER = ord("L"), ord("K"), ord("x"), ord("g"), ord("5")
 # No honest name or pax header is longer; a damaged size field must not make us read gigabytes.
@@ -103,6 +105,41 @@ def members(read: Read, size: int) -> Iterator[Member]:
         name, pax_size = None, None
         at = start = end
     raise TarFault("no_end_mark", "the archive has no end mark; it may have been cut between two members")
+
+
+def plain_members(data: bytes) -> list[tuple[str, bytes]] | None:
+    """Name and bytes of each member of a span, several times as fast as `members`; None where that one must be asked.
+
+    It must where a header is damaged, a name is long, unsafe or not ASCII, or a member is no regular ustar file.
+    """
+    found, at = [], 0
+    while at < len(data):
+        block = data[at : at + BLOCK]
+        if len(block) < BLOCK or block[156] != _FILE or block[257:263] != b"ustar\0" or block[345]:
+            return None
+        try:
+            name = block[: block.index(0)].decode("ascii")
+            size, stated = int(block[124:135], 8), int(block[148:154], 8)
+        except ValueError:
+            return None
+        # Adler's first half is the sum of the bytes and 1, modulo 65521, which with so many zeros it cannot reach.
+        total = (zlib.adler32(block) & 0xFFFF) - 1
+        if total - sum(block[148:156]) + 256 != stated or block.count(0) < BLOCK // 2 or size < 0:
+            return None
+        if (
+            block[135]
+            or not 0 < len(name) <= 100
+            or name[0] == "/"
+            or not _UNUSUAL.isdisjoint(name)
+            or ".." in name
+        ):
+            return None
+        start = at + BLOCK
+        if start + size > len(data):
+            return None
+        found.append((name, data[start : start + size]))
+        at = start + -(-size // BLOCK) * BLOCK
+    return found
 
 
 def split_name(name: str) -> tuple[str, str] | None:

@@ -53,7 +53,7 @@ def both(paths: list[str], item: LatentItem, folder: Path) -> tuple[LatentReader
     reader = LatentReader(ways[0], item)
     runs = [Run(start, 0, start, 10) for start in range(0, 2 * TOTAL, 10)]
     batches = [reader.read(run) for run in runs]
-    return reader, batches, [ways[1].fetch(run.ticket(row)) for run in runs for row in range(run.count)]
+    return reader, batches, [ways[1].fetch(run.ticket(row)) for run in runs for row in range(run.samples)]
 
 
 def assert_equal(batches: list[dict[str, Any]], wanted: list[Any], folder: Path) -> None:

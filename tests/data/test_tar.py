@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmscale.data.tar import TarFault, members, split_name
+from ldmscale.data.tar import TarFault, members, plain_members, split_name
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 NAMES = st.text(alphabet="abÄ字/. -_", min_size=1, max_size=150).filter(
@@ -43,6 +43,38 @@ def test_names_and_bytes_are_those_of_tarfile(files: list[tuple[str, bytes]], fo
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         wanted = [(entry.name, tar.extractfile(entry).read()) for entry in tar.getmembers()]  # type: ignore[union-attr]
     assert [(name, content) for name, content, _ in _members(data)] == wanted
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    files=st.lists(st.tuples(NAMES, st.binary(max_size=700)), min_size=1, max_size=4),
+    format=st.sampled_from(FORMATS[1:]),
+    harm=st.lists(st.tuples(st.integers(0, 4 * 1536), st.integers(0, 255)), max_size=2),
+    cut=st.integers(0, 3000),
+)
+def test_the_fast_way_says_what_the_careful_way_says_or_nothing(
+    files: list[tuple[str, bytes]], format: int, harm: list[tuple[int, int]], cut: int
+) -> None:
+    span = bytearray(_archive(files, format).rstrip(b"\0"))
+    for place, value in harm:
+        span[place % len(span)] = value
+    data = bytes(span[: len(span) - cut // 4] if cut % 4 == 0 else span)
+    found = plain_members(data)
+    try:
+        wanted = _members(data + bytes(-len(data) % 512 + 1024))
+    except TarFault:
+        assert found is None
+        return
+    if found is not None:
+        assert [(name, content, "") for name, content in found] == wanted
+
+
+def test_plain_spans_go_the_fast_way() -> None:
+    files = [("0001.jpg", b"x" * 900), ("0001.txt", "ü".encode()), ("a/0001.json", b"{}")]
+    data = _archive(files, tarfile.USTAR_FORMAT)[: 512 * 7]
+    assert plain_members(data) == files
+    for unsafe in ("/0001.jpg", "../0001.jpg", "C:0001.jpg", "a\\0001.jpg"):
+        assert plain_members(_archive([(unsafe, b"x")], tarfile.USTAR_FORMAT)[:1024]) is None
 
 
 @pytest.mark.parametrize("format", FORMATS)
