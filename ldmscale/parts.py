@@ -14,9 +14,10 @@ from torch import Tensor
 from ldmscale.averaging import chosen_weights
 from ldmscale.checkpoint import Reader, newest_checkpoint
 from ldmscale.compose import compose_job, config_folder
-from ldmscale.config import AutoencoderJob, DiffusionJob, FrozenTextConfig
+from ldmscale.config import AutoencoderJob, DiffusionJob, FrozenTextConfig, TextEncoderConfig
 from ldmscale.data.encoder_tokens import EncoderTokenizer
 from ldmscale.data.labels import ClassLabels
+from ldmscale.data.layouts import LayoutTokens
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.errors import CheckpointError, ConfigError
@@ -47,6 +48,7 @@ class Parts:
     schedule: NoiseSchedule | None = None
     class_embedder: ClassEmbedder | None = None
     classes: ClassLabels | None = None  # what the class embedder's rows are called
+    layout: LayoutTokens | None = None  # boxes to token ids, for a text encoder that reads layouts
     spatial_rescaler: SpatialRescaler | None = None
     denoiser: Denoiser | None = (
         None  # U-Net, what reads its conditions, and the null condition, as one network
@@ -160,8 +162,11 @@ def _load_diffusion(
     tokenizer: Tokenizer | EncoderTokenizer | None = None
     if isinstance(text, FrozenTextConfig):
         tokenizer = EncoderTokenizer.load(folder.tokenizer, text.max_tokens)
-    elif text is not None:
+    elif text is not None and config.layout is None:
         tokenizer = Tokenizer.load(folder.tokenizer, text.max_tokens)
+    layout = None
+    if isinstance(text, TextEncoderConfig) and config.layout is not None:
+        layout = LayoutTokens(ClassLabels.load(folder.classes), text.max_tokens, text.vocab_size)
     return Parts(
         unet=denoiser.unet,
         autoencoder=first_stage.autoencoder,
@@ -169,6 +174,7 @@ def _load_diffusion(
         class_embedder=denoiser.class_embedder,
         spatial_rescaler=denoiser.spatial_rescaler,
         classes=None if config.class_embedder is None else ClassLabels.load(folder.classes),
+        layout=layout,
         tokenizer=tokenizer,
         schedule=build_schedule(config.diffusion),
         denoiser=denoiser,

@@ -77,6 +77,10 @@ def sample(
         ConfigError: the model has no part that sampling needs, or arguments that do not fit it or each other.
     """
     wanted = ["denoiser", "autoencoder", "schedule", "scale", "latent_shape"]
+    if parts.layout is not None and conditions is None:
+        raise ConfigError(
+            "the model reads layouts, and prompts tell none: give conditions=Conditions(token_ids=...) of parts.layout.encode"
+        )
     if parts.text_encoder is not None and conditions is None:
         wanted.append("tokenizer")
     if missing := [name for name in wanted if getattr(parts, name) is None]:

@@ -28,6 +28,8 @@ def check_shards(data: DataConfig, needs: str | None) -> list[str]:
         faults.append(f"data.caption={data.caption!r}: expected txt or json:KEY")
     if data.label != "cls" and not (data.label.startswith("json:") and data.label != "json:"):
         faults.append(f"data.label={data.label!r}: expected cls or json:KEY")
+    if not data.boxes.startswith("json:") or data.boxes == "json:":
+        faults.append(f"data.boxes={data.boxes!r}: expected json:KEY")
     faults += _selection_faults(data)
     if data.decoder == "turbo" and not find_spec("simplejpeg"):
         faults.append(

@@ -50,7 +50,15 @@ def check_sample(sample: SampleConfig) -> list[str]:
 
 def _check_condition(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
     """Files where the model reads a condition that prompts cannot give, and only there."""
-    reads = (model.get("spatial") or {}).get("kind")
+    spatial, layout = model.get("spatial"), model.get("layout")
+    if spatial is not None and layout is not None:
+        return [
+            "the model reads a layout and a spatial condition, and files give one of them: draw it from Python, by "
+            "sample(..., conditions=Conditions(token_ids=..., spatial=...))"
+        ]
+    reads = (
+        f"spatial.kind={spatial['kind']}" if spatial is not None else "layout" if layout is not None else None
+    )
     if reads is None:
         return (
             []
@@ -59,12 +67,12 @@ def _check_condition(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
         )
     if sample.condition is None:
         return [
-            f"sample.condition is not set, and the model reads one (spatial.kind={reads}): give a folder or a list of files"
+            f"sample.condition is not set, and the model reads one ({reads}): give a folder or a list of files"
         ]
     faults = [
         f"sample.{name} is set, but what sample.condition names gives the size and all that is kept: remove it"
         for name in ("height", "width", "image", "mask")
-        if getattr(sample, name) is not None
+        if spatial is not None and getattr(sample, name) is not None
     ]
     listed = (sample.condition,) if isinstance(sample.condition, str) else sample.condition
     if missing := [path for path in listed if not Path(path).exists()]:

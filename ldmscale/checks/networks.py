@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ldmscale.config import AutoencoderConfig, DiffusionJob, UNetConfig
+import math
+
+from ldmscale.config import AutoencoderConfig, DiffusionJob, TextEncoderConfig, UNetConfig
 
 
 def check_widths(name: str, network: AutoencoderConfig | UNetConfig) -> list[str]:
@@ -93,7 +95,38 @@ def check_conditions(config: DiffusionJob) -> list[str]:
             f"unet.in_channels={unet.in_channels} and out_channels={unet.out_channels}, but the autoencoder's "
             f"latents have {latent} channels{reason}: give unet.in_channels={latent + joined} unet.out_channels={latent}"
         )
-    return [*faults, *_check_spatial(config), *_check_null(config)]
+    return [*faults, *_check_layout(config), *_check_spatial(config), *_check_null(config)]
+
+
+def _check_layout(config: DiffusionJob) -> list[str]:
+    text, layout = config.text_encoder, config.layout
+    reads = isinstance(text, TextEncoderConfig) and text.tokenizer == "layout"
+    if layout is None or not isinstance(text, TextEncoderConfig) or not reads:
+        if reads == (layout is not None):
+            return []
+        return [
+            "text_encoder.tokenizer=layout, but layout is not set: boxes have classes; give layout=found or layout=openimages"
+            if reads
+            else "layout is set, but no text_encoder reads it: give text_encoder=bert_layout, or layout=null"
+        ]
+    faults = []
+    if (text.max_tokens - 2) % 3 or text.max_tokens < 5:
+        near = max(1, round((text.max_tokens - 2) / 3))
+        faults.append(
+            f"text_encoder.max_tokens={text.max_tokens}: a layout has 3 tokens for each object and 2 more; give "
+            f"text_encoder.max_tokens={3 * near + 2} for {near} objects (published: 92)"
+        )
+    if layout.classes > text.vocab_size - 1 or math.isqrt(text.vocab_size - 1) < 2:
+        most = max(layout.classes, 4) + 1
+        faults.append(
+            f"text_encoder.vocab_size={text.vocab_size}: it must hold layout.classes={layout.classes}, a grid of positions, and "
+            f"one id for no object; give text_encoder.vocab_size={most} or more (published: 8192)"
+        )
+    if config.preview.prompts:
+        faults.append(
+            "preview.prompts is set, but a model that reads layouts draws those of held-out samples: give preview.prompts=[]"
+        )
+    return faults
 
 
 def _check_spatial(config: DiffusionJob) -> list[str]:

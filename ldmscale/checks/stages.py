@@ -11,7 +11,6 @@ from ldmscale.config import (
     EmaConfig,
     FirstStageConfig,
     PreviewConfig,
-    TextEncoderConfig,
     TrainConfig,
     ZeroConfig,
 )
@@ -111,11 +110,6 @@ def check_latents(config: DiffusionJob) -> list[str]:
         faults.append(
             "preview.prompts is set, but a model with a spatial condition draws pictures of held-out samples: give "
             "preview.prompts=[]"
-        )
-    if isinstance(config.text_encoder, TextEncoderConfig) and config.text_encoder.tokenizer == "layout":
-        faults.append(
-            "text_encoder.tokenizer=layout, but shards cannot give this condition yet: the model builds, loads and samples, "
-            "and cannot be trained"
         )
     if config.data.kind == "images":
         faults += check_image_size(config.data, config.autoencoder)

@@ -45,6 +45,7 @@ class DataConfig:
     decoder: Literal["pillow", "turbo"] = "pillow"  # of JPEGs; turbo is faster and needs ldmscale[fast]
     caption: str = "txt"  # "txt", or "json:KEY"
     label: str = "json:label"  # "cls", or "json:KEY"; read where there is a class_embedder
+    boxes: str = "json:boxes"  # "json:KEY"; read where there is a layout
     filter: str | None = None  # condition on keys of the json: "similarity > 0.3 and punsafe < 0.5"
     min_caption_words: NotNegative = 0
     max_caption_words: Positive | None = None

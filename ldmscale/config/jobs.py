@@ -18,6 +18,7 @@ from ldmscale.config.networks import (
     ClassEmbedderConfig,
     EmbeddingsConfig,
     FrozenTextConfig,
+    LayoutConfig,
     SpatialConfig,
     TextEncoderConfig,
     UNetConfig,
@@ -56,6 +57,10 @@ class StageOverrides:
 class IndexJob:
     job: Literal["index"]
     data: DataConfig
+    # Conditions that are looked at, too, given as to the training job.
+    class_embedder: ClassEmbedderConfig | None = None
+    layout: LayoutConfig | None = None
+    spatial: SpatialConfig | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -113,6 +118,7 @@ class DiffusionJob:
     class_embedder: ClassEmbedderConfig | None = None
     embeddings: EmbeddingsConfig | None = None
     spatial: SpatialConfig | None = None
+    layout: LayoutConfig | None = None  # what a text_encoder with tokenizer=layout reads
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -72,9 +72,7 @@ class TextEncoderConfig:
     """The text transformer that is trained jointly with the U-Net (CompVis' BERTEmbedder). It reads captions or layouts."""
 
     kind: Literal["bert"]
-    tokenizer: (
-        str  # a hub name, a folder, or "train": a WordPiece of the shards' captions, stored with the run
-    )
+    tokenizer: str  # a hub name, a folder, "train": a WordPiece of the shards' captions, stored with the run; or "layout"
     max_tokens: int
     width: int
     layers: int
@@ -107,6 +105,14 @@ class ClassEmbedderConfig:
     # line. Stored with the run.
     names: str | None = None
     null_class: bool = True  # one row more, for "no class": guidance needs it, or a learned null condition
+
+
+@dataclass(frozen=True, config=STRICT)
+class LayoutConfig:
+    """Boxes with classes, which a text transformer reads as tokens (text_encoder.tokenizer=layout)."""
+
+    classes: Positive
+    names: str | None = None  # as of class_embedder
 
 
 @dataclass(frozen=True, config=STRICT)

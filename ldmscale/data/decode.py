@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ldmscale.data.view import view_of
 from ldmscale.errors import DataError
 
 # Pillow's own limit on pixels would stop what data.max_pixels allows; ours looks at the header, too, before decoding.
@@ -145,12 +146,10 @@ def decode_image(
     except Exception as error:  # decoders raise anything
         raise DataError(f"the image cannot be decoded: {error}") from error
     height, width, _ = pixels.shape
-    crop_width = min(width, max(1, round(height * wide / high)))
-    crop_height = min(height, max(1, round(width * high / wide)))
-    place = generator.random() if crop == "random" and generator is not None else 0.5
-    left, top = int((width - crop_width) * place), int((height - crop_height) * place)
-    scaled = _scaled(pixels[top : top + crop_height, left : left + crop_width], wide, high)
-    if flip and generator is not None and generator.random() < 0.5:
+    view = view_of(width, height, (wide, high), crop, flip, generator)
+    part = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
+    scaled = _scaled(part, wide, high)
+    if view.mirrored:
         scaled = scaled[:, :, ::-1]
     if out is None:
         return np.ascontiguousarray(scaled)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmscale.data.condition_checks import ConditionChecks
 from ldmscale.data.decode import MAX_PIXELS
 from ldmscale.data.records import Record, covers, fresh, index_shard, read_record, read_selection
 from ldmscale.data.scan import CHECKS, Damage, Statistics, damage_from_json, quantile
@@ -84,6 +85,7 @@ def check_shards(
     selection: Selection | None = None,
     storage: Storage | None = None,
     on_shard: Callable[[str, int, int], None] | None = None,
+    conditions: ConditionChecks | None = None,
 ) -> IndexReport:
     """Looks through shards, writes their index, and reports on all of them. Goes on after any fault.
 
@@ -97,6 +99,7 @@ def check_shards(
         selection: what a run is to take; makes the selection's own index, too.
         storage: how remote shards are reached.
         on_shard: called with (url, done, of) after each shard.
+        conditions: labels, boxes or maps that a run would read, to be looked at, too.
 
     Raises:
         DataError: if the index cannot be written anywhere.
@@ -113,7 +116,7 @@ def check_shards(
         if isinstance(state, str):
             report.add([Damage(url, "", "missing_shard", state)], {"missing_shard": 1})
         else:
-            _report_shard(report, url, state, caption_source, max_pixels, selection, store)
+            _report_shard(report, url, state, caption_source, max_pixels, selection, store, conditions)
         if on_shard is not None:
             on_shard(url, done, len(mine))
     return report
@@ -127,12 +130,13 @@ def _report_shard(
     max_pixels: int,
     selection: Selection | None,
     storage: Storage,
+    conditions: ConditionChecks | None,
 ) -> None:
     record = read_record(url)
     usable = (
         record is not None
         and fresh(record, state)
-        and covers(record, report.check, caption_source, max_pixels)
+        and covers(record, report.check, caption_source, max_pixels, conditions)
     )
     taken = None if selection is None else read_selection(url, selection)
     if not usable or (selection is not None and not (taken and fresh(taken, state))):
@@ -147,6 +151,7 @@ def _report_shard(
                 storage=storage,
                 selection=selection,
                 keep_record=usable,
+                conditions=None if check == "spans" else conditions,
             )
         except (OSError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"

@@ -9,14 +9,16 @@ import numpy as np
 
 from ldmscale.data.buckets import Shape
 from ldmscale.data.captions import caption_of
-from ldmscale.data.decode import LATENT, MAX_PIXELS, decode_image, image_member
+from ldmscale.data.decode import LATENT, MAX_PIXELS, decode_image, image_header, image_member
 from ldmscale.data.encoder_tokens import EncoderTokenizer
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import FLIPPED, LatentFormat, read_latent
+from ldmscale.data.layouts import LayoutTokens, size_told
 from ldmscale.data.maps import ClassMaps
 from ldmscale.data.samples import Sample
 from ldmscale.data.spatial import Holes, SmallImages
 from ldmscale.data.tokens import Tokenizer
+from ldmscale.data.view import view_of
 from ldmscale.distributed.seeds import generator
 
 
@@ -34,6 +36,7 @@ class ImageItem:
         labels: adds "label", the number of the sample's class.
         spatial: adds "spatial" or "mask", made of the image as it is trained on.
         maps: adds "spatial", a map of classes.
+        layout: adds "tokens" int64 [max_tokens], the boxes of the part of the image that is seen.
     """
 
     size: int
@@ -48,6 +51,7 @@ class ImageItem:
     labels: ClassLabels | None = None
     spatial: SmallImages | Holes | None = None
     maps: ClassMaps | None = None
+    layout: LayoutTokens | None = None
 
     def shape(self, bucket: int) -> tuple[int, int, int]:
         """Of "image"."""
@@ -60,7 +64,7 @@ class ImageItem:
         """Makes the item; the image in `out` [3, height, width], if that is given.
 
         Raises:
-            DataError: if the image, the caption or the label cannot be used.
+            DataError: if the image, or what is told about it, cannot be used.
         """
         item = _told(sample.members, self.caption_source, self.tokenizer, self.labels)
         _, data = image_member(sample.members)
@@ -70,6 +74,10 @@ class ImageItem:
             item["spatial"] = self.maps.of(
                 sample.members, size, self.crop, self.flip, self._draws(position), self.max_pixels
             )
+        if self.layout is not None:
+            header = image_header(data, max_pixels=self.max_pixels)
+            view = view_of(header.width, header.height, size, self.crop, self.flip, self._draws(position))
+            item["tokens"] = self.layout.of(sample.members, (header.width, header.height), view)
         image = decode_image(
             data,
             size=size,
@@ -86,7 +94,7 @@ class ImageItem:
         return item
 
     def _draws(self, position: int) -> np.random.Generator | None:
-        """Of the view, from its beginning: the map of a sample is seen as its image is."""
+        """Of the view, from its beginning: maps and boxes of a sample are seen as its image is."""
         return generator(self.seed, position, "crop") if self.crop == "random" or self.flip else None
 
 
@@ -101,6 +109,7 @@ class LatentItem:
         labels: adds "label", the number of the sample's class.
         flip: take the mirrored image's latent of every second sample, as `ImageItem` would mirror it.
         seed: the run's seed; with the position it says of which.
+        layout: adds "tokens", the boxes of the part of the image that the latent is of.
     """
 
     format: LatentFormat
@@ -109,31 +118,44 @@ class LatentItem:
     labels: ClassLabels | None = None
     flip: bool = False
     seed: int = 0
+    layout: LayoutTokens | None = None
 
     def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
         """Makes the item.
 
         Raises:
-            DataError: if the latent, the caption or the label cannot be used.
+            DataError: if the latent, or what is told about it, cannot be used.
         """
-        item = _told(sample.members, self.caption_source, self.tokenizer, self.labels)
+        item = self.told(sample.members, position)
+        if self.tokenizer is not None and "caption" in item:
+            item["tokens"] = self.tokenizer.encode([str(item["caption"])])[0]
         item["latent"] = read_latent(sample.members, self.format, self.member(position))
         return item
 
     def member(self, position: int) -> str:
         """The member whose array is the latent at a position."""
-        flipped = self.flip and generator(self.seed, position, "crop").random() < 0.5
-        return FLIPPED if flipped else LATENT
+        return FLIPPED if self._mirrored(position) else LATENT
+
+    def _mirrored(self, position: int) -> bool:
+        return self.flip and bool(generator(self.seed, position, "crop").random() < 0.5)
 
     @property
     def told_members(self) -> frozenset[str]:
         """The members that `told` looks at."""
         sources = [self.caption_source, None if self.labels is None else self.labels.source]
+        if self.layout is not None:
+            sources.append(self.layout.labels.source)
         return frozenset(source.partition(":")[0] for source in sources if source is not None)
 
-    def told(self, members: Mapping[str, bytes]) -> dict[str, np.ndarray | str | int]:
-        """The item but for "latent" and "tokens". Raises DataError as calling does."""
-        return _told(members, self.caption_source, None, self.labels)
+    def told(self, members: Mapping[str, bytes], position: int) -> dict[str, np.ndarray | str | int]:
+        """The item but for "latent" and the tokens of its caption. Raises DataError as calling does."""
+        item = _told(members, self.caption_source, None, self.labels)
+        if self.layout is not None:
+            size = size_told(members)
+            _, height, width = self.format.shape
+            seen = view_of(*size, (width, height))._replace(mirrored=self._mirrored(position))
+            item["tokens"] = self.layout.of(members, size, seen)
+        return item
 
 
 def _told(

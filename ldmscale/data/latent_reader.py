@@ -54,6 +54,8 @@ class LatentReader:
             self._names.append("caption")
         if item.labels is not None:
             self._names.append("label")
+        if item.layout is not None:
+            self._names.append("tokens")
         self._layout: Layout | None = None
         self._buffer = np.empty((0, 0), dtype=np.uint8)
         self._rows: list[memoryview] = []
@@ -100,6 +102,8 @@ class LatentReader:
         }
         if "caption" in columns and self.item.tokenizer is not None:
             batch["tokens"] = torch.from_numpy(self.item.tokenizer.encode(columns["caption"]))
+        if "tokens" in columns:
+            batch["tokens"] = torch.from_numpy(np.stack(columns["tokens"]))
         if "label" in columns:
             batch["label"] = torch.tensor(columns["label"], dtype=torch.int64)
         return batch
@@ -125,7 +129,7 @@ class LatentReader:
         self._copy(latents, self._chosen(run, layout), found.at, good)
         columns["key"] = found.key_texts()
         if len(columns) > 1:
-            self._tell(layout, found, columns, good)
+            self._tell(layout, found, columns, good, run.position)
         return good
 
     def _chosen(self, run: Run, layout: Layout) -> np.ndarray:
@@ -187,12 +191,15 @@ class LatentReader:
         if not _all_finite(latents):
             good &= [_all_finite(latent) for latent in latents]
 
-    def _tell(self, layout: Layout, found: Found, columns: dict[str, list[Any]], good: np.ndarray) -> None:
+    def _tell(
+        self, layout: Layout, found: Found, columns: dict[str, list[Any]], good: np.ndarray, first: int
+    ) -> None:
         """Fills in what the item's texts tell, and clears `good` of rows whose texts must be read with care."""
         starts = (found.at + 1) * BLOCK
         begins, ends = starts.tolist(), (starts + found.sizes).tolist()
         members = dict(layout.texts)
-        alone = members.get(str(self.item.caption_source)) if self.item.labels is None else None
+        captions_only = self.item.labels is None and self.item.layout is None
+        alone = members.get(str(self.item.caption_source)) if captions_only else None
         for row in np.flatnonzero(good).tolist():
             view, begin, end = self._rows[row], begins[row], ends[row]
             try:
@@ -200,7 +207,7 @@ class LatentReader:
                     columns["caption"][row] = caption_in(bytes(view[begin[alone] : end[alone]]))
                     continue
                 texts = {name: bytes(view[begin[k] : end[k]]) for name, k in layout.texts}
-                for name, value in self.item.told(texts).items():
+                for name, value in self.item.told(texts, first + row).items():
                     columns[name][row] = value
             except DataError:
                 good[row] = False  # said again, and written down, by the careful way

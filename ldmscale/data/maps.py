@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ldmscale.data.decode import MAX_PIXELS, image_header, image_member
+from ldmscale.data.view import view_of
 from ldmscale.errors import DataError
 
 
@@ -52,16 +53,10 @@ class ClassMaps:
             raise DataError(
                 f"its map ({self.member}) has {width}x{height} pixels, its image {header.width}x{header.height}"
             )
-        wide, high = size
-        crop_width = min(width, max(1, round(height * wide / high)))
-        crop_height = min(height, max(1, round(width * high / wide)))
-        place = draws.random() if crop == "random" and draws is not None else 0.5
-        left, top = int((width - crop_width) * place), int((height - crop_height) * place)
-        part = numbers[top : top + crop_height, left : left + crop_width]
-        scaled = nearest(part, round(wide * self.scale), round(high * self.scale))
-        if flip and draws is not None and draws.random() < 0.5:
-            scaled = scaled[:, ::-1]
-        return np.ascontiguousarray(scaled, dtype=np.int64)
+        view = view_of(width, height, size, crop, flip, draws)
+        part = numbers[view.top : view.top + view.height, view.left : view.left + view.width]
+        scaled = nearest(part, round(size[0] * self.scale), round(size[1] * self.scale))
+        return np.ascontiguousarray(scaled[:, ::-1] if view.mirrored else scaled, dtype=np.int64)
 
 
 def read_map(

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmscale.data.condition_checks import ConditionChecks
 from ldmscale.data.files import cache_folder, write_file
 from ldmscale.data.scan import CHECKS, SPAN, Scan, damage_to_json, json_line, scan_shard
 from ldmscale.data.selection import FORMAT as SELECTION_FORMAT
@@ -124,10 +125,24 @@ def _write_beside(url: str, name: str, parts: Sequence[bytes]) -> None:
     write_file(writable_folder(url) / name, parts)
 
 
-def covers(record: dict[str, Any], check: str, caption_source: str, max_pixels: int) -> bool:
+def covers(
+    record: dict[str, Any],
+    check: str,
+    caption_source: str,
+    max_pixels: int,
+    conditions: ConditionChecks | None = None,
+) -> bool:
     if CHECKS.index(record["check"]) < CHECKS.index(check):
         return False
+    if check != "spans" and record.get("conditions") != _plain(conditions):
+        return False
     return record["caption"] == caption_source and (check == "spans" or record["max_pixels"] == max_pixels)
+
+
+def _plain(conditions: ConditionChecks | None) -> dict[str, Any] | None:
+    """As json gives it back."""
+    found: dict[str, Any] | None = json.loads(json.dumps(None if conditions is None else conditions.plain()))
+    return found
 
 
 def fresh(record: dict[str, Any], state: ShardState) -> bool:
@@ -144,9 +159,10 @@ def index_shard(
     storage: Storage,
     selection: Selection | None = None,
     keep_record: bool = False,
+    conditions: ConditionChecks | None = None,
 ) -> Record:
     """Looks through a shard, writes its record (unless the one there is to be kept) and its selection."""
-    scan = _scan(url, state.size, check, caption_source, max_pixels, storage, selection)
+    scan = _scan(url, state.size, check, caption_source, max_pixels, storage, selection, conditions)
     common = {"url": url, "size": state.size, "version": state.version, "samples": len(scan.spans)}
     record = {
         "format": FORMAT,
@@ -154,6 +170,7 @@ def index_shard(
         "check": check,
         "caption": caption_source,
         "max_pixels": max_pixels,
+        "conditions": _plain(conditions),
         "damage": damage_to_json(scan.damage),
         "damage_counts": scan.damage_counts,
         "statistics": scan.statistics.to_json(),
@@ -182,6 +199,7 @@ def _scan(
     max_pixels: int,
     storage: Storage,
     selection: Selection | None,
+    conditions: ConditionChecks | None,
 ) -> Scan:
     def scan(read: Read) -> Scan:
         return scan_shard(
@@ -192,6 +210,7 @@ def _scan(
             caption_source=caption_source,
             max_pixels=max_pixels,
             selection=selection,
+            conditions=conditions,
         )
 
     if not is_local(url):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldmscale.data.captions import caption_member, caption_of
+from ldmscale.data.condition_checks import ConditionChecks
 from ldmscale.data.decode import (
     EXTENSIONS,
     LATENT,
@@ -47,6 +48,9 @@ KINDS = {
     "bad_caption": "the caption cannot be used",
     "bad_image": "the image cannot be used",
     "bad_latent": "the latent cannot be used",
+    "bad_label": "the label is missing, or no class",
+    "bad_boxes": "boxes are missing, outside of the image, or of no class",
+    "bad_map": "the map is missing, of another size than the image, or has numbers that are no class",
     "wrong_extension": "the file is of another format than its name says",
     "empty_shard": "the shard holds no sample",
 }
@@ -163,20 +167,21 @@ def scan_shard(
     caption_source: str = "txt",
     max_pixels: int = MAX_PIXELS,
     selection: Selection | None = None,
+    conditions: ConditionChecks | None = None,
 ) -> Scan:
     """Looks through a shard of `size` bytes.
 
     A sample whose members can be read is in the spans, damaged or not: what cannot be decoded is replaced and
     written to the ledger when its turn comes, so that order and counts do not depend on how closely somebody
     once looked. Members with unsafe names, links and devices count as absent. `selection` says which samples a
-    run takes; without one it takes all.
+    run takes; without one it takes all. `conditions` says what else a run would read; "spans" does not look at it.
 
     Raises:
         ValueError: for an unknown check.
     """
     if check not in CHECKS:
         raise ValueError(f"check must be one of {CHECKS}, got {check!r}")
-    return _Scanner(read, size, shard, check, caption_source, max_pixels, selection).run()
+    return _Scanner(read, size, shard, check, caption_source, max_pixels, selection, conditions).run()
 
 
 class _Scanner:
@@ -189,8 +194,9 @@ class _Scanner:
         caption_source: str,
         max_pixels: int,
         selection: Selection | None,
+        conditions: ConditionChecks | None,
     ) -> None:
-        self.selection = selection
+        self.selection, self.conditions = selection, conditions
         self.codes: list[int] = []
         self.dropped: Counter[str] = Counter()
         self.read, self.size, self.shard = read, size, shard
@@ -285,6 +291,8 @@ class _Scanner:
             self.examine_image(key, image, group[image])
         if LATENT in group and self.check == "decode" and group[LATENT].size:
             self.examine_latent(key, group[LATENT])
+        if self.conditions is not None:
+            self.examine_conditions(key, self.conditions, group, image)
 
     def select(self, group: dict[str, Member], image: str | None) -> None:
         if self.selection is None:
@@ -340,6 +348,19 @@ class _Scanner:
             decode_array(self.bytes_of(member))
         except DataError as error:
             self.note(key, "bad_latent", str(error))
+
+    def examine_conditions(
+        self, key: str, conditions: ConditionChecks, group: dict[str, Member], image: str | None
+    ) -> None:
+        def header() -> ImageHeader | None:
+            try:
+                return None if image is None else self.header_of(group[image])
+            except DataError:
+                return None  # told of the image already
+
+        members = {name: self.bytes_of(group[name]) for name in conditions.members if name in group}
+        for kind, detail in conditions.faults(members, header, self.check, self.max_pixels):
+            self.note(key, kind, detail)
 
 
 def damage_to_json(damage: list[Damage]) -> list[dict[str, str]]:

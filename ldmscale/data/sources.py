@@ -1,37 +1,36 @@
 """Where the quickstart's captioned images come from, and how they become shards.
 
-    sprites   CC0 sprites by Kenney, in PyPI's `arcade` wheel (kenney.nl); captions from their paths
+    sprites   CC0 sprites by Kenney, in PyPI's `arcade` wheel (kenney.nl); captions from their paths, boxes from what is not
+              transparent, maps from their colours; and scenes of several sprites
     folder    a user's own folder of images; captions from a .txt beside each image, or from its path
 
-Shards are laid out as img2dataset does it: KEY.png|jpg, KEY.txt, KEY.json in train-00000.tar ... and
-heldout-00000.tar.
+Shards are laid out as img2dataset does it: KEY.png|jpg, KEY.txt, KEY.json in train-00000.tar ... and heldout-00000.tar.
+Sprites have KEY.map.png besides; their scenes are in scenes-train-00000.tar ... and scenes-heldout-00000.tar.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ldmscale.data.captioned import caption_of_path, class_of_path, unique_captions
 from ldmscale.data.decode import EXTENSIONS, image_header
-from ldmscale.data.files import finished_file, write_file
+from ldmscale.data.files import write_file
+from ldmscale.data.image_shards import Item, write_shards
 from ldmscale.data.index import check_shards
+from ldmscale.data.sprites import on_square, write_scenes
 from ldmscale.data.wheel import ARCADE, sprite_files
 from ldmscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
-FORMAT = "ldmscale-source-1"
+FORMAT = "ldmscale-source-2"
 
 # Not sprites: scenes and parallax layers far larger than the objects, sheets of many sprites, and arcade's
 # own test images.
@@ -48,20 +47,6 @@ _SMALLEST_SIDE = (
 
 
 @dataclass(frozen=True)
-class Item:
-    """One captioned image on its way into a shard.
-
-    `metadata` has the img2dataset keys width and height, and "class" and "source" (the path it came from).
-    """
-
-    key: str
-    image: bytes
-    extension: str
-    caption: str
-    metadata: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Prepared:
     """The shards of a source: absolute paths and counts, and what was left out, as (path, reason)."""
 
@@ -70,6 +55,7 @@ class Prepared:
     train_samples: int
     heldout_samples: int
     classes: dict[str, int]  # images of each class, training and held-out together
+    scenes: tuple[str, ...]  # made of sprites, training and held-out
     skipped: tuple[tuple[str, str], ...]
 
 
@@ -109,7 +95,7 @@ def prepare(
     items, skipped = sprites(root) if source == "sprites" else images_in(root)
     train, heldout = split_heldout(items, seed=seed, share=heldout_share)
     target.mkdir(parents=True, exist_ok=True)
-    for old in [*target.glob("train-*.tar"), *target.glob("heldout-*.tar")]:
+    for old in [path for prefix in ("", "scenes-") for path in _shards_in(target, prefix)]:
         old.unlink()  # of other settings; source.json names only what is written now
     prepared = Prepared(
         train=tuple(map(str, write_shards(train, target, "train", samples_per_shard))),
@@ -117,15 +103,17 @@ def prepare(
         train_samples=len(train),
         heldout_samples=len(heldout),
         classes=dict(sorted(Counter(item.metadata["class"] for item in items).items())),
+        scenes=write_scenes(train, heldout, target, seed, samples_per_shard) if source == "sprites" else (),
         skipped=tuple(skipped),
     )
     # Shards of these names may have been indexed before, with other samples in them.
-    check_shards([*prepared.train, *prepared.heldout], "spans")
+    check_shards([*prepared.train, *prepared.heldout, *prepared.scenes], "spans")
     record = {
         **settings,
         "classes": prepared.classes,
         "train": [Path(path).name for path in prepared.train],
         "heldout": [Path(path).name for path in prepared.heldout],
+        "scenes": [Path(path).name for path in prepared.scenes],
         "train_samples": len(train),
         "heldout_samples": len(heldout),
         "skipped": skipped,
@@ -160,7 +148,7 @@ def sprites(root: str | None = None) -> tuple[list[Item], list[tuple[str, str]]]
         raise DataError(
             f"no sprites in {root or ARCADE}; data.root must be the wheel of {ARCADE} or its unpacked folder"
         )
-    return [_on_square(item) for item in _items(found)], skipped
+    return [on_square(item) for item in _items(found)], skipped
 
 
 def images_in(root: str | None) -> tuple[list[Item], list[tuple[str, str]]]:
@@ -235,43 +223,6 @@ def split_heldout(items: Sequence[Item], *, seed: int, share: float) -> tuple[li
     return [item for item in items if item.key not in held], [item for item in items if item.key in held]
 
 
-def write_shards(
-    items: Iterable[Item], folder: str | Path, prefix: str, samples_per_shard: int
-) -> list[Path]:
-    """Writes items to PREFIX-00000.tar ... in `folder` and returns the paths. Every shard appears whole.
-
-    Raises:
-        DataError: if two items have one key.
-        ValueError: if samples_per_shard is not at least 1.
-    """
-    import webdataset  # imports torch
-
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
-    everything = list(items)
-    twice = [key for key, count in Counter(item.key for item in everything).items() if count > 1]
-    if twice:
-        raise DataError(
-            f"{len(twice)} keys come twice (first: {twice[0]}); keys name samples in ledger and report"
-        )
-    paths = []
-    for number in range(math.ceil(len(everything) / samples_per_shard)):
-        path = Path(folder).absolute() / f"{prefix}-{number:05d}.tar"
-        part = everything[number * samples_per_shard : (number + 1) * samples_per_shard]
-        with (
-            finished_file(path) as temporary,
-            open(temporary, "wb") as stream,
-            webdataset.TarWriter(stream, mtime=0, encoder=False) as tar,
-        ):
-            for item in part:
-                metadata = {"key": item.key, "caption": item.caption, **item.metadata}
-                text = json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode("utf-8")
-                caption = item.caption.encode("utf-8")
-                tar.write({"__key__": item.key, item.extension: item.image, "txt": caption, "json": text})
-        paths.append(path)
-    return paths
-
-
 def _items(found: Sequence[tuple[str, bytes, str]]) -> list[Item]:
     # Only captions that we made are told apart by numbers; what a user wrote is trained on as it is.
     made = iter(unique_captions([caption_of_path(path) for path, _, caption in found if not caption]))
@@ -316,22 +267,8 @@ def _caption_beside(path: Path) -> str:
         return ""
 
 
-def _on_square(item: Item) -> Item:
-    image = Image.open(io.BytesIO(item.image)).convert("RGBA")
-    width, height = image.size
-    side = max(width, height)
-    square = Image.new("RGBA", (side, side), (255, 255, 255, 0))
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    buffer = io.BytesIO()
-    square.save(buffer, format="PNG")
-    metadata = {
-        **item.metadata,
-        "width": side,
-        "height": side,
-        "original_width": width,
-        "original_height": height,
-    }
-    return Item(item.key, buffer.getvalue(), "png", item.caption, metadata)
+def _shards_in(target: Path, prefix: str) -> list[Path]:
+    return [path for part in ("train", "heldout") for path in target.glob(f"{prefix}{part}-*.tar")]
 
 
 def _known(target: Path, settings: dict[str, Any]) -> Prepared | None:
@@ -342,7 +279,7 @@ def _known(target: Path, settings: dict[str, Any]) -> Prepared | None:
         return None
     if any(record.get(name) != value for name, value in settings.items()):
         return None
-    shards = [target / name for name in [*record["train"], *record["heldout"]]]
+    shards = [target / name for name in [*record["train"], *record["heldout"], *record["scenes"]]]
     if not all(path.is_file() for path in shards):
         return None
     return Prepared(
@@ -351,5 +288,6 @@ def _known(target: Path, settings: dict[str, Any]) -> Prepared | None:
         train_samples=record["train_samples"],
         heldout_samples=record["heldout_samples"],
         classes=record["classes"],
+        scenes=tuple(str(target / name) for name in record["scenes"]),
         skipped=tuple((path, reason) for path, reason in record["skipped"]),
     )

@@ -1,12 +1,14 @@
-"""The run's classes: numbers, or names found in the shards or listed in a file; stored with the run."""
+"""The run's classes, of images or of boxes: numbers, or names found in the shards or listed in a file; stored with the run."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ldmscale.config import ClassEmbedderConfig, DiffusionJob
+from ldmscale.config import ClassEmbedderConfig, DataConfig, LayoutConfig, TextEncoderConfig
 from ldmscale.data.labels import ClassLabels, raw_label
+from ldmscale.data.layouts import LayoutTokens, raw_boxes
 from ldmscale.data.samples import SampleReader
 from ldmscale.distributed.collectives import from_main_rank
 from ldmscale.errors import ConfigError, DataError
@@ -14,8 +16,10 @@ from ldmscale.jobs.open_run import Run
 
 log = logging.getLogger(__name__)
 
+FOUND = "found"
 
-def settle_classes(run: Run, config: DiffusionJob, classes: ClassEmbedderConfig) -> ClassLabels:
+
+def settle_classes(run: Run, data: DataConfig, classes: ClassEmbedderConfig) -> ClassLabels:
     """The classes in the run folder, which rank 0 puts there when the run starts. Collective.
 
     Raises ConfigError where there are more names than classes.
@@ -23,42 +27,66 @@ def settle_classes(run: Run, config: DiffusionJob, classes: ClassEmbedderConfig)
 
     def settle() -> None:
         if not run.folder.classes.exists():
-            names = _names(run, config.data.label, classes)
-            ClassLabels(config.data.label, classes.classes, names).save(run.folder.classes)
+            made = class_labels(data.label, "class_embedder", classes, lambda: _found(run, labels))
+            made.save(run.folder.classes)
+
+    def labels(members: Mapping[str, bytes]) -> Iterable[int | str]:
+        return [raw_label(members, data.label)]
 
     from_main_rank(settle)
     return ClassLabels.load(run.folder.classes)
 
 
-def _names(run: Run, source: str, classes: ClassEmbedderConfig) -> tuple[str, ...] | None:
-    if classes.names is None:
-        return None
-    if classes.names == "found":
-        names = _found(run, source)
+def settle_layout(run: Run, data: DataConfig, layout: LayoutConfig, text: TextEncoderConfig) -> LayoutTokens:
+    """What makes tokens of boxes; its classes are in the run folder, as `settle_classes` leaves them. Collective."""
+
+    def settle() -> None:
+        if not run.folder.classes.exists():
+            made = class_labels(data.boxes, "layout", layout, lambda: _found(run, labels))
+            made.save(run.folder.classes)
+
+    def labels(members: Mapping[str, bytes]) -> Iterable[int | str]:
+        return [box.label for box in raw_boxes(members, data.boxes)]
+
+    from_main_rank(settle)
+    return LayoutTokens(ClassLabels.load(run.folder.classes), text.max_tokens, text.vocab_size)
+
+
+def class_labels(
+    source: str, section: str, config: ClassEmbedderConfig | LayoutConfig, found: Callable[[], Iterable[str]]
+) -> ClassLabels:
+    """The classes that a section of the configuration names; `found` looks for names where it says so.
+
+    Raises ConfigError where there are more names than classes, or no file of them.
+    """
+    if config.names is None:
+        return ClassLabels(source, config.classes)
+    if config.names == FOUND:
+        names = tuple(found())
     else:
-        path = Path(classes.names)
+        path = Path(config.names)
         if not path.is_file():
             raise ConfigError(
-                f"class_embedder.names={classes.names}: there is no such file; give one, found, or null"
+                f"{section}.names={config.names}: there is no such file; give one, found, or null"
             )
         lines = path.read_text(encoding="utf-8").splitlines()
         names = tuple(line.strip() for line in lines if line.strip())
-    if len(names) > classes.classes or not names:
+    if len(names) > config.classes or not names:
         raise ConfigError(
-            f"class_embedder.classes={classes.classes}, but class_embedder.names={classes.names} gives {len(names)} names: "
-            f"give class_embedder.classes={max(1, len(names))}"
+            f"{section}.classes={config.classes}, but {section}.names={config.names} gives {len(names)} names: "
+            f"give {section}.classes={max(1, len(names))}"
         )
-    return names
+    return ClassLabels(source, config.classes, names)
 
 
-def _found(run: Run, source: str) -> tuple[str, ...]:
+def _found(run: Run, labels: Callable[[Mapping[str, bytes]], Iterable[int | str]]) -> list[str]:
     """Every label of the shards, read once when the run starts."""
-    reader, found = SampleReader(run.index), set()
+    reader, found = SampleReader(run.index), set[str]()
     for shard, count in enumerate(run.index.counts.tolist()):
         for number in range(count):
             try:
-                found.add(str(raw_label(reader.read(shard, number).members, source)))
+                found.update(str(label) for label in labels(reader.read(shard, number).members))
             except DataError as error:
                 log.debug("a sample without a label adds no class: %s", error)
     reader.close()
-    return tuple(sorted(found))
+    return sorted(found)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ldmscale.config import DiffusionJob, FrozenTextConfig
+from ldmscale.config import DiffusionJob, FrozenTextConfig, TextEncoderConfig
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.stop import StopFlag
 from ldmscale.jobs.start import configured
@@ -34,7 +34,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
 
     from ldmscale.attention_choice import choose_attention, diffusion_head_channels
     from ldmscale.data.items import ImageItem, LatentItem
-    from ldmscale.jobs.classes import settle_classes
+    from ldmscale.jobs.classes import settle_classes, settle_layout
     from ldmscale.jobs.engines import averages_of, engine_options, rate_curve
     from ldmscale.jobs.first_stage import open_first_stage, preview_conditions, preview_of_samples
     from ldmscale.jobs.loaders import held_out, picture_batch
@@ -56,8 +56,14 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     if already_finished(config, ranks):
         return 0
     run = open_run(config, ranks, stop)
-    tokenizer = None if config.text_encoder is None else settle_tokenizer(run, config, config.text_encoder)
-    classes = None if config.class_embedder is None else settle_classes(run, config, config.class_embedder)
+    text, layout = config.text_encoder, None
+    if config.layout is not None:
+        assert isinstance(text, TextEncoderConfig)
+        layout = settle_layout(run, config.data, config.layout, text)
+    tokenizer = None if text is None or layout is not None else settle_tokenizer(run, config, text)
+    classes = None
+    if config.class_embedder is not None:
+        classes = settle_classes(run, config.data, config.class_embedder)
     options = engine_options(run, config.train, config.optim, config.zero)
     head_channels = diffusion_head_channels(config, options.compute_dtype)
     attention = choose_attention(config.train.attention, head_channels, run.device)
@@ -66,6 +72,8 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     frozen_text = open_frozen_text(run, config)
     torch.manual_seed(config.seed)
     null = None if tokenizer is None else torch.from_numpy(tokenizer.encode([""])[0])
+    if layout is not None:
+        null = torch.from_numpy(layout.encode([]))
     with sharded_construction(options):
         network = build_denoiser(config, null, frozen_text)
     engine = Engine("denoiser", network, options, run.device)
@@ -75,19 +83,20 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     caption = data.caption if tokenizer is not None else None
     reader: ImageItem | LatentItem
     if stored is not None:
-        reader = LatentItem(stored, caption, tokenizer, classes, data.flip, config.seed)
+        reader = LatentItem(stored, caption, tokenizer, classes, data.flip, config.seed, layout)
     else:
         assert data.image_size is not None
         reader = ImageItem(
             data.image_size, config.seed, data.crop, data.flip, data.max_pixels, caption, tokenizer,
             shapes_of(data), data.decoder, classes, spatial_reader(config), map_reader(config),
+            layout,
         )  # fmt: skip
     preview = config.preview
     told = None
     if preview.every_steps and config.spatial is not None:
         told = preview_of_samples(config, picture_batch(run, config, reader), first_stage)
     elif preview.every_steps:
-        told = preview_conditions(config, run, tokenizer, classes)
+        told = preview_conditions(config, run, tokenizer, classes, layout)
     stage = DiffusionStage(
         engine,
         averages_of(engine, config.ema),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 
 from ldmscale.config import DiffusionJob, FirstStageConfig
@@ -12,6 +15,7 @@ from ldmscale.data.captions import caption_of
 from ldmscale.data.encoder_tokens import EncoderTokenizer
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import LatentFormat, LatentManifest
+from ldmscale.data.layouts import LayoutTokens
 from ldmscale.data.samples import SampleReader
 from ldmscale.data.shards import local_path
 from ldmscale.data.tokens import Tokenizer
@@ -29,6 +33,7 @@ from ldmscale.train.stage import Batch
 from ldmscale.validate import differences, plain_part
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def open_first_stage(
@@ -69,13 +74,18 @@ def preview_conditions(
     run: Run,
     tokenizer: Tokenizer | EncoderTokenizer | None,
     classes: ClassLabels | None,
+    layout: LayoutTokens | None = None,
 ) -> PreviewConditions:
-    """The configured prompts, or captions spread over the held-out shards (else over the training shards).
+    """The configured prompts, or captions or layouts spread over the held-out shards (else over the training shards).
 
-    Prompts of a model that reads labels are classes, spread over all unless given. A model that reads neither draws as
-    many pictures of its own choice.
+    Prompts of a model that reads labels are classes, spread over all unless given. A model that reads none of these draws
+    as many pictures of its own choice.
     """
     seed = config.preview.seed
+    if layout is not None:
+        boxes = [layout.encode(found) for found in _some(config, run, layout.boxes)]
+        shown = tuple(layout.title(tokens) for tokens in boxes)
+        return PreviewConditions(shown, Conditions(token_ids=torch.from_numpy(np.stack(boxes))), seed)
     if classes is not None:
         count = classes.count if classes.names is None else len(classes.names)
         spread = [number * count // config.preview.images for number in range(config.preview.images)]
@@ -87,7 +97,9 @@ def preview_conditions(
         return PreviewConditions(titles, Conditions(labels=torch.tensor(numbers)), seed)
     if tokenizer is None:
         return PreviewConditions(("",) * config.preview.images, Conditions(), seed)
-    prompts = config.preview.prompts or _some_captions(config, run)
+    prompts = config.preview.prompts or _some(
+        config, run, lambda members: caption_of(members, config.data.caption)
+    )
     tokens = torch.from_numpy(tokenizer.encode(list(prompts)))
     return PreviewConditions(tuple(prompts), Conditions(token_ids=tokens), seed)
 
@@ -98,7 +110,8 @@ def preview_of_samples(config: DiffusionJob, batch: Batch, first_stage: FirstSta
     return PreviewConditions(tuple(batch.get("caption", batch["key"])), conditions, config.preview.seed)
 
 
-def _some_captions(config: DiffusionJob, run: Run) -> list[str]:
+def _some(config: DiffusionJob, run: Run, told: Callable[[Mapping[str, bytes]], _T]) -> list[_T]:
+    """What as many samples as there are pictures tell, captions or boxes."""
     index = run.index
     if config.data.heldout_shards is not None:
         index = open_index(config.data.heldout_shards, config.data, run.ranks)
@@ -109,13 +122,13 @@ def _some_captions(config: DiffusionJob, run: Run) -> list[str]:
         at = (number // len(index.shards)) * max(1, int(index.counts[shard]) // config.preview.images)
         if at < index.counts[shard]:
             try:
-                chosen.append(caption_of(reader.read(shard, at).members, config.data.caption))
+                chosen.append(told(reader.read(shard, at).members))
             except DataError as error:
-                log.warning("a sample without a caption gives no prompt for the pictures: %s", error)
+                log.warning("a sample that cannot be used gives no picture: %s", error)
     reader.close()
     if not chosen:
         raise DataError(
-            "no caption for the pictures was found: give preview.prompts=[...], or preview.every_steps=0"
+            "no sample for the pictures can be used: give preview.prompts=[...], or preview.every_steps=0"
         )
     return chosen
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ldmscale.config import IndexJob
+from ldmscale.config import ClassEmbedderConfig, IndexJob, LayoutConfig
 from ldmscale.jobs.start import configured
+
+if TYPE_CHECKING:
+    from ldmscale.data.condition_checks import ConditionChecks
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +35,7 @@ def main(overrides: Sequence[str]) -> int:
     if ranks.size > 1:
         open_world(ranks, timeout_minutes=24 * 60)  # ranks end hours apart on a large set
     data, storage, selection = config.data, storage_of(config.data), selection_of(config.data)
+    conditions = conditions_of(config)
     sets = sets_of(data.shards)
     shards = list(
         dict.fromkeys(
@@ -47,6 +53,7 @@ def main(overrides: Sequence[str]) -> int:
             world=world,
             selection=None if selection.everything else selection,
             storage=storage,
+            conditions=conditions,
         )
 
     faults: list[str] = []
@@ -81,3 +88,26 @@ def main(overrides: Sequence[str]) -> int:
         log.error("no sample is selected: %s", json.dumps(found["dropped"]))
         return 2
     return 0
+
+
+def conditions_of(config: IndexJob) -> ConditionChecks | None:
+    """What is looked at besides images and captions; None: nothing.
+
+    Raises ConfigError where a file of names cannot be used.
+    """
+    from ldmscale.data.condition_checks import Classes, ConditionChecks
+    from ldmscale.jobs.classes import FOUND, class_labels
+
+    def classes(section: str, source: str, of: ClassEmbedderConfig | LayoutConfig | None) -> Classes | None:
+        if of is None:
+            return None
+        return Classes(source, None if of.names == FOUND else class_labels(source, section, of, list))
+
+    data, spatial = config.data, config.spatial
+    found = ConditionChecks(
+        labels=classes("class_embedder", data.label, config.class_embedder),
+        boxes=classes("layout", data.boxes, config.layout),
+    )
+    if spatial is not None and spatial.kind == "map":
+        found = replace(found, map_member=spatial.map_member, map_classes=spatial.map_classes)
+    return None if found.nothing else found

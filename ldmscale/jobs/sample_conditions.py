@@ -3,8 +3,9 @@
     small image   NAME.png|jpg|...: drawn four times as large (by the first stage's factor)
     map           NAME.png, grey or palette, a class number a pixel: drawn at the size that maps and images had in training
     hole          NAME.png with NAME_mask.png beside it, white in the hole: what is known comes back as it was
+    layout        NAME.json as a sample of a shard has it: {"boxes": [{"class": ..., "box": [left, top, right, bottom]}]}
 
-Files may have any size. The networks halve them, so their edges are repeated up to the next multiple, and what
+Pictures may have any size. The networks halve them, so their edges are repeated up to the next multiple, and what
 was added is cut off again.
 """
 
@@ -20,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldmscale.data.decode import EXTENSIONS
+from ldmscale.data.layouts import LayoutTokens
 from ldmscale.data.maps import map_of
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.jobs.sample_set import Wanted, file_digest, text_digest
@@ -30,6 +32,7 @@ from ldmscale.stages.conditions import masked_latents
 from ldmscale.stages.first_stage import FirstStage
 
 MASK = "_mask"  # ends the stem of a mask's file
+LAYOUT = "json"
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,12 @@ def condition_files(given: str | tuple[str, ...]) -> list[Path]:
     found = [
         file
         for file in sorted(path.iterdir())
-        if file.suffix[1:].lower() in EXTENSIONS and not file.stem.endswith(MASK)
+        if file.suffix[1:].lower() in (*EXTENSIONS, LAYOUT) and not file.stem.endswith(MASK)
     ]
     if not found:
-        raise ConfigError(f"sample.condition={given} has no file that ends with {', '.join(EXTENSIONS)}")
+        raise ConfigError(
+            f"sample.condition={given} has no file that ends with {', '.join((*EXTENSIONS, LAYOUT))}"
+        )
     return found
 
 
@@ -79,6 +84,8 @@ class Told:
 
     def of_one_size(self, wanted: Sequence[Wanted], most: int) -> list[list[Wanted]]:
         """The images in their order, in batches of at most `most` that are of one size."""
+        if self._parts.layout is not None:
+            return [list(wanted[start : start + most]) for start in range(0, len(wanted), most)]
         batches: list[list[Wanted]] = []
         sizes: list[tuple[int, int]] = []
         for image in wanted:
@@ -91,11 +98,16 @@ class Told:
 
     def conditions(self, batch: Sequence[Wanted]) -> Conditions:
         """What a batch of one size is told, by its prompts and its files."""
+        if self._parts.layout is not None:
+            layouts = [self._layout(self._parts.layout, self._file(image)) for image in batch]
+            return Conditions(token_ids=torch.from_numpy(np.stack(layouts)))
         spatial = torch.cat([self._read(self._file(image)).spatial for image in batch])
         return conditions_of(self._parts, [image.prompt for image in batch], spatial)
 
     def finished(self, batch: Sequence[Wanted], images: Tensor) -> Tensor:
         """Drawn images float32 [N,3,H,W] without what was added at their edges, known pixels put back."""
+        if self._parts.layout is not None:
+            return images
         whole = []
         for wanted, image in zip(batch, images, strict=True):
             read = self._read(self._file(wanted))
@@ -107,6 +119,13 @@ class Told:
 
     def _file(self, image: Wanted) -> Path:
         return self._files[image.number // self._per_prompt]
+
+    def _layout(self, layout: LayoutTokens, file: Path) -> np.ndarray:
+        """Tokens int64 [L] of the boxes in a file."""
+        try:
+            return layout.encode(layout.boxes({"json": file.read_bytes()}))
+        except (OSError, DataError) as error:
+            raise ConfigError(f"sample.condition: {file}: {error}") from error
 
     def _read(self, file: Path) -> _Read:
         pixels = self._pixels(file)

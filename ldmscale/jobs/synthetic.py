@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -40,10 +41,18 @@ def _words(key: int) -> tuple[str, str]:
     return COLOURS[key % len(COLOURS)], SHAPES[key // len(COLOURS) % len(SHAPES)]
 
 
-def _class(key: int) -> dict[str, int | str]:
-    """The shape, as a number and as a name."""
+def _told(key: int, size: int) -> dict[str, Any]:
+    """The shape as a number and as a name, and where it is in a picture of `size` pixels."""
     shape = _words(key)[1]
-    return {"label": SHAPES.index(shape), "class": shape}
+    left, top, right, bottom = (corner / size for corner in _box(key, size))
+    boxes = [{"class": shape, "box": [left, top, right, bottom]}]
+    return {"label": SHAPES.index(shape), "class": shape, "boxes": boxes, "width": size, "height": size}
+
+
+def _box(key: int, size: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom; the place is drawn from the key."""
+    left, top = generator(0, key, "shape").integers(0, max(1, size // 3), 2).tolist()
+    return left, top, left + size * 3 // 5, top + size * 3 // 5
 
 
 def _write_images(path: Path, keys: list[int], size: int) -> None:
@@ -58,11 +67,7 @@ def _write_images(path: Path, keys: list[int], size: int) -> None:
                     "__key__": f"{key:06d}",
                     "png": buffer.getvalue(),
                     "txt": caption,
-                    "json": {
-                        "caption": caption,
-                        "label": SHAPES.index(_words(key)[1]),
-                        "class": _words(key)[1],
-                    },
+                    "json": {"caption": caption, **_told(key, size)},
                 }
             )
 
@@ -78,15 +83,13 @@ def _write_latents(folder: Path, name: str, format: LatentFormat, keys: list[int
                 f"{key:06d}",
                 np.concatenate([mean, np.full_like(mean, -6.0)]),
                 " ".join(_words(key)),
-                _class(key),
+                _told(key, side * 8),
             )
 
 
 def _picture(key: int, size: int) -> np.ndarray:
-    """uint8 [size,size,3]: one shape on white, its place drawn from the key."""
-    colour, shape = _words(key)
-    left, top = generator(0, key, "shape").integers(0, max(1, size // 3), 2).tolist()
-    box = (left, top, left + size * 3 // 5, top + size * 3 // 5)
+    """uint8 [size,size,3]: one shape on white."""
+    (colour, shape), box = _words(key), _box(key, size)
     image = Image.new("RGB", (size, size), "white")
     pen = ImageDraw.Draw(image)
     if shape == "circle":

@@ -90,7 +90,7 @@ CONDITIONS = {
     "ldm_inpainting_big": {"spatial"},
     "ldm_retrieval_768": {"embeddings"},
 }
-UNREAD = {"ldm_layout_openimages", "ldm_retrieval_768"}
+UNREAD = {"ldm_retrieval_768"}
 
 
 def count(*networks: nn.Module | None) -> int:

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from ldmscale.data.captioned import caption_of_path, class_of_path, unique_captions, words_of
+from ldmscale.data.image_shards import Item, write_shards
 from ldmscale.data.index import ShardIndex, check_shards
-from ldmscale.data.sources import Item, images_in, prepare, split_heldout, sprites, write_shards
+from ldmscale.data.sources import images_in, prepare, split_heldout, sprites
 from ldmscale.data.wheel import arcade_wheel
 from ldmscale.errors import DataError
 
