@@ -16,9 +16,11 @@ import torch
 from ldmscale.data.fetch import Fetcher, Run
 from ldmscale.data.index import ShardIndex
 from ldmscale.data.items import LatentItem
+from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latent_reader import LatentReader
 from ldmscale.data.latent_shards import LatentShardWriter
 from ldmscale.data.latents import LatentFormat
+from ldmscale.data.layouts import LayoutTokens
 from ldmscale.data.ledger import Ledger, read_ledger
 from ldmscale.data.loader import Loader
 from ldmscale.data.sequence import Sequence
@@ -29,14 +31,17 @@ COUNTS = (40, 30)
 TOTAL = sum(COUNTS)
 
 
-def write(folder: Path, format: LatentFormat = FORMAT) -> list[str]:
+def write(folder: Path, format: LatentFormat = FORMAT, boxes: bool = False) -> list[str]:
     draws, paths = np.random.default_rng(7), []
     for shard, count in enumerate(COUNTS):
         with LatentShardWriter(folder, f"{shard:05d}.tar", format) as writer:
             for number in range(count):
                 # Every size class of texts: within a block, one block exactly, several.
                 caption = "word " * (number % 5 * 60) + f"caption {number} ü"
-                metadata = {"number": number, "url": "x" * (450 * (number % 3))}
+                metadata: dict[str, Any] = {"number": number, "url": "x" * (450 * (number % 3))}
+                if boxes:  # every eighth is outside of the image
+                    box = [0.1, 0.2, 0.31 + number % 8 / 10, 0.7]
+                    metadata |= {"boxes": [{"class": 1, "box": box}], "width": 80 + number, "height": 64}
                 key = f"{'folder/' if number % 7 == 0 else ''}{shard}{number:04d}"
                 writer.write(key, draws.standard_normal(format.stored_shape), caption, metadata)
         paths.append(str(folder / f"{shard:05d}.tar"))
@@ -88,6 +93,17 @@ def test_whole_shards_are_read_by_the_batch(tmp_path: Path, format: LatentFormat
     assert reader.careful == 0 and batches[0]["latent"].dtype == getattr(torch, format.dtype)
     assert_equal(batches, wanted, tmp_path)
     assert read_ledger(tmp_path / "batch.jsonl") == []
+
+
+def test_boxes_are_read_by_the_batch_in_the_view_of_their_latent(tmp_path: Path) -> None:
+    layout = LayoutTokens(ClassLabels("json:boxes", 2), 8, 401)
+    paths = write(tmp_path, FORMAT, boxes=True)
+    item = LatentItem(FORMAT, seed=3, layout=layout)
+    reader, batches, wanted = both(paths, item, tmp_path)
+    assert_equal(batches, wanted, tmp_path)
+    assert len({tuple(row) for batch in batches for row in batch["tokens"].tolist()}) > 50
+    assert 0 < reader.careful < TOTAL
+    assert "is outside of the image" in read_ledger(tmp_path / "batch.jsonl")[0]["reason"]
 
 
 def flip_byte(data: bytearray, offset: int) -> None:
