@@ -13,8 +13,15 @@ from benchmarks.contest import Row, contest
 HEADS = (8, 2)  # head sizes 8 to 32, and 32 to 128; the published models have 40 to 160
 
 
-# Benchmarks without contenders: a program of their own, which takes --quick.
-PROGRAMS = {"checkpointing": "benchmarks.checkpointing"}
+# Benchmarks of another kind: programs of their own, which take --quick.
+PROGRAMS = {
+    "checkpointing": ["benchmarks.checkpointing"],
+    "data_images": ["benchmarks.data_streams", "images"],
+    "data_latents": ["benchmarks.data_streams", "latents"],
+    "data_resume": ["benchmarks.data_resume"],
+    "data_encoding": ["benchmarks.data_encoding"],
+}
+WITH_PEERS = ("data_images", "data_latents")
 
 
 def contests(quick: bool) -> dict[str, list[Contender]]:
@@ -86,14 +93,21 @@ def main() -> None:
         "--keep-memory", action="store_true", help="give all contenders our allocator's settings"
     )
     parser.add_argument("--quick", action="store_true", help="tiny networks, two rounds: do the tables work?")
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="data_images, data_latents: install peers in environments of their own",
+    )
     chosen = parser.parse_args()
     if unknown := [name for name in chosen.names if name not in known]:
         parser.error(f"no benchmark {', '.join(unknown)}; there are: {', '.join(known)}")
     for name in chosen.names or known:
         if name in PROGRAMS:
             print(f"### {name}\n", flush=True)
-            quick = ["--quick"] if chosen.quick else []
-            subprocess.run([sys.executable, "-m", PROGRAMS[name], *quick], check=True)
+            flags = ["--quick"] if chosen.quick else []
+            flags += ["--peers"] if chosen.peers and name in WITH_PEERS else []
+            subprocess.run([sys.executable, "-m", *PROGRAMS[name], *flags], check=True)
+            print(flush=True)
             continue
         rows = contest(
             contests(chosen.quick)[name],

@@ -3,7 +3,7 @@
     python -m benchmarks.data_resume [--shards 41455] [--samples 10000] [--folder DIR]
 
 The shards are hard links to one real tar of small samples, so that bytes that are read are real; the index is as large
-as it would be (12 bytes a sample: 5 GB for 400 million). Prints one line of JSON: seconds and MB of RSS on top of
+as it would be (12 bytes a sample: 5 GB for 400 million). Prints seconds and MB of RSS on top of
 the imports, and how long making the set's index from its records took. The order, the index and the reader are those
 of a run; the first batch holds 64 samples.
 """
@@ -86,7 +86,10 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=41_455)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--folder", default=None)
+    parser.add_argument("--quick", action="store_true", help="a small set: does it work?")
     chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.shards, chosen.samples = 20, 100
     with tempfile.TemporaryDirectory(dir=chosen.folder) as scratch:
         folder = Path(scratch)
         merging = prepare(folder, chosen.shards, chosen.samples)
@@ -103,7 +106,9 @@ def main() -> None:
             runs.append(json.loads(done.stdout))
     best = min(runs, key=lambda run: run["seconds_to_first_batch"])
     worst = max(run["more_rss_mb"] for run in runs)
-    print(json.dumps({**best, "more_rss_mb": worst, "seconds_to_merge_once": round(merging, 1)}))
+    rows = {**best, "more_rss_mb": worst, "seconds_to_merge_once": round(merging, 1)}
+    print(f"| {' | '.join(name.replace('_', ' ') for name in rows)} |\n|{'---:|' * len(rows)}")
+    print(f"| {' | '.join(f'{value:,}' for value in rows.values())} |")
 
 
 if __name__ == "__main__":

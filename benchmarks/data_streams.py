@@ -1,12 +1,13 @@
-"""Streams of samples beside webdataset's documented pipeline and beside the bare work: one core, interleaved rounds.
+"""Streams of samples beside peers and beside the bare work: one core each, processor time, interleaved rounds.
 
-    python -m benchmarks.data_streams [--rounds 5] [--samples 1024]
+    python -m benchmarks.data_streams images|latents [--rounds 5] [--samples 1024] [--peers] [--quick]
 
-Images (320x288 JPEGs of about 25 KB to 256 px squares, uint8): ours with both decoders; webdataset with Pillow; decode
-and resize alone, with bytes that are in memory. Latents (moments [8,32,32] fp16, 64 a batch): ours; webdataset;
-reading the files from end to end; reading the samples' bytes alone in our shuffled order.
-Before any clock runs, both give the same set of keys, pixels within the filters' rounding, and equal latents. Ratios are
-taken within a round, so that a load that comes and goes meets all; the median over rounds is printed, one JSON line each.
+Images (320x288 JPEGs of about 25 KB to 256 px squares, uint8): ours with both decoders; webdataset's documented pipeline
+with Pillow; decode and resize alone by each decoder, of bytes in memory. Latents (moments [8,32,32] fp16, 64 a batch): ours;
+webdataset; reading the files from end to end; reading the samples' bytes alone in our shuffled order. megatron-energon and
+mosaicml-streaming take part where `--peers` has made their environments (`peers`).
+Before any clock runs all give the same set of keys, pixels within the filters' rounding, and equal latents. Ratios are
+taken within a round, so that a load that comes and goes meets all; the median over rounds is printed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import os
 import statistics
 import tempfile
@@ -27,6 +27,8 @@ import torch
 import webdataset
 from PIL import Image
 
+from benchmarks.peer_streams import SIZE, array, checksum, pillow
+from benchmarks.peers import PEERS, Peer, python_of
 from ldmscale.data.budget import next_for_all
 from ldmscale.data.decode import decode_image
 from ldmscale.data.index import ShardIndex
@@ -36,7 +38,7 @@ from ldmscale.data.latents import LatentFormat
 from ldmscale.data.loader import Loader
 from ldmscale.data.sequence import Sequence
 
-SIZE, BATCH, SHARDS = 256, 16, 4
+BATCH, SHARDS = 16, 4
 LATENT_BATCH = 64  # latents are small: a rank takes many at a time
 FORMAT = LatentFormat("bench", "moments", "float16", (4, 32, 32), {"size": SIZE})
 
@@ -68,16 +70,6 @@ def write_latents(folder: Path, samples: int) -> None:
             for number in range(samples // SHARDS):
                 key = f"{shard:02d}{number:05d}"
                 writer.write(key, draws.standard_normal(FORMAT.stored_shape), f"caption {key}", {"key": key})
-
-
-def pillow(data: bytes) -> np.ndarray:
-    """What users of webdataset write: decode, resize the short side, crop the centre. uint8 [3, SIZE, SIZE]."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    scale = SIZE / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
-    array = np.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def ours(folder: Path, item: ImageItem | LatentItem, name: str, samples: int, size: int = BATCH) -> Work:
@@ -125,81 +117,135 @@ def spans(folder: Path, samples: int) -> Work:
     return work
 
 
-def contest(name: str, works: dict[str, Work], rounds: int, samples: int) -> None:
+def timed(work: Work) -> Callable[[], float]:
+    """Processor time of one pass."""
+
+    def seconds() -> float:
+        began = time.process_time()
+        for _ in work():
+            pass
+        return time.process_time() - began
+
+    return seconds
+
+
+def contest(works: dict[str, Callable[[], float]], rounds: int, samples: int, of: str) -> None:
+    """Prints how often each goes through the samples a second, and ours over it. `of`: names of ours."""
     rates: dict[str, list[float]] = {each: [] for each in works}
-    order = list(works)
     for number in range(rounds):
-        for each in order if number % 2 == 0 else reversed(order):
-            began = time.process_time()
-            count = sum(1 for _ in works[each]())
-            assert count == samples, (each, count)
-            rates[each].append(samples / (time.process_time() - began))
-    first = rates[order[0]]
+        for each in works if number % 2 == 0 else reversed(works):
+            rates[each].append(samples / works[each]())
+    mine = [each for each in works if each.startswith(of)]
+    print(f"| | samples/s | {' | '.join(f'{each}, ratio' for each in mine)} |")
+    print(f"|---|---:|{'---:|' * len(mine)}")
     for each, found in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(first, found, strict=True))
-        row = {
-            "stream": name,
-            "of": each,
-            "per_second": round(statistics.median(found)),
-            "ours_over_it": round(ratio, 2),
-        }
-        print(json.dumps(row), flush=True)
+        ratios = [statistics.median(a / b for a, b in zip(rates[ours], found, strict=True)) for ours in mine]
+        cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"| {each} | {statistics.median(found):,.0f} | {cells} |", flush=True)
+
+
+def peers(kind: str, folder: Path, samples: int, batch: int, *, make: bool) -> list[Peer]:
+    """The peers that are there, each with shards of its own."""
+    found = []
+    for name in PEERS:
+        python = python_of(name, make=make)
+        if python is None:
+            print(f"({name} takes no part: --peers makes its environment)")
+            continue
+        own = folder.with_name(f"{folder.name}_{name}")
+        own.mkdir()
+        for path in folder.glob("*.tar"):
+            os.link(path, own / path.name)
+        found.append(Peer(python, name, kind, own, samples, batch))
+    return found
+
+
+def images(scratch: Path, samples: int, rounds: int, make_peers: bool) -> None:
+    folder = scratch / "images"
+    folder.mkdir()
+    write_images(folder, samples)
+    held = dict(_members(folder, "jpg"))
+
+    def alone(decoder: str) -> Work:
+        def work() -> Iterator[tuple[str, np.ndarray]]:
+            for key, data in held.items():
+                yield key, decode_image(data, size=SIZE, decoder=decoder)
+
+        return work
+
+    works = {
+        f"ours, {decoder}": ours(
+            folder, ImageItem(SIZE, 0, decoder=decoder, caption_source="txt"), "image", samples
+        )
+        for decoder in ("turbo", "pillow")
+    }
+    works["webdataset, Pillow"] = peer(folder, "jpg", pillow)
+    works |= {f"decode and resize alone, {decoder}": alone(decoder) for decoder in ("turbo", "pillow")}
+    wanted = dict(works["webdataset, Pillow"]())
+    assert len(wanted) == samples
+    for name in ("ours, turbo", "ours, pillow"):
+        found = dict(works[name]())
+        assert found.keys() == wanted.keys()
+        worst = max(
+            float(np.abs(found[key].astype(int) - wanted[key]).mean()) for key in itertools.islice(wanted, 64)
+        )
+        assert worst < 3.0, worst  # they crop before they scale, or after: half a pixel here and there
+    others = peers("images", folder, samples, BATCH, make=make_peers)
+    _compete(works, others, {key: checksum(pixels) for key, pixels in wanted.items()}, rounds, samples)
+
+
+def latents(scratch: Path, samples: int, rounds: int, make_peers: bool) -> None:
+    folder = scratch / "latents"
+    write_latents(folder, samples)
+
+    def raw() -> Iterator[tuple[str, np.ndarray]]:
+        for path in sorted(folder.glob("*.tar")):
+            with open(path, "rb") as stream:
+                part = path.stat().st_size * SHARDS // samples
+                for _ in range(samples // SHARDS):
+                    yield "", np.frombuffer(stream.read(part), dtype=np.uint8)
+
+    works = {
+        "ours": ours(folder, LatentItem(FORMAT), "latent", samples, LATENT_BATCH),
+        "webdataset": peer(folder, "latent.npy", array, LATENT_BATCH),
+        "reading the files from end to end": raw,
+        "reading the samples' bytes in our order": spans(folder, samples),
+    }
+    mine, theirs = dict(works["ours"]()), dict(works["webdataset"]())
+    assert len(mine) == samples and mine.keys() == theirs.keys()
+    assert all(np.array_equal(mine[key], theirs[key]) for key in mine)
+    others = peers("latents", folder, samples, LATENT_BATCH, make=make_peers)
+    _compete(works, others, {key: checksum(values) for key, values in theirs.items()}, rounds, samples)
+
+
+def _compete(
+    works: dict[str, Work], others: list[Peer], wanted: dict[str, str], rounds: int, samples: int
+) -> None:
+    for other in others:
+        assert other.sums() == wanted, f"{other.name} gives other samples"
+    all_of_them = {each: timed(work) for each, work in works.items()}
+    all_of_them |= {other.name: other.seconds for other in others}
+    contest(all_of_them, rounds, samples, "ours")
+    for other in others:
+        other.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=("images", "latents"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=1024, help="four times as many latents")
+    parser.add_argument("--peers", action="store_true", help="make the environments of peers")
+    parser.add_argument("--quick", action="store_true", help="few samples, one round: does it work?")
     chosen = parser.parse_args()
-    samples = max(1, chosen.samples // (SHARDS * LATENT_BATCH)) * SHARDS * LATENT_BATCH
+    many = 64 if chosen.quick else max(1, chosen.samples // (SHARDS * LATENT_BATCH)) * SHARDS * LATENT_BATCH
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        images, latents = Path(scratch, "images"), Path(scratch, "latents")
-        images.mkdir()
-        write_images(images, samples)
-        many = 4 * samples  # latents
-        write_latents(latents, many)
-        held = {key: data for key, data in _members(images, "jpg")}
-
-        def alone() -> Iterator[tuple[str, np.ndarray]]:
-            for key, data in held.items():
-                yield key, decode_image(data, size=SIZE, decoder="turbo")
-
-        works = {
-            "ours, turbo": ours(
-                images, ImageItem(SIZE, 0, decoder="turbo", caption_source="txt"), "image", samples
-            ),
-            "ours, pillow": ours(images, ImageItem(SIZE, 0, caption_source="txt"), "image", samples),
-            "webdataset with Pillow": peer(images, "jpg", pillow),
-            "decode and resize alone, turbo": alone,
-        }
-        wanted = dict(works["webdataset with Pillow"]())
-        for name in ("ours, turbo", "ours, pillow"):
-            found = dict(works[name]())
-            assert found.keys() == wanted.keys()
-            worst = max(
-                float(np.abs(found[key].astype(int) - wanted[key]).mean())
-                for key in itertools.islice(wanted, 64)
-            )
-            assert worst < 3.0, worst  # they crop before they scale, or after: half a pixel here and there
-        contest("images", works, chosen.rounds, samples)
-
-        def raw() -> Iterator[tuple[str, np.ndarray]]:
-            for path in sorted(latents.glob("*.tar")):
-                with open(path, "rb") as stream:
-                    part = path.stat().st_size * SHARDS // many
-                    for _ in range(many // SHARDS):
-                        yield "", np.frombuffer(stream.read(part), dtype=np.uint8)
-
-        works = {
-            "ours": ours(latents, LatentItem(FORMAT), "latent", many, LATENT_BATCH),
-            "webdataset": peer(latents, "latent.npy", lambda data: np.load(io.BytesIO(data)), LATENT_BATCH),
-            "reading the files from end to end": raw,
-            "reading the samples' bytes in our order": spans(latents, many),
-        }
-        mine, theirs = dict(works["ours"]()), dict(works["webdataset"]())
-        assert mine.keys() == theirs.keys() and all(np.array_equal(mine[key], theirs[key]) for key in mine)
-        contest("latents", works, chosen.rounds, many)
+        rounds = 1 if chosen.quick else chosen.rounds
+        if chosen.kind == "images":
+            images(Path(scratch), many, rounds, chosen.peers)
+        else:
+            latents(Path(scratch), 4 * many, rounds, chosen.peers)
 
 
 def _members(folder: Path, extension: str) -> Iterator[tuple[str, bytes]]:

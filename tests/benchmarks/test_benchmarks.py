@@ -65,3 +65,15 @@ def test_the_cost_of_checkpoints_is_told() -> None:
     done = bench("checkpointing")
     assert done.returncode == 0, done.stderr
     assert "| stall in steps |" in done.stdout and "| share of time |" in done.stdout
+
+
+@pytest.mark.slow
+def test_streams_of_data_are_compared_when_they_give_the_same() -> None:
+    done = bench("data_images", "data_latents", "data_resume", "data_encoding")
+    assert done.returncode == 0, done.stderr
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[2:-1] for line in done.stdout.splitlines() if "|" in line
+    }
+    for name in ("ours, turbo", "ours", "webdataset", "reading the files from end to end", "encoder alone"):
+        assert float(rows[name][0].replace(",", "")) > 0
+    assert float(rows["ours"][1]) == 1 and "samples" in rows

@@ -1,18 +1,17 @@
 """`ldmscale latents` beside its encoder alone: wall-clock, the same threads, interleaved rounds.
 
-    python -m benchmarks.data_latents [--rounds 5] [--samples 64] [--size 128] [--channels 64] [--workers 0 1]
+    python -m benchmarks.data_encoding [--rounds 5] [--samples 64] [--size 128] [--channels 64] [--workers 0 1] [--quick]
 
 The job reads 320x288 JPEGs from tars, decodes, resizes, encodes and writes shards of moments in float32 to this disk. The
 encoder alone gets the same images from memory and throws its moments away: as the job calls it (image by image, one thread
 each), and in batches with PyTorch's own threads. Before any clock runs all give the same moments, to what batches change
 in float32, and runs of the job the same bytes. Ratios are taken within a round, in alternating order; the median over
-rounds is printed, one JSON line each.
+rounds is printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -71,7 +70,10 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=64, help="of the encoder; the published have 128")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a small network, one round: does it work?")
     chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.rounds, chosen.samples, chosen.size, chosen.channels = 1, 8, 64, 32
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
     network = KLAutoencoder(
@@ -128,14 +130,10 @@ def main() -> None:
                 began = time.perf_counter()
                 works[each]()
                 rates[each].append(samples / (time.perf_counter() - began))
+        print("| | samples/s | over the encoder alone |\n|---|---:|---:|")
         for each, found in rates.items():
             ratio = statistics.median(a / b for a, b in zip(found, rates["encoder alone"], strict=True))
-            row = {
-                "of": each,
-                "per_second": round(statistics.median(found), 2),
-                "over_encoder": round(ratio, 3),
-            }
-            print(json.dumps(row), flush=True)
+            print(f"| {each} | {statistics.median(found):.2f} | {ratio:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
