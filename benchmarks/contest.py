@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import torch
 from benchmarks.contenders import Contender
 
 ROOT = Path(__file__).resolve().parent.parent
+_SECONDS_TO_ANSWER = 900.0  # one step, or one comparison, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,13 @@ class Worker:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it has died: its log says why
-        line = self._process.stdout.readline()
+        ready, _, _ = select.select([self._process.stdout], [], [], _SECONDS_TO_ANSWER)
+        line = self._process.stdout.readline() if ready else ""
         if not line:
             self._log.seek(0)
-            raise RuntimeError(f"{self.contender.name} ended at {command!r}:\n{self._log.read()[-4000:]}")
+            raise RuntimeError(
+                f"{self.contender.name} ended or hung at {command!r}:\n{self._log.read()[-4000:]}"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 

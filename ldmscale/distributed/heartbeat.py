@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h: failed, and worth another attempt
 _SILENT_BEATS = 4  # a rank that missed so many beats is called silent
 _FOLDER = "heartbeat"
+_SECONDS_TO_END = 60.0
 _SHORT = ("data", "step", "save")  # phases of every step; pictures and measurements may take longer
 
 
@@ -98,7 +99,7 @@ class Heartbeat:
         """Say that this rank has ended, and stop watching."""
         self.enter("end", self._step)
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_SECONDS_TO_END)  # longer only where the store does not answer
 
     def _beat(self) -> None:
         while True:
