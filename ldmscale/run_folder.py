@@ -14,7 +14,7 @@ from typing import Any, cast
 import yaml
 
 from ldmscale.config import JOBS
-from ldmscale.distributed.lease import Lease, take
+from ldmscale.distributed.lease import Lease, check_held, take
 from ldmscale.errors import ConfigError
 from ldmscale.validate import differences, plain, read
 
@@ -47,6 +47,7 @@ class RunFolder:
         self.ledger = self.path / "data_ledger.jsonl"
         self.tokenizer = self.path / "tokenizer"
         self.classes = self.path / "classes.json"
+        self.lease = self.path / "lease"
 
     def changes(self, config: Mapping[str, Any]) -> list[str]:
         """What a resume with `config` changes that it may change, as sentences; nothing in a new run.
@@ -99,11 +100,15 @@ class RunFolder:
         Raises LeaseHeldError where another start holds the folder after `wait_seconds`.
         """
         return take(
-            self.path / "lease",
+            self.lease,
             timeout_seconds=timeout_seconds,
             wait_seconds=wait_seconds,
             on_lost=on_lost or (lambda: None),
         )
+
+    def check_held(self, number: int) -> None:
+        """Raise LeaseLostError if a later start than the `number`th holds the folder. Any rank may ask."""
+        check_held(self.lease, number)
 
     def begin_attempt(self, number: int) -> dict[str, Any]:
         """Note that the run starts for the `number`th time, on rank 0 only, and return the identity."""

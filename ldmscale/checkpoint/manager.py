@@ -31,6 +31,7 @@ from ldmscale.checkpoint.remote import RemoteCheckpoints
 from ldmscale.checkpoint.search import Search
 from ldmscale.checkpoint.storage import Piece, Reader, mark_complete, write_pieces
 from ldmscale.checkpoint.two_parts import Outcome, TwoParts
+from ldmscale.distributed import collectives
 from ldmscale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -66,12 +67,13 @@ class CheckpointManager:
     checkpoints as they were and is told loudly; more than `max_failed_saves` in a row, or one that
     `finish(must_hold=True)` waits for, raise CheckpointError on every rank.
 
-    `attempt` numbers the starts of the run, and `fence` raises on rank 0 once another start has taken the run
-    over: a process that came back from the dead publishes nothing.
+    `attempt` numbers the starts of the run, and `fence` raises on every rank once another start has taken the run
+    over: a process that came back from the dead publishes nothing. One that was stopped just behind its look may
+    leave a folder NAME.ATTEMPT.tmp, which nobody reads and the next save removes.
 
     With `url` every complete checkpoint is copied there, at most one at a time; a newer one that is complete
-    by then goes next. A failed upload is told and never stops a run. `beside` names files and folders next to
-    `folder` that go there too, as they are then.
+    by then goes next. A failed upload is told and never stops a run, unless a later start has claimed the URL. `beside`
+    names files and folders next to `folder` that go there too, as they are then.
     """
 
     def __init__(
@@ -130,6 +132,11 @@ class CheckpointManager:
         self._saving = _Saving(step, temporary, work, time.perf_counter())
 
     @property
+    def saving(self) -> int | None:
+        """The step of the save that is under way, the same on all ranks."""
+        return None if self._saving is None else self._saving.step
+
+    @property
     def busy(self) -> tuple[bool, bool]:
         """Whether this rank is at work on the present part of a save, and of an upload."""
         return (
@@ -173,7 +180,7 @@ class CheckpointManager:
         if not outcome.failures:
             self.failed_saves = 0
             self.last_seconds = time.perf_counter() - saving.began
-            log.info("saved step %d in %.1f s", saving.step, self.last_seconds)
+            log.info("saved %s/%s in %.1f s", self.folder.name, folder_name(saving.step), self.last_seconds)
             self.upload(saving.step)
             return
         self.failed_saves += 1
@@ -201,12 +208,16 @@ class CheckpointManager:
 
         def send() -> None:
             if self.rank == 0:
+                self._fence()
+                remote.claim(str(self.folder.absolute().parent))
+                remote.check_claim()
                 remote.withdraw(step)
             names = [file.name for file in manifests.read_manifest(folder).files]
             remote.put(folder, names[self.rank :: self.world_size])
 
         def publish(_: list[None]) -> None:
             self._fence()
+            remote.check_claim()
             remote.put_beside(self.folder.parent, self._beside)
             remote.publish(folder)
             known = remote.steps()
@@ -224,6 +235,8 @@ class CheckpointManager:
         if outcome.failures:
             told = "; ".join(outcome.failures)
             log.error("step %d is not in %s, only in %s: %s", step, self.remote.url, self.folder, told)
+            if outcome.final:
+                raise CheckpointError(told)
         else:
             log.info("uploaded step %d to %s", step, self.remote.url)
         if self._next_upload is not None:
@@ -237,13 +250,25 @@ class CheckpointManager:
         the store still has is fetched from there. Raises CheckpointError if all are damaged, since starting from
         nothing is then for the user to decide.
         """
+        if self.remote is not None and self.rank == 0:
+            try:
+                self.remote.claim(str(self.folder.absolute().parent))
+            except (
+                Exception
+            ) as error:  # each store's library has its own; it is tried again at the first upload
+                log.error("%s cannot be claimed for this start (%r)", self.remote.url, error)
         search = Search(self.folder, self.remote, self.rank, self.world_size, self.attempt)
         found = search.newest(accept)
         if found is not None and found.name not in search.stored:
             self.upload(step_of(found) or 0)  # the start before was stopped before it had done so
         return found
 
+    def settle(self) -> None:
+        """Bring to an end what earlier starts left behind, where the newest is not looked for."""
+        collectives.from_main_rank(lambda: folders.settle(self.folder))
+
     def _write(self, temporary: Path, pieces: Sequence[Piece]) -> FileRecord:
+        self._fence()
         temporary.mkdir(parents=True, exist_ok=True)
         path = temporary / f"rank_{self.rank:05d}.safetensors"
         part = write_pieces(path, self.rank, pieces)

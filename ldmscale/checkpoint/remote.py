@@ -2,6 +2,7 @@
 
     URL/step_00001000/rank_*.safetensors COMPLETE manifest.json
     URL/beside/metrics.jsonl ...       files of the run, as they were at the last upload
+    URL/starts/00000003.json           which start may upload, see claim.py
 
 An object store moves nothing in one piece; there the manifest, uploaded last and removed first, is what makes
 a checkpoint count.
@@ -18,6 +19,7 @@ from typing import Any
 import fsspec
 
 from ldmscale.checkpoint import manifest as manifests
+from ldmscale.checkpoint.claim import Claim
 from ldmscale.checkpoint.files import sync
 from ldmscale.checkpoint.folders import folder_name, step_of
 from ldmscale.checkpoint.storage import COMPLETE
@@ -25,6 +27,7 @@ from ldmscale.checkpoint.storage import COMPLETE
 log = logging.getLogger(__name__)
 
 _BESIDE = "beside"
+_STARTS = "starts"
 
 
 class RemoteCheckpoints:
@@ -34,6 +37,18 @@ class RemoteCheckpoints:
         self.url = url.rstrip("/")
         self._fs: Any = None
         self._root = ""
+        self._claim: Claim | None = None
+
+    def claim(self, owner: str) -> None:
+        """Keep earlier starts from uploading, once; `owner` tells people whose claim it is."""
+        if self._claim is None:
+            place = self._place(_STARTS)
+            self._claim = Claim(self._fs, place, owner)
+
+    def check_claim(self) -> None:
+        """Raise LeaseLostError if a later start has claimed the URL."""
+        if self._claim is not None:
+            self._claim.check()
 
     def _place(self, name: str, file: str = "") -> str:
         if self._fs is None:

@@ -58,17 +58,21 @@ class TwoParts(Generic[R]):
         """Agree on the part that has ended, and begin the next; the outcome once both have ended."""
         if self._agreed:
             error = None if self._second is None else self._second.error
-            # What ldmscale raises on purpose, and is not about this one checkpoint, holds for all later ones.
-            final = isinstance(error, LdmscaleError) and not isinstance(error, CheckpointError)
             told = () if error is None else (f"rank 0 could not {self._what[1]}: {error!r}",)
-            return collectives.broadcast_object(Outcome(told, final))
+            return collectives.broadcast_object(Outcome(told, _final(error)))
         error = self._first.error
         failed = None if error is None else f"rank {self._rank} could not {self._what[0]}: {error!r}"
-        reports = collectives.gather_lists([(failed, self._first.value if error is None else None)])
-        if failures := tuple(failure for failure, _ in reports if failure is not None):
-            return Outcome(failures)
+        value = self._first.value if error is None else None
+        reports = collectives.gather_lists([(failed, _final(error), value)])
+        if failures := tuple(failure for failure, _, _ in reports if failure is not None):
+            return Outcome(failures, any(final for _, final, _ in reports))
         self._agreed = True
         if self._rank == 0:
-            results = [result for _, result in reports if result is not None]
+            results = [result for _, _, result in reports if result is not None]
             self._second = Background(lambda: self._on_main(results), self._what[1])
         return None
+
+
+def _final(error: BaseException | None) -> bool:
+    """What ldmscale raises on purpose, and is not about this one checkpoint, holds for all later ones."""
+    return isinstance(error, LdmscaleError) and not isinstance(error, CheckpointError)

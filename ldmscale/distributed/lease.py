@@ -78,23 +78,13 @@ class Lease:
 
     def held(self) -> bool:
         """Whether no other process has taken the folder over. Looks at the disk."""
-        if self._ended.is_set() or _path(self.path.parent, self.number + 1).exists():
-            return False
-        try:
-            # Opening makes a network file system ask its server, which looking for a name may not.
-            return not json.loads(self.path.read_text()).get("taken_over", False)
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError):
-            return True  # a store that does not answer has given the folder to nobody
+        return not self._ended.is_set() and _is_held(self.path.parent, self.number)
 
     def check(self) -> None:
         """Raise LeaseLostError if another process has taken the folder over."""
-        if not self.held():
-            raise LeaseLostError(
-                f"{self.path.parent} has been taken over by {_told(self.path.parent)}: this process (start "
-                f"{self.number}) writes nothing more there"
-            )
+        if self._ended.is_set():
+            raise LeaseLostError(f"{self.path.parent} was given free by this process")
+        check_held(self.path.parent, self.number)
 
     def release(self) -> None:
         """Give the folder free at once; whoever comes next need not wait."""
@@ -172,6 +162,26 @@ def _follow(
         return None
     _tidy(folder, number)
     return Lease(path, number, timeout_seconds, on_lost)
+
+
+def check_held(folder: Path, number: int) -> None:
+    """Raise LeaseLostError if the folder has a later holder than this one: for processes that belong to a holder, too."""
+    if not _is_held(folder, number):
+        raise LeaseLostError(
+            f"{folder} has been taken over by {_told(folder)}: this process (start {number}) writes nothing more there"
+        )
+
+
+def _is_held(folder: Path, number: int) -> bool:
+    if _path(folder, number + 1).exists():
+        return False
+    try:
+        # Opening makes a network file system ask its server, which looking for a name may not.
+        return not json.loads(_path(folder, number).read_text()).get("taken_over", False)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True  # a store that does not answer has given the folder to nobody
 
 
 def newest_holder(folder: Path) -> Holder | None:

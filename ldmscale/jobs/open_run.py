@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,7 @@ from ldmscale.validate import plain
 
 log = logging.getLogger(__name__)
 _WAIT_TURN_SECONDS = 5.0
+_TELL_SECONDS = 60.0  # how often one who waits says for whom
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,8 @@ class Run:
     accumulation_steps: int
 
     def fence(self) -> None:
-        """Raise LeaseLostError if another start has taken the run over; rank 0 looks for all."""
-        for lease in self.lease:
-            lease.check()
+        """Raise LeaseLostError if another start has taken the run over, on any rank and in any thread."""
+        self.folder.check_held(self.identity["attempts"])
 
     def note(self, name: str, value: Any) -> None:
         """Write down in run.json what this start found out. Rank 0 writes; the others may call it."""
@@ -65,7 +67,7 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
     if ranks.size > 1:
         export_rendezvous(ranks)
     connect(device, timeout_seconds=60 * config.safety.first_step_timeout_minutes)
-    lease = _hold(folder, config, stop)
+    lease = _hold(folder, config, ranks, stop)
     changes = from_main_rank(lambda: _settle(folder, config))
     set_up_logging(folder.path, ranks)
     quiet_libraries()
@@ -96,7 +98,7 @@ def _settle(folder: RunFolder, config: TrainingJob) -> list[str]:
     return changes
 
 
-def _hold(folder: RunFolder, config: TrainingJob, stop: StopFlag) -> list[Lease]:
+def _hold(folder: RunFolder, config: TrainingJob, ranks: Ranks, stop: StopFlag) -> list[Lease]:
     """Keep other starts away: a list with the lease on rank 0, an empty one elsewhere.
 
     Raises ConfigError where another start holds the folder, unless `run.wait` says to wait for it.
@@ -119,11 +121,15 @@ def _hold(folder: RunFolder, config: TrainingJob, stop: StopFlag) -> list[Lease]
             return str(held)
         return None
 
+    told = -math.inf
     while held := from_main_rank(attempt):
         if not config.run.wait:
             raise ConfigError(f"{held}: wait for it (run.wait=true does), end it, or give another run.name")
         if stop.agreed():
             raise StoppedEarlyError(f"asked to stop while waiting: {held}")
+        if ranks.is_main and time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            log.warning("%s: waiting for it (run.wait=true)", held)
     for held_here in lease:
         atexit.register(held_here.release)
     return lease

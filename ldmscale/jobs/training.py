@@ -80,7 +80,13 @@ def train(
         ),
         rates,
         _checkpoints(run, config.checkpoint),
-        CheckpointManager(run.folder.averages, retention=Retention(keep_last=sys.maxsize)),
+        CheckpointManager(
+            run.folder.averages,
+            retention=Retention(keep_last=sys.maxsize),
+            max_failed_saves=config.checkpoint.max_failed_saves,
+            attempt=run.identity["attempts"],
+            fence=run.fence,
+        ),
         Guard(_safety(config.safety), run.folder.skipped_steps),
         tracker,
         Throughput(

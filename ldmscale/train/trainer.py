@@ -100,6 +100,7 @@ class Trainer:
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; returns whether there is one."""
         newest = self.checkpoints.newest()
+        self.stored_averages.settle()
         if newest is not None:
             self._restore(newest)
             log.info("resumed from %s: step %d, %d images seen", newest, self.step, self.position)
@@ -143,8 +144,12 @@ class Trainer:
                     sums = MetricSums()
                     continue
                 last = self.step == self.schedule.max_steps
-                stopping, *busy = any_true_of(self.stop.requested, *self.checkpoints.busy)
-                self.checkpoints.advance(*busy)
+                stopping, saving, uploading, storing = any_true_of(
+                    self.stop.requested, *self.checkpoints.busy, self.stored_averages.busy[0]
+                )
+                self.stored_averages.advance(storing)
+                # Not before: a run that goes on from a checkpoint has all averages that were stored until then.
+                self.checkpoints.advance(saving or self.stored_averages.saving is not None, uploading)
                 if self._due(self.schedule.log_every_steps) or last or stopping:
                     self._log(sums)
                 else:
@@ -166,9 +171,9 @@ class Trainer:
                         self._save(ephemeral=not lasting)
                 if stopping:
                     self._tell_why()
-                    self.checkpoints.finish(must_hold=True)
+                    self._finish_saves()
                     return False
-            self.checkpoints.finish(must_hold=True)
+            self._finish_saves()
         except LdmscaleError as error:
             if error.shared:  # all ranks are here, and no network has moved since the last whole step
                 self._save_before_stopping()
@@ -205,7 +210,13 @@ class Trainer:
     def _save_before_stopping(self) -> None:
         if self.step > self._saved_step:
             self._save()
-        self.checkpoints.finish(must_hold=True)
+        self._finish_saves()
+
+    def _finish_saves(self) -> None:
+        try:
+            self.stored_averages.finish(must_hold=True)
+        finally:
+            self.checkpoints.finish(must_hold=True)
 
     def _one_step(self, loader: Loader, sums: MetricSums) -> None:
         active = self.stage.active(self.step)
@@ -246,6 +257,7 @@ class Trainer:
     def _go_back(self) -> None:
         """To the newest checkpoint's weights, and on with the data behind the steps that were skipped."""
         self.guard.check_further_return(self.step)
+        self.stored_averages.finish()
         self.checkpoints.finish()
         # One among skipped steps, written because the run was stopped there, is the second choice.
         newest = self.checkpoints.newest(Guard.was_calm) or self.checkpoints.newest()
@@ -289,6 +301,8 @@ class Trainer:
         """Start a save: the training waits for the copy to host memory, and for the save before if it still runs."""
         with self._aside("save"):
             begun = time.perf_counter()
+            if self.stored_averages.saving != self.step:
+                self.stored_averages.finish()
             self.checkpoints.finish()  # its pieces are in the memory that the new copy goes to
             state: dict[str, Any] = {
                 "step": self.step,
@@ -323,7 +337,7 @@ class Trainer:
     def _store_averages(self) -> None:
         with self._aside("save"):
             pieces, description = snapshot_averages(self.stage.engines, self.stage.averages)
-            self.stored_averages.save(self.step, pieces, description | {"images_seen": self.position})
+            self.stored_averages.begin(self.step, pieces, description | {"images_seen": self.position})
 
     @contextmanager
     def _aside(self, phase: str) -> Iterator[None]:

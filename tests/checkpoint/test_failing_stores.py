@@ -136,7 +136,10 @@ def test_without_its_folder_a_run_goes_on_from_the_store(
     for step in (1, 2, 3):
         manager.save(step, filled(step), {"step": step})
         manager.finish(uploads=True)
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["step_00000002", "step_00000003"]
+    assert sorted(path.name for path in (tmp_path / "store").glob("step_*")) == [
+        "step_00000002",
+        "step_00000003",
+    ]
     shutil.rmtree(tmp_path / "run")
     # An upload that was cut off has no manifest, and does not count.
     (tmp_path / "store" / "step_00000009").mkdir()

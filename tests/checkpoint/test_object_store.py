@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from object_store import ObjectStore
 from processes import running
 
 from ldmscale.checkpoint import CheckpointManager, Piece, Reader
+from ldmscale.checkpoint.remote import RemoteCheckpoints
+from ldmscale.distributed.lease import LeaseLostError
+from ldmscale.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,3 +114,55 @@ def test_an_upload_that_is_killed_does_not_count_and_the_next_start_makes_it_who
     assert value(again.newest()) == 3.0
     again.finish(uploads=True)
     assert value(CheckpointManager(tmp_path / "whole", url=url).newest()) == 3.0
+
+
+def test_a_start_that_wakes_up_uploads_nothing_over_a_later_one(bucket: str, tmp_path: Path) -> None:
+    for url in (f"{bucket}/run", f"file://{tmp_path}/store"):
+        kind = url.partition(":")[0]
+        first = CheckpointManager(tmp_path / kind / "first" / "checkpoints", url=url)
+        assert first.newest() is None
+        first.save(1, pieces(1), {})
+        first.finish(uploads=True)
+        # Given up for dead: the run goes on elsewhere, where no lease of the first folder is seen.
+        second = CheckpointManager(tmp_path / kind / "second" / "checkpoints", url=url)
+        assert value(second.newest()) == 1.0
+        second.save(2, pieces(2), {})
+        second.finish(uploads=True)
+        # It wakes up, between two saves and in the middle of an upload.
+        first.save(2, pieces(7), {})
+        with pytest.raises(CheckpointError, match=r"claimed by a later start .*second.* must not share"):
+            first.finish(uploads=True)
+        assert first.remote is not None
+        with pytest.raises(LeaseLostError):
+            first.remote.check_claim()
+        second.save(3, pieces(3), {})
+        second.finish(uploads=True)
+        assert value(CheckpointManager(tmp_path / kind / "third" / "checkpoints", url=url).newest()) == 3.0
+        assert value(_fetched(tmp_path / kind, url, 2)) == 2.0
+
+
+def _fetched(folder: Path, url: str, step: int) -> Path:
+    """A checkpoint as it lies in the store."""
+    remote, target = RemoteCheckpoints(url), folder / f"step_{step:08d}"
+    target.mkdir()
+    remote.get_small(step, target)
+    for name in remote.files(step):
+        remote.get(step, name, target)
+    return target
+
+
+def test_of_many_starts_that_claim_a_url_at_once_one_is_the_latest(bucket: str, tmp_path: Path) -> None:
+    for url in (f"{bucket}/many", f"file://{tmp_path}/many"):
+        starts = [RemoteCheckpoints(url) for _ in range(6)]
+        threads = [threading.Thread(target=start.claim, args=("run",), daemon=True) for start in starts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        lost = 0
+        for start in starts:
+            try:
+                start.check_claim()
+            except LeaseLostError:
+                lost += 1
+        assert lost == 5
