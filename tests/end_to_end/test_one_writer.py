@@ -33,7 +33,7 @@ def wait_for(moment: Callable[[], bool], log: Callable[[], str]) -> None:
 
 
 def content(run: Path) -> dict[str, str]:
-    """Of everything that a run has published: metrics, identity, complete checkpoints."""
+    """Of everything that counts: metrics, identity, complete checkpoints."""
     files = [
         run / "metrics.jsonl",
         run / "run.json",
@@ -85,6 +85,10 @@ def test_a_held_run_refuses_others_and_a_stopped_process_that_wakes_up_publishes
             os.kill(pid, signal.SIGCONT)
         assert host.status(first) not in (0, 2, 75)
         assert content(run) == before
+        # A rank that was stopped just behind its look at the lease makes its folder when it wakes: nobody reads that, and the
+        # next save removes it.
+        left = [path.name for path in run.glob("checkpoints/*.tmp")]
+        assert all(name.endswith(f".{attempt:05d}.tmp") for name in left), left
     finally:
         for pid in everyone:
             with suppress(ProcessLookupError):
