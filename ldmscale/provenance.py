@@ -28,9 +28,16 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
+# Beside this file in code that `submit` has frozen: the revision that was frozen.
+REVISION = "REVISION"
+
+
 def git_revision() -> str | None:
-    """The commit of the checkout that runs, with "+" where files differ from it; None outside a checkout."""
+    """The commit of the checkout that runs or was frozen, with "+" where files differ from it; None where there is none."""
     home = Path(__file__).resolve().parents[1]
+    frozen = Path(__file__).with_name(REVISION)
+    if frozen.is_file():
+        return frozen.read_text().strip() or None
     if not (home / ".git").exists():
         return None
     try:

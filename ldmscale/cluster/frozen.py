@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from ldmscale.compose import config_folder
-from ldmscale.provenance import git_revision
+from ldmscale.provenance import REVISION, git_revision
 
 SUBMISSIONS = "submissions"
 _START = '''"""Starts the frozen code, wherever the job stands: this file's folder comes first in the search for modules."""
@@ -74,6 +74,10 @@ def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[s
     if not (frozen.code / "ldmscale" / "conf").is_dir():  # a checkout has it beside the package
         shutil.copytree(config_folder(), frozen.code / "conf", ignore=ignore)
     (frozen.code / "start.py").write_text(_START)
+    revision = (
+        git_revision()
+    )  # the manifests of its checkpoints shall say it, though no checkout is there any more
+    (frozen.code / "ldmscale" / REVISION).write_text(f"{revision or ''}\n")
     _write_json(
         frozen.record,
         {
@@ -82,7 +86,7 @@ def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[s
             "directory": os.getcwd(),
             "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "code_sha256": _digest(frozen.code),
-            "git_revision": git_revision(),
+            "git_revision": revision,
             "python": sys.version.split()[0],
             "packages": _versions(),
         },
@@ -95,10 +99,10 @@ def note(frozen: Frozen, values: Mapping[str, Any]) -> None:
     _write_json(frozen.record, {**json.loads(frozen.record.read_text()), **values})
 
 
-def earlier(owner: Path) -> list[dict[str, Any]]:
-    """The records of the submissions of `owner`, oldest first."""
+def earlier(owner: Path) -> list[tuple[Frozen, dict[str, Any]]]:
+    """The submissions of `owner` with their records, oldest first."""
     files = sorted((owner / SUBMISSIONS).glob("[0-9]*/submission.json"))
-    return [json.loads(file.read_text()) for file in files]
+    return [(Frozen(file.parent), json.loads(file.read_text())) for file in files]
 
 
 def _next_folder(submissions: Path) -> Path:

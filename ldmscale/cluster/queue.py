@@ -23,13 +23,17 @@ def sbatch(script: Path, after: str | None = None) -> str:
     return _ask([*command, str(script)]).split(";")[0]
 
 
-def unfinished(job: str) -> str | None:
-    """The state of a job that waits or runs; None once it has ended, or where nobody knows it."""
+def unfinished(job: str, script: Path) -> str | None:
+    """The state of a job of this script that waits or runs; None once it has ended, or where nobody knows it.
+
+    In a run folder that came from another cluster the number may be that of somebody else's job here.
+    """
     try:
-        state = _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
+        rows = _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T %o"]).splitlines()
     except ConfigError:
         return None  # squeue forgets a job soon after its end, and then calls its number invalid
-    return state.split("\n")[0] or None
+    states = [row.partition(" ")[0] for row in rows if row.partition(" ")[2].strip() == str(script)]
+    return states[0] if states else None
 
 
 def cancel(jobs: Sequence[str]) -> None:

@@ -155,9 +155,9 @@ def _owner(config: Any) -> Path:
 
 def _refuse_second(owner: Path) -> None:
     """Two jobs of one run folder would only wait for each other, or fail."""
-    for record in frozen.earlier(owner):
+    for submission, record in frozen.earlier(owner):
         number = record.get("slurm_job")
-        state = None if number is None else queue.unfinished(str(number))
+        state = None if number is None else queue.unfinished(str(number), submission.script)
         if state is not None:
             raise ConfigError(
                 f"{owner} is submitted already, as Slurm job {number} ({state.lower()}): wait for it, "
@@ -177,8 +177,10 @@ def _submit(plan: Planned, after: str | None, *, dry: bool) -> str | None:
         return None
     number = queue.sbatch(folder.script, after)
     frozen.note(folder, {"slurm_job": number, "after": after})
-    log.info("%s is Slurm job %s%s; its output: %s", plan.job, number,
-             f", after {after}" if after else "", logs / f"slurm_{number}.out")  # fmt: skip
+    output = logs / (f"slurm_{number}_*.out" if plan.cluster.array else f"slurm_{number}.out")
+    log.info(
+        "%s is Slurm job %s%s; its output: %s", plan.job, number, f", after {after}" if after else "", output
+    )
     return number
 
 

@@ -1,6 +1,7 @@
 """What `submit` checks and freezes, without a queue. The queue itself is in tests/slurm."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import yaml
 from ldmscale.checks.cluster import seconds
 from ldmscale.cluster.chain import stages_of
 from ldmscale.config import ClusterConfig
+from ldmscale.provenance import git_revision
 
 SMOKE = ["diffusion", "experiment=smoke", "cluster=cpu"]
 
@@ -28,6 +30,13 @@ def test_a_submission_holds_all_that_the_job_reads(ldmscale, tmp_path):
     )
     record = json.loads((frozen / "submission.json").read_text())
     assert record["packages"]["torch"] and len(record["code_sha256"]) == 64 and "slurm_job" not in record
+    # Checkpoints of the frozen code name the revision that was frozen, though it is no checkout.
+    code = "from ldmscale.provenance import git_revision; print(git_revision())"
+    asked = subprocess.run(
+        [sys.executable, "-c", code], cwd=frozen / "code", env=os.environ | {"PYTHONPATH": str(frozen / "code")},
+        capture_output=True, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    assert asked.stdout.strip() == str(record["git_revision"]) == str(git_revision())
     # The frozen code runs the frozen configuration, though another ldmscale stands where it is started.
     (tmp_path / "ldmscale").mkdir()
     (tmp_path / "ldmscale" / "__init__.py").write_text("raise SystemExit('the wrong code')")

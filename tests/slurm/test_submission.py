@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -148,21 +149,57 @@ def test_a_chain_of_the_three_stages_ends_with_a_model_and_one_that_cannot_begin
     assert cluster.wait(chain[-1], ["COMPLETED", "FAILED", "CANCELLED"], 240) == "COMPLETED", output(whole)
     assert json.loads((whole / "run.json").read_text())["finished_step"] == 3
     assert len(list((whole / "latents").glob("*.tar"))) == 2
+    # Manifests name the revision of the code that was frozen.
+    manifest = json.loads(
+        (
+            whole / "checkpoints" / (whole / "checkpoints" / "latest").read_text().strip() / "manifest.json"
+        ).read_text()
+    )
+    assert manifest["state"]["run"]["git_revision"] == records(whole)[0]["git_revision"]
+
+    # The same latents once more, by an array of jobs that know nothing of each other.
+    again = tmp_path / "again"
+    words = [
+        "latents",
+        "data=shards",
+        *size,
+        f"first_stage.path={whole}/autoencoder",
+        f"latents.path={again}",
+    ]
+    done = submit(cluster, tmp_path, *words, "cluster=cpu", "cluster.nodes=1", "cluster.array=3")
+    assert done.returncode == 0, done.stderr
+    number = records(again)[0]["slurm_job"]
+    assert f"slurm_{number}_*.out" in done.stderr
+    second = submit(cluster, tmp_path, *words, "cluster=cpu", "cluster.nodes=1", "cluster.array=3")
+    assert second.returncode == 2 and f"Slurm job {number}" in second.stderr
+    for task in range(3):
+        state = cluster.wait(f"{number}_{task}", ["COMPLETED", "FAILED", "CANCELLED"], 240)
+        assert state == "COMPLETED", output(again)
+        assert "finished" in (again / "logs" / f"slurm_{number}_{task}.out").read_text()
+    made, expected = (
+        {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+        for folder in (again, whole / "latents")
+    )
+    assert made == expected and output(again).count("shard 0000") == len(made)
 
 
 def test_a_job_near_its_time_limit_saves_and_goes_on(cluster, tmp_path):
     done = submit(cluster, tmp_path, "diffusion", "experiment=smoke", "run.name=limited", "train.max_steps=100000",
                   "cluster=cpu", "cluster.nodes=1", "cluster.time=1", "cluster.stop_before_end_seconds=30",
-                  "cluster.max_requeues=1")  # fmt: skip
+                  "cluster.max_requeues=9")  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "limited"
     number = records(run)[0]["slurm_job"]
     until(lambda: "stopped after a complete save" in output(run), 90, "the stop before the limit")
     before = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
     reached(run, before + 2, number, cluster)
-    cluster.ask("scancel", number)  # TERM to the ranks: they save once more
-    cluster.wait(number, ["CANCELLED"], 30)
-    assert steps(run)[: before + 2] == list(range(1, before + 3))
+    cluster.ask("scancel", number)  # TERM to the ranks: they save once more, and the job stays cancelled
+    until(lambda: "cancelled: not queued again" in output(run), 60, "the end of the cancelled job")
+    cluster.wait(number, ["CANCELLED"], 60)
+    time.sleep(3.0)
+    assert cluster.job(number)["Restarts"] == "1" and cluster.state(number) == "CANCELLED"
+    assert steps(run) == list(range(1, len(steps(run)) + 1)) and len(steps(run)) >= before + 2
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{len(steps(run)):08d}"
 
 
 def _write_shards(folder: Path) -> None:
