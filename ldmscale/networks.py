@@ -91,7 +91,7 @@ def build_denoiser(
         null_token_ids,
         null_condition=config.diffusion.null_condition,
         class_embedder=None if classes is None else ClassEmbedder(**_arguments(classes, "names")),
-        embeddings=None if given is None else GivenContext(**_arguments(given)),
+        embeddings=None if given is None else GivenContext(**_arguments(given, "member")),
         spatial_rescaler=None if spatial is None else _build_rescaler(spatial),
     )
 

@@ -77,9 +77,13 @@ def sample(
         ConfigError: the model has no part that sampling needs, or arguments that do not fit it or each other.
     """
     wanted = ["denoiser", "autoencoder", "schedule", "scale", "latent_shape"]
-    if parts.layout is not None and conditions is None:
+    if conditions is None and parts.layout is not None:
         raise ConfigError(
             "the model reads layouts, and prompts tell none: give conditions=Conditions(token_ids=...) of parts.layout.encode"
+        )
+    if conditions is None and parts.denoiser is not None and parts.denoiser.embeddings is not None:
+        raise ConfigError(
+            "the model reads embeddings, and prompts tell none: give conditions=Conditions(embeddings=...)"
         )
     if parts.text_encoder is not None and conditions is None:
         wanted.append("tokenizer")

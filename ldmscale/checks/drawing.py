@@ -50,15 +50,14 @@ def check_sample(sample: SampleConfig) -> list[str]:
 
 def _check_condition(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
     """Files where the model reads a condition that prompts cannot give, and only there."""
-    spatial, layout = model.get("spatial"), model.get("layout")
-    if spatial is not None and layout is not None:
+    spatial = model.get("spatial")
+    told = [name for name in ("layout", "embeddings") if model.get(name) is not None]
+    if spatial is not None and told:
         return [
-            "the model reads a layout and a spatial condition, and files give one of them: draw it from Python, by "
-            "sample(..., conditions=Conditions(token_ids=..., spatial=...))"
+            f"the model reads {told[0]} and a spatial condition, and files give one of them: draw it from Python, by "
+            "sample(..., conditions=Conditions(...))"
         ]
-    reads = (
-        f"spatial.kind={spatial['kind']}" if spatial is not None else "layout" if layout is not None else None
-    )
+    reads = f"spatial.kind={spatial['kind']}" if spatial is not None else next(iter(told), None)
     if reads is None:
         return (
             []

@@ -96,21 +96,22 @@ def check_objective(diffusion: DiffusionConfig) -> list[str]:
 
 def check_latents(config: DiffusionJob) -> list[str]:
     faults = []
-    if config.embeddings is not None:
-        faults.append(
-            "embeddings is set, but shards cannot give this condition yet: the model builds, loads and samples, and cannot be "
-            "trained"
-        )
-    if config.spatial is not None and config.data.kind == "latents":
-        faults.append(
-            f"spatial.kind={config.spatial.kind} goes with the images, and data.kind=latents has none: give data=shards, "
-            "data.image_size= and the shards of images, which are then encoded online"
-        )
-    if config.spatial is not None and config.preview.prompts:
-        faults.append(
-            "preview.prompts is set, but a model with a spatial condition draws pictures of held-out samples: give "
-            "preview.prompts=[]"
-        )
+    with_images = {
+        "embeddings": config.embeddings is not None,
+        f"spatial.kind={config.spatial.kind}" if config.spatial is not None else "": config.spatial
+        is not None,
+    }
+    for condition in [name for name, asked in with_images.items() if asked]:
+        if config.data.kind == "latents":
+            faults.append(
+                f"{condition} goes with the images, and data.kind=latents has none: give data=shards, data.image_size= and the "
+                "shards of images, which are then encoded online"
+            )
+        if config.preview.prompts:
+            faults.append(
+                f"preview.prompts is set, but a model with {condition} draws pictures of held-out samples: give "
+                "preview.prompts=[]"
+            )
     if config.data.kind == "images":
         faults += check_image_size(config.data, config.autoencoder)
         whole = config.autoencoder.factor * 2 ** (len(config.unet.channel_mult) - 1)

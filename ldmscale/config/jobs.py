@@ -60,6 +60,7 @@ class IndexJob:
     # Conditions that are looked at, too, given as to the training job.
     class_embedder: ClassEmbedderConfig | None = None
     layout: LayoutConfig | None = None
+    embeddings: EmbeddingsConfig | None = None
     spatial: SpatialConfig | None = None
 
 

@@ -121,6 +121,7 @@ class EmbeddingsConfig:
 
     width: Positive
     max_tokens: Positive  # embeddings of one sample, at most
+    member: str = "embeddings.npy"  # of a sample: floats [embeddings, width]
 
 
 @dataclass(frozen=True, config=STRICT)

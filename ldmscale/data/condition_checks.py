@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ldmscale.data.decode import ImageHeader, image_header
+from ldmscale.data.embeddings import GivenEmbeddings
 from ldmscale.data.labels import ClassLabels, raw_label
 from ldmscale.data.layouts import raw_boxes
 from ldmscale.data.maps import read_map
@@ -28,18 +29,20 @@ class ConditionChecks:
     Attributes:
         labels: of the class of a sample.
         boxes: of the classes of its boxes.
+        embeddings: reads its embeddings.
         map_member, map_classes: of its map, if `map_classes` is given.
     """
 
     labels: Classes | None = None
     boxes: Classes | None = None
+    embeddings: GivenEmbeddings | None = None
     map_member: str = "map.png"
     map_classes: int | None = None
 
     @property
     def nothing(self) -> bool:
         """Whether nothing is looked at."""
-        return self.labels is None and self.boxes is None and self.map_classes is None
+        return self == ConditionChecks(map_member=self.map_member)
 
     @property
     def members(self) -> frozenset[str]:
@@ -47,7 +50,11 @@ class ConditionChecks:
         found = {
             classes.source.partition(":")[0] for classes in (self.labels, self.boxes) if classes is not None
         }
-        return frozenset(found if self.map_classes is None else {*found, self.map_member})
+        if self.embeddings is not None:
+            found.add(self.embeddings.member)
+        if self.map_classes is not None:
+            found.add(self.map_member)
+        return frozenset(found)
 
     def plain(self) -> dict[str, Any]:
         """As the index records what it looked at."""
@@ -67,7 +74,11 @@ class ConditionChecks:
             header: of the sample's image; None where it cannot be read.
             check: "headers" compares the size of a map, "decode" looks at its numbers, too.
         """
-        for kind, look in (("bad_label", self._label), ("bad_boxes", self._boxes)):
+        for kind, look in (
+            ("bad_label", self._label),
+            ("bad_boxes", self._boxes),
+            ("bad_embeddings", self._embeddings),
+        ):
             try:
                 look(members)
             except DataError as error:
@@ -90,6 +101,10 @@ class ConditionChecks:
             for box in raw_boxes(members, self.boxes.source):
                 if self.boxes.known is not None:
                     self.boxes.known.number(box.label)
+
+    def _embeddings(self, members: Mapping[str, bytes]) -> None:
+        if self.embeddings is not None:
+            self.embeddings.of(members)
 
     def _map(
         self, members: Mapping[str, bytes], image: ImageHeader | None, check: str, max_pixels: int

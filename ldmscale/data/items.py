@@ -10,6 +10,7 @@ import numpy as np
 from ldmscale.data.buckets import Shape
 from ldmscale.data.captions import caption_of
 from ldmscale.data.decode import LATENT, MAX_PIXELS, decode_image, image_header, image_member
+from ldmscale.data.embeddings import GivenEmbeddings
 from ldmscale.data.encoder_tokens import EncoderTokenizer
 from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import FLIPPED, LatentFormat, read_latent
@@ -37,6 +38,7 @@ class ImageItem:
         spatial: adds "spatial" or "mask", made of the image as it is trained on.
         maps: adds "spatial", a map of classes.
         layout: adds "tokens" int64 [max_tokens], the boxes of the part of the image that is seen.
+        embeddings: adds "embeddings" float32 [max_tokens, width].
     """
 
     size: int
@@ -52,6 +54,7 @@ class ImageItem:
     spatial: SmallImages | Holes | None = None
     maps: ClassMaps | None = None
     layout: LayoutTokens | None = None
+    embeddings: GivenEmbeddings | None = None
 
     def shape(self, bucket: int) -> tuple[int, int, int]:
         """Of "image"."""
@@ -74,6 +77,8 @@ class ImageItem:
             item["spatial"] = self.maps.of(
                 sample.members, size, self.crop, self.flip, self._draws(position), self.max_pixels
             )
+        if self.embeddings is not None:
+            item["embeddings"] = self.embeddings.of(sample.members)
         if self.layout is not None:
             header = image_header(data, max_pixels=self.max_pixels)
             view = view_of(header.width, header.height, size, self.crop, self.flip, self._draws(position))

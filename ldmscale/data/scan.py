@@ -50,6 +50,7 @@ KINDS = {
     "bad_latent": "the latent cannot be used",
     "bad_label": "the label is missing, or no class",
     "bad_boxes": "boxes are missing, outside of the image, or of no class",
+    "bad_embeddings": "embeddings are missing, of another shape, or not finite",
     "bad_map": "the map is missing, of another size than the image, or has numbers that are no class",
     "wrong_extension": "the file is of another format than its name says",
     "empty_shard": "the shard holds no sample",

@@ -40,7 +40,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.jobs.loaders import held_out, picture_batch
     from ldmscale.jobs.open_index import shapes_of
     from ldmscale.jobs.open_run import already_finished, open_run
-    from ldmscale.jobs.spatial import map_reader, spatial_reader
+    from ldmscale.jobs.spatial import embeddings_reader, map_reader, spatial_reader
     from ldmscale.jobs.text import open_frozen_text, settle_tokenizer
     from ldmscale.jobs.training import train
     from ldmscale.networks import (
@@ -89,11 +89,11 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         reader = ImageItem(
             data.image_size, config.seed, data.crop, data.flip, data.max_pixels, caption, tokenizer,
             shapes_of(data), data.decoder, classes, spatial_reader(config), map_reader(config),
-            layout,
+            layout, embeddings_reader(config.embeddings),
         )  # fmt: skip
     preview = config.preview
     told = None
-    if preview.every_steps and config.spatial is not None:
+    if preview.every_steps and (config.spatial is not None or config.embeddings is not None):
         told = preview_of_samples(config, picture_batch(run, config, reader), first_stage)
     elif preview.every_steps:
         told = preview_conditions(config, run, tokenizer, classes, layout)

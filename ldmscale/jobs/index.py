@@ -97,6 +97,7 @@ def conditions_of(config: IndexJob) -> ConditionChecks | None:
     """
     from ldmscale.data.condition_checks import Classes, ConditionChecks
     from ldmscale.jobs.classes import FOUND, class_labels
+    from ldmscale.jobs.spatial import embeddings_reader
 
     def classes(section: str, source: str, of: ClassEmbedderConfig | LayoutConfig | None) -> Classes | None:
         if of is None:
@@ -107,6 +108,7 @@ def conditions_of(config: IndexJob) -> ConditionChecks | None:
     found = ConditionChecks(
         labels=classes("class_embedder", data.label, config.class_embedder),
         boxes=classes("layout", data.boxes, config.layout),
+        embeddings=embeddings_reader(config.embeddings),
     )
     if spatial is not None and spatial.kind == "map":
         found = replace(found, map_member=spatial.map_member, map_classes=spatial.map_classes)

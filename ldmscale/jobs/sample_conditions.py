@@ -3,6 +3,7 @@
     small image   NAME.png|jpg|...: drawn four times as large (by the first stage's factor)
     map           NAME.png, grey or palette, a class number a pixel: drawn at the size that maps and images had in training
     hole          NAME.png with NAME_mask.png beside it, white in the hole: what is known comes back as it was
+    embeddings    NAME.npy, floats [embeddings, width]
     layout        NAME.json as a sample of a shard has it: {"boxes": [{"class": ..., "box": [left, top, right, bottom]}]}
 
 Pictures may have any size. The networks halve them, so their edges are repeated up to the next multiple, and what
@@ -21,18 +22,19 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldmscale.data.decode import EXTENSIONS
+from ldmscale.data.embeddings import GivenEmbeddings
 from ldmscale.data.layouts import LayoutTokens
 from ldmscale.data.maps import map_of
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.jobs.sample_set import Wanted, file_digest, text_digest
-from ldmscale.models.conditions import Conditions
+from ldmscale.models.conditions import Conditions, GivenContext
 from ldmscale.parts import Parts
 from ldmscale.sampling import conditions_of, size_step
 from ldmscale.stages.conditions import masked_latents
 from ldmscale.stages.first_stage import FirstStage
 
 MASK = "_mask"  # ends the stem of a mask's file
-LAYOUT = "json"
+ARRAYS = ("json", "npy")  # layouts and embeddings: what tells no size of the image
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,11 @@ def condition_files(given: str | tuple[str, ...]) -> list[Path]:
     found = [
         file
         for file in sorted(path.iterdir())
-        if file.suffix[1:].lower() in (*EXTENSIONS, LAYOUT) and not file.stem.endswith(MASK)
+        if file.suffix[1:].lower() in (*EXTENSIONS, *ARRAYS) and not file.stem.endswith(MASK)
     ]
     if not found:
         raise ConfigError(
-            f"sample.condition={given} has no file that ends with {', '.join((*EXTENSIONS, LAYOUT))}"
+            f"sample.condition={given} has no file that ends with {', '.join((*EXTENSIONS, *ARRAYS))}"
         )
     return found
 
@@ -84,7 +86,7 @@ class Told:
 
     def of_one_size(self, wanted: Sequence[Wanted], most: int) -> list[list[Wanted]]:
         """The images in their order, in batches of at most `most` that are of one size."""
-        if self._parts.layout is not None:
+        if self._parts.spatial is None:
             return [list(wanted[start : start + most]) for start in range(0, len(wanted), most)]
         batches: list[list[Wanted]] = []
         sizes: list[tuple[int, int]] = []
@@ -98,6 +100,10 @@ class Told:
 
     def conditions(self, batch: Sequence[Wanted]) -> Conditions:
         """What a batch of one size is told, by its prompts and its files."""
+        given = None if self._parts.denoiser is None else self._parts.denoiser.embeddings
+        if given is not None:
+            found = [self._embeddings(given, self._file(image)) for image in batch]
+            return Conditions(embeddings=torch.from_numpy(np.stack(found)))
         if self._parts.layout is not None:
             layouts = [self._layout(self._parts.layout, self._file(image)) for image in batch]
             return Conditions(token_ids=torch.from_numpy(np.stack(layouts)))
@@ -106,7 +112,7 @@ class Told:
 
     def finished(self, batch: Sequence[Wanted], images: Tensor) -> Tensor:
         """Drawn images float32 [N,3,H,W] without what was added at their edges, known pixels put back."""
-        if self._parts.layout is not None:
+        if self._parts.spatial is None:
             return images
         whole = []
         for wanted, image in zip(batch, images, strict=True):
@@ -124,6 +130,14 @@ class Told:
         """Tokens int64 [L] of the boxes in a file."""
         try:
             return layout.encode(layout.boxes({"json": file.read_bytes()}))
+        except (OSError, DataError) as error:
+            raise ConfigError(f"sample.condition: {file}: {error}") from error
+
+    def _embeddings(self, context: GivenContext, file: Path) -> np.ndarray:
+        """float32 [L, D] of a file."""
+        reader = GivenEmbeddings(file.name, context.width, context.max_tokens)
+        try:
+            return reader.of({file.name: file.read_bytes()})
         except (OSError, DataError) as error:
             raise ConfigError(f"sample.condition: {file}: {error}") from error
 

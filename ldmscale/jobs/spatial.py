@@ -1,8 +1,9 @@
-"""The reader of a run's spatial condition, as its configuration asks."""
+"""The readers of what goes with the images of a run, as its configuration asks."""
 
 from __future__ import annotations
 
-from ldmscale.config import DiffusionJob
+from ldmscale.config import DiffusionJob, EmbeddingsConfig
+from ldmscale.data.embeddings import GivenEmbeddings
 from ldmscale.data.maps import ClassMaps
 from ldmscale.data.spatial import Holes, SmallImages
 
@@ -24,3 +25,8 @@ def map_reader(config: DiffusionJob) -> ClassMaps | None:
         return None
     assert spatial.map_classes is not None
     return ClassMaps(spatial.map_member, spatial.map_classes, 2**spatial.halvings / config.autoencoder.factor)
+
+
+def embeddings_reader(given: EmbeddingsConfig | None) -> GivenEmbeddings | None:
+    """What reads the embeddings of a sample; None where the model reads none."""
+    return None if given is None else GivenEmbeddings(given.member, given.width, given.max_tokens)

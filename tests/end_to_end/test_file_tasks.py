@@ -52,6 +52,16 @@ TASKS = {
         "layout=found",
         "data.crop=random",
     ],
+    "embeddings": [
+        "text_encoder=null",
+        "data=shards",
+        "data.image_size=32",
+        "data.workers=0",
+        "data.shards='maps.tar'",
+        "embeddings=clip_768",
+        "embeddings.width=64",
+        "embeddings.max_tokens=3",
+    ],
 }
 
 
@@ -66,7 +76,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def shard_with_maps(path: Path) -> None:
-    """Pictures wider than high, each with its map; two maps are bad."""
+    """Pictures wider than high, each with its map and one to three embeddings; two maps are bad."""
     draws = np.random.default_rng(1)
     with webdataset.TarWriter(str(path), mtime=0) as tar:
         for number in range(24):
@@ -76,9 +86,10 @@ def shard_with_maps(path: Path) -> None:
             if number == 9:
                 numbers = numbers[:, :40]
             image = np.repeat(draws.integers(0, 256, (32, 48, 1), dtype=np.uint8), 3, axis=2)
-            tar.write(
-                {"__key__": f"{number:03d}", "png": png(image), "map.png": png(numbers), "txt": "a map"}
-            )
+            array = io.BytesIO()
+            np.save(array, draws.standard_normal((1 + number % 3, 64)).astype(np.float32))
+            told = {"map.png": png(numbers), "embeddings.npy": array.getvalue(), "txt": "a map"}
+            tar.write({"__key__": f"{number:03d}", "png": png(image), **told})
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -122,6 +133,8 @@ def place(small_place: Any) -> Any:
         (folder / "layout_files" / f"{name}.json").write_text(
             json.dumps({"boxes": boxes[: 1 + (name == "b")]})
         )
+        (folder / "embeddings_files").mkdir(exist_ok=True)
+        np.save(folder / "embeddings_files" / name, draws.standard_normal((2, 64)).astype(np.float16))
     shard_with_maps(folder / "maps.tar")
     for task, told in TASKS.items():
         for steps in (2, 4):
@@ -148,7 +161,7 @@ def test_files_of_any_size_are_drawn_from_alike_on_any_number_of_ranks(place, ta
     for file in drawn:
         pixels, name = read(file), file.name.split("_")[1]
         assert np.array_equal(pixels, read(folder / f"{task}_one" / file.name))
-        if task == "layout":
+        if task in ("layout", "embeddings"):
             assert pixels.shape == (32, 32, 3)
             continue
         given = read(folder / f"{task}_files" / f"{name}.png")
