@@ -57,6 +57,11 @@ def _diffusion(config: DiffusionJob, folder: RunFolder, parts: Parts) -> Model:
             f"{folder.path} reads captions with a frozen {config.text_encoder.kind} encoder: such a model can be loaded and "
             "drawn from here, but not exported yet"
         )
+    if config.layout is not None:
+        raise ConfigError(
+            f"{folder.path} reads layouts: such a model can be loaded and drawn from here, but not exported yet, because other "
+            "formats would give its text encoder captions"
+        )
     model = Model(
         parts={"unet": _part(config.unet, parts.unet)},
         diffusion=config.diffusion,

@@ -219,3 +219,5 @@ def test_a_layout_that_cannot_be_drawn_is_refused(place, ldmscale):
     draw = ["sample", "sample.model=layout", "sample.steps=3", "sample.out=bad_drawn"]
     done = ldmscale(*draw, "sample.condition=bad.json", cwd=place.folder)
     assert done.returncode == 2 and "outside of the image" in done.stderr and "bad.json" in done.stderr
+    refused = ldmscale("export", "src=layout", "dst=layout.ckpt", "format=compvis", cwd=place.folder)
+    assert refused.returncode == 2 and "reads layouts" in refused.stderr
