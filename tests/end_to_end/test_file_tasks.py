@@ -209,7 +209,7 @@ def test_a_layout_is_drawn_from_python_and_each_box_counts(place):
     assert (draw(left) - draw(right)).abs().max() > 1e-3
     assert (draw(left) - draw(left._replace(label=1))).abs().max() > 1e-3
     assert (draw(left) - draw(left, guidance=1.0)).abs().max() > 1e-3
-    assert torch.equal(draw(), draw(guidance=1.0))  # no box is the null condition
+    assert torch.allclose(draw(), draw(guidance=1.0), atol=1e-4)  # no box is the null condition
     with pytest.raises(ConfigError, match="the model reads layouts, and prompts tell none"):
         library.sample(parts, ["a"])
 
