@@ -40,6 +40,7 @@ _PATIENCE = {_FAULTY: 30.0, _STOPPED: 300.0}
 _PATIENCE_AFTER_FAILURE = 5.0
 _SECONDS_TO_TERMINATE = 10.0
 _POLL_SECONDS = 0.05
+_INDEPENDENT = ("latents",)  # jobs whose ranks know nothing of each other, and redo what a dead one has left
 
 
 def launch(arguments: Sequence[str], ranks: int | None = None, *, cpu: bool = False) -> int:
@@ -59,13 +60,19 @@ def launch(arguments: Sequence[str], ranks: int | None = None, *, cpu: bool = Fa
             f"give -n {gpus}, or --cpu to use none."
         )
     return run_ranks(
-        [sys.executable, "-m", "ldmscale", *arguments], shared_environment(os.environ, count, gpus), count
+        [sys.executable, "-m", "ldmscale", *arguments],
+        shared_environment(os.environ, count, gpus),
+        count,
+        independent=next(iter(arguments), "") in _INDEPENDENT,
     )
 
 
-def run_ranks(command: Sequence[str], env: Mapping[str, str], count: int) -> int:
+def run_ranks(
+    command: Sequence[str], env: Mapping[str, str], count: int, *, independent: bool = False
+) -> int:
     """Run `command` as ranks 0 to count-1 with `env` and return the status of the job (see `launch`).
 
+    Where ranks are `independent` a failed one ends no other, and the status is 0 as soon as one ended with 0.
     Main thread only: SIGTERM, SIGINT and SIGUSR1 are passed on to all ranks until they have ended.
     """
     processes: list[subprocess.Popen[bytes]] = []
@@ -86,7 +93,7 @@ def run_ranks(command: Sequence[str], env: Mapping[str, str], count: int) -> int
             )
         for number in received:  # which came before all ranks were there
             _signal_all(processes, number)
-        return _wait(processes)
+        return _wait(processes, independent)
     finally:
         _signal_all(processes, signal.SIGKILL)
         for process in processes:
@@ -178,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _FAULTY
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all ranks; once one has failed, end the others. Returns the status of the job."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], independent: bool) -> int:
+    """Wait for all ranks; once one has failed, end the others, unless all are independent. Returns the job's status."""
     ended: dict[int, int] = {}  # rank: status, of ranks that ended by themselves, in this order
     deadline: float | None = None
     terminated = False
@@ -191,12 +198,17 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
                 if status is None or rank in ended:
                     continue
                 ended[rank] = status if status >= 0 else 128 - status
-                if ended[rank] != 0:
+                if independent:
+                    if running and ended[rank] not in (0, *_PATIENCE):
+                        log.error("rank %d ended with status %d; the others go on", rank, ended[rank])
+                elif ended[rank] != 0:
                     patience = _PATIENCE.get(ended[rank], _PATIENCE_AFTER_FAILURE)
                     deadline = min(deadline or float("inf"), time.monotonic() + patience)
                     if running and ended[rank] not in _PATIENCE:
                         log.error("rank %d ended with status %d; the others are ended too", rank, ended[rank])
         if not running:
+            if independent and 0 in ended.values():
+                return 0
             return _job_status(list(ended.values()))
         if deadline is not None and time.monotonic() > deadline:
             _signal_all(processes, signal.SIGKILL if terminated else signal.SIGTERM)

@@ -22,7 +22,8 @@ import logging, os, sys
 from ldmscale.launcher import run_ranks, shared_environment
 logging.basicConfig(format="%(message)s")
 count = int(sys.argv[1])
-sys.exit(run_ranks([sys.executable, "-c", sys.argv[2]], shared_environment(os.environ, count, 0), count))
+command, alone = [sys.executable, "-c", sys.argv[2]], "ALONE" in os.environ
+sys.exit(run_ranks(command, shared_environment(os.environ, count, 0), count, independent=alone))
 """
 RANK = "import os, signal, sys, time; rank = int(os.environ['RANK'])\n"
 
@@ -69,6 +70,19 @@ def test_a_dying_rank_ends_the_others_and_its_status_is_kept():
     assert process.returncode == 7
     assert "asked to end" in out and "rank 1 ended with status 7" in err
     assert time.monotonic() - begun < 200
+
+
+@pytest.mark.distributed
+def test_independent_ranks_go_on_without_a_dead_one_and_finish_its_work():
+    # rank 0 goes on until its launcher has told that rank 1 died, and some seconds more than others would have
+    program = "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(8)\nprint('finished')"
+    environment = os.environ | {"ALONE": "1"}
+    with start(2, program, env=environment) as process:
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and out == "finished\n"
+    assert "rank 1 ended with status 137; the others go on" in err
+    with start(2, "sys.exit(75 if rank else 3)", env=environment) as process:
+        assert process.wait(timeout=60) == 3  # nobody finished it
 
 
 @pytest.mark.distributed

@@ -26,6 +26,7 @@ from ldmscale.data.items import ImageItem, LatentItem
 from ldmscale.data.latent_shards import LatentShardWriter, finish_set, is_finished
 from ldmscale.data.latents import LatentFormat, LatentManifest, read_latent
 from ldmscale.data.ledger import Ledger, read_ledger
+from ldmscale.data.loader import Loader
 from ldmscale.data.samples import Sample, SampleReader
 from ldmscale.data.tokens import Tokenizer, train_wordpiece
 from ldmscale.distributed.lease import LeaseLostError
@@ -200,6 +201,43 @@ def test_stored_latents_are_those_of_the_images_and_their_mirror_images(images: 
         assert row["tokens.npy"].dtype == np.int32 and np.array_equal(stored["tokens"], row["tokens.npy"])
         assert np.array_equal(np.asarray(stored["tokens"]), tokenizer.encode([f"caption 03_{at}"])[0])
     assert 0 < flips < IN_EACH
+
+
+def test_stored_samples_are_what_online_encoding_draws_of_the_same_seed(
+    images: Path, straight: tuple[Path, float], tmp_path: Path
+) -> None:
+    work, claims = prepared(images, tmp_path, kind="latent")  # latents.kind=sample
+    assert make_shards(work, claims, lambda: False)
+    names = [f"{number:05d}.tar" for number in range(SHARDS)]
+    manifest = finish_set(tmp_path, names, work.format)
+    # As training takes them: of images it encodes and draws, of such a set it scales what is there.
+    scale = LatentScale(torch.tensor(manifest.channel_mean), torch.full((4,), manifest.scale_factor))
+    stage = FirstStage(work.first_stage.autoencoder, scale, torch.device("cpu"))
+    index = ShardIndex.open([str(tmp_path / each) for each in names], build_missing=True)
+    loader = Loader(
+        index, LatentItem(work.format), seed=0, rank=0, world=1, global_batch=7, rank_micro_batch=7
+    )
+    seen = set()
+    for _ in range(SHARDS):
+        batch_of_set = next(loader)
+        found = stage.batch_latents(batch_of_set, seed=9)  # draws nothing any more
+        for key, latent in zip(batch_of_set["key"], found, strict=True):
+            seen.add(key)
+            shard, at = map(int, key.split("_"))
+            if shard >= 5:
+                continue
+            image = np.asarray(work.item(work.reader.read(shard, at), 0)["image"])
+            moments = stage.moments(torch.from_numpy(image)[None])
+            assert torch.equal(stage.latents(moments, [(shard << 32) + at], seed=0)[0], latent)
+    assert len(seen) == SHARDS * IN_EACH
+    # The whole set has the moments' statistics, to 5 standard errors of its draws.
+    exact, values = LatentManifest.load(straight[0]), SHARDS * IN_EACH * (SIZE // 2) ** 2
+    for drawn, wanted, deviation in zip(
+        manifest.channel_mean, exact.channel_mean, exact.channel_std, strict=True
+    ):
+        assert abs(drawn - wanted) < 5 * deviation / values**0.5
+    assert manifest.channel_std == pytest.approx(exact.channel_std, rel=5 / (2 * values) ** 0.5)
+    assert manifest.scale_factor == pytest.approx(exact.scale_factor, rel=0.02)
 
 
 def test_latents_that_are_not_finite_are_refused_by_key(images: Path, tmp_path: Path) -> None:
