@@ -1,9 +1,8 @@
-"""Two operations that keep only their inputs for the backward pass and compute the rest once more there.
+"""Operations that keep only their inputs for the backward pass and compute the rest once more there.
 
-Autograd would also keep the normalised map (in fp32, beside an fp32 copy of its input) and the activated
-gate. Measured on the 35 M U-Net and the 21 M autoencoder of our CPU benchmark: kept activations 0.83 and 0.77
-of autograd's in fp32, 0.77 and 0.60 in bf16, in the same time within the noise. Neither can be differentiated
-twice.
+Autograd would also keep the normalised map (in fp32, beside an fp32 copy of its input), the activated gate and
+their product, in the same time within the noise (docs/benchmarks.md has the memory). None can be differentiated
+twice. Under torch.compile they are the plain operations, whose memory the compiler plans itself.
 """
 
 from __future__ import annotations
@@ -18,14 +17,44 @@ from torch.autograd.function import once_differentiable
 
 def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """silu(group_norm(x)), computed in fp32 at least, in the type of x. x [B, C, H, W] -> [B, C, H, W]."""
+    if torch.compiler.is_compiling():
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.silu(F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)).to(x.dtype)
     result: Tensor = _NormSiLU.apply(x, weight, bias, groups, eps)  # type: ignore[no-untyped-call]
     return result
 
 
 def geglu(x: Tensor) -> Tensor:
     """value * gelu(gate), x = [value, gate] (Shazeer 2020, with the erf GELU). x [..., 2 D] -> [..., D]."""
-    result: Tensor = _Geglu.apply(x)  # type: ignore[no-untyped-call]
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The linear layer of geglu(x). x [..., 2 D], weight [C, D], bias [C] -> [..., C]."""
+    if torch.compiler.is_compiling():
+        return F.linear(geglu(x), weight, bias)
+    result: Tensor = _GegluLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return result
+
+
+def narrow_attention(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
+    """Attention on a CPU by heads that are filled up with zeros to `width`; the zeros are not kept.
+
+    q [B, L, H, D], k and v [B, M, H, D], D < width -> [B, L, H, D]: softmax(q k^T / sqrt(D)) v.
+    """
+    if torch.compiler.is_compiling():
+        size = q.shape[-1]
+        q, k, v = _filled(q, width), _filled(k, width), _filled(v, width)
+        out = F.scaled_dot_product_attention(q, k, v, scale=size**-0.5)  # [B, H, L, width]
+        return out.transpose(1, 2)[..., :size]
+    result: Tensor = _NarrowAttention.apply(q, k, v, width)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _filled(x: Tensor, width: int) -> Tensor:
+    """[B, L, H, D] -> [B, H, L, width]."""
+    return F.pad(x, (0, width - x.shape[-1])).transpose(1, 2)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -70,20 +99,48 @@ class _NormSiLU(torch.autograd.Function):
         return (*cast, None, None)
 
 
-class _Geglu(torch.autograd.Function):
+class _GegluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         value, gate = x.chunk(2, dim=-1)
-        ctx.save_for_backward(x)
-        return F.gelu(gate).mul_(value)
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(gate).mul_(value), weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        value, gate = x.chunk(2, dim=-1)
-        out = torch.empty_like(x)
-        for_value, for_gate = out.chunk(2, dim=-1)
-        torch.mul(grad, F.gelu(gate), out=for_value)
-        for_gate.copy_(torch.ops.aten.gelu_backward(grad * value, gate))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])  # [N, C]
+        value, gate = x.reshape(rows.shape[0], -1).chunk(2, dim=-1)  # [N, D]
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        # The halves of the result hold what is between, so that little more is alive at a time than it.
+        for_value, for_gate = out.view(rows.shape[0], -1).chunk(2, dim=-1)
+        activated = torch.ops.aten.gelu.out(gate, out=for_gate)  # [N, D]
+        for_weight = rows.T @ (activated * value) if ctx.needs_input_grad[1] else None  # [C, D]
+        for_bias = rows.sum(0) if ctx.needs_input_grad[2] else None  # [C]
+        inner = rows @ weight  # [N, D]
+        torch.mul(inner, activated, out=for_value)
+        torch.ops.aten.gelu_backward.grad_input(inner.mul_(value), gate, grad_input=for_gate)
+        return out, for_weight, for_bias
+
+
+class _NarrowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
+        ctx.width, size = width, q.shape[-1]
+        wide = (_filled(x, width) for x in (q, k, v))
+        filled, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, scale=size**-0.5)
+        out: Tensor = filled.transpose(1, 2)[..., :size].contiguous()  # [B, L, H, D]
+        ctx.save_for_backward(q, k, v, out, sums)
         return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, sums = ctx.saved_tensors
+        size = grad.shape[-1]
+        wide = (_filled(x, ctx.width) for x in (grad, *kept))  # [B, H, L or M, width]
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *wide, sums, 0.0, False, scale=size**-0.5
+        )
+        return (*(g.transpose(1, 2)[..., :size] for g in grads), None)

@@ -6,11 +6,12 @@ Rombach et al. 2022, appendix E.2.1. The 1x1 projections are linear layers on to
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmscale.models.attention import MultiHeadAttention, attention
-from ldmscale.models.layers import NORM_GROUPS, GroupNorm, LayerNorm, ZeroLinear, dropout_layer
-from ldmscale.models.lean import geglu
+from ldmscale.models.layers import NORM_GROUPS, GroupNorm, LayerNorm, ZeroLinear
+from ldmscale.models.lean import geglu, geglu_linear
 
 
 def tokens_of(x: Tensor) -> Tensor:
@@ -29,13 +30,24 @@ class GatedFeedForward(nn.Module):
     def __init__(self, width: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.proj_in = nn.Linear(width, 8 * width)
-        self.dropout = dropout_layer(dropout)
-        self.proj_out = nn.Linear(4 * width, width)
+        self.proj_out = GatedLinear(4 * width, width, dropout=dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = geglu(self.proj_in(x))  # [B, L, 4C]
-        result: Tensor = self.proj_out(self.dropout(inner))  # [B, L, C]
+        result: Tensor = self.proj_out(self.proj_in(x))  # [B, L, C]
         return result
+
+
+class GatedLinear(nn.Linear):
+    """GEGLU and the linear layer after it: [..., 2 D] -> [..., C]. One module, so that nothing between them is kept."""
+
+    def __init__(self, inputs: int, outputs: int, *, dropout: float) -> None:
+        super().__init__(inputs, outputs)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            return super().forward(F.dropout(geglu(x), self.dropout))
+        return geglu_linear(x, self.weight, self.bias)
 
 
 class TransformerBlock(nn.Module):

@@ -9,7 +9,8 @@ from parity import draw
 from torch import Tensor
 
 from ldmscale.models.layers import Upsample
-from ldmscale.models.lean import geglu, norm_silu
+from ldmscale.models.lean import geglu_linear, narrow_attention, norm_silu
+from ldmscale.models.transformer import GatedFeedForward
 
 
 def plain_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -61,17 +62,51 @@ def test_norm_silu_of_bf16_computes_in_fp32_and_keeps_bf16() -> None:
         torch.testing.assert_close(f, e)
 
 
-def test_geglu_has_exact_gradients_and_keeps_its_input_only() -> None:
-    x = draw(3, 5, 12).requires_grad_(True)
-    out = geglu(x)
-    torch.testing.assert_close(out, plain_geglu(x))
-    assert torch.autograd.gradcheck(geglu, (x,))
-    assert kept_bytes(out) == x.nbytes
+def test_geglu_and_its_linear_layer_have_exact_gradients_and_keep_input_and_weight_only() -> None:
+    x, weight, bias = (
+        draw(*shape, seed=i).requires_grad_(True) for i, shape in enumerate(((3, 5, 12), (4, 6), (4,)))
+    )
+    out = geglu_linear(x, weight, bias)
+    torch.testing.assert_close(out, plain_geglu(x) @ weight.T + bias)
+    assert torch.autograd.gradcheck(geglu_linear, (x, weight, bias))
+    assert kept_bytes(out) == x.nbytes + weight.nbytes
+
+
+def test_dropout_falls_between_geglu_and_its_linear_layer() -> None:
+    torch.manual_seed(0)
+    feedforward = GatedFeedForward(8, dropout=0.5)
+    x = draw(1, 3, 8).float()
+    with torch.no_grad():
+        feedforward.proj_out.weight.copy_(torch.eye(8, 32))
+        feedforward.proj_out.bias.zero_()
+    whole = feedforward.eval()(x)
+    torch.testing.assert_close(whole, plain_geglu(feedforward.proj_in(x))[..., :8])
+    shares = feedforward.train()(x) / whole
+    assert set(shares.detach().round(decimals=4).flatten().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("keys", [40, 7])
+def test_attention_of_filled_up_heads_is_attention_and_keeps_no_zeros(keys: int) -> None:
+    """In fp32, which the kernel is for: compared with softmax and products in fp64."""
+    shapes = ((2, 40, 3, 5), (2, keys, 3, 5), (2, keys, 3, 5))
+    exact = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+    upstream = draw(2, 40, 3, 5, seed=9)
+    q, k, v = (x.clone().requires_grad_(True) for x in exact)
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k) / 5**0.5
+    expected = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
+    expected_gradients = torch.autograd.grad(expected, (q, k, v), upstream)
+    given = [x.float().requires_grad_(True) for x in exact]
+    found = narrow_attention(*given, 16)
+    gradients = torch.autograd.grad(found, given, upstream.float(), retain_graph=True)
+    for f, e in zip((found, *gradients), (expected, *expected_gradients), strict=True):
+        assert f.shape == e.shape and (f - e).abs().max() < 2e-6 * e.abs().max()
+    own = sum(x.nbytes for x in (*given, found))
+    assert kept_bytes(found) == own + 2 * 3 * 40 * 4  # and one sum a row
 
 
 def test_differentiating_twice_is_refused_and_not_silently_wrong() -> None:
-    x = draw(3, 12).requires_grad_(True)
-    (first,) = torch.autograd.grad(geglu(x).square().sum(), x, create_graph=True)
+    x, weight, bias = draw(3, 12).requires_grad_(True), draw(2, 6), draw(2)
+    (first,) = torch.autograd.grad(geglu_linear(x, weight, bias).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
