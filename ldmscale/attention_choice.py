@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 
-from ldmscale.config import AutoencoderConfig, DiffusionJob, TextEncoderConfig, UNetConfig
+from ldmscale.config import AutoencoderConfig, DiffusionJob, TextEncoderConfig, TrainConfig, UNetConfig
 from ldmscale.distributed.collectives import any_true
 from ldmscale.errors import ConfigError
 from ldmscale.models.attention import Backend, Probe, probe, set_backend
@@ -46,6 +46,11 @@ class AttentionChoice:
             "fault": self.fault,
             "largest_difference": found,
         }
+
+
+def wanted_attention(train: TrainConfig) -> str:
+    """train.attention; SDPA rather than xformers where blocks are compiled, since the two were never run together."""
+    return "sdpa" if train.compile == "blocks" and train.attention == "auto" else train.attention
 
 
 def choose_attention(

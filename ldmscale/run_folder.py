@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 # A longer run stretches a decaying learning rate; that is said like every change.
 FREE_KEYS = (
     "run.", "checkpoint.", "ema.store_every_steps", "safety.", "tracking.", "preview.", "zero.", "scale_samples", "warm_start",
-    "train.max_steps", "train.log_every_steps", "train.rank_micro_batch", "train.attention", "train.garbage_every_steps",
+    "train.max_steps", "train.log_every_steps", "train.rank_micro_batch", "train.attention", "train.compile",
+    "train.garbage_every_steps",
     "data.shards", "data.heldout_shards", "data.workers", "data.max_bad_share", "data.max_bad_in_a_row",
     "data.allow_pipe", "data.storage.", "train.global_batch", "first_stage.path",
     "diffusion.loss_bins",

@@ -20,6 +20,7 @@ from ldmscale.checks.networks import check_autoencoder, check_conditions, check_
 from ldmscale.checks.stages import (
     check_averages,
     check_batch,
+    check_compile,
     check_denoising_validation,
     check_first_stage,
     check_latents,
@@ -44,6 +45,7 @@ from ldmscale.config import (
     QuickstartJob,
     SampleJob,
     SubmitJob,
+    TextEncoderConfig,
     WandbSyncJob,
 )
 
@@ -56,6 +58,9 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
             *check_zero(config.zero),
+            *check_compile(
+                config.train, config.zero, {"autoencoder.checkpointing": config.autoencoder.checkpointing}
+            ),
             *check_averages(config.ema),
             *check_local("run.dir", config.run.dir),
             *check_warm_start(config.warm_start.path),
@@ -71,6 +76,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
             *check_zero(config.zero),
+            *check_compile(config.train, config.zero, _checkpointing(config)),
             *check_averages(config.ema),
             *check_local("run.dir", config.run.dir),
             *check_warm_start(config.warm_start.path),
@@ -114,3 +120,11 @@ def check(config: Job, world_size: int) -> list[str]:
         return check_doctor(config)
     assert isinstance(config, QuickstartJob)
     return check_source(config)
+
+
+def _checkpointing(config: DiffusionJob) -> dict[str, str]:
+    """What each trained network of the job keeps for the backward pass, by its key."""
+    found = {"unet.checkpointing": str(config.unet.checkpointing)}
+    if isinstance(config.text_encoder, TextEncoderConfig):
+        found["text_encoder.checkpointing"] = str(config.text_encoder.checkpointing)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ldmscale.checks.data import check_image_size
@@ -46,6 +47,30 @@ def check_zero(zero: ZeroConfig) -> list[str]:
             f"zero.leaf_blocks=true, but zero.stage={zero.stage} gathers no weights: give zero=3, or leave it out"
         ]
     return []
+
+
+def check_compile(train: TrainConfig, zero: ZeroConfig, checkpointing: Mapping[str, str]) -> list[str]:
+    """Where torch.compile of blocks is known to break. `checkpointing` of each trained network, by its key."""
+    if train.compile == "off":
+        return []
+    faults = []
+    if zero.stage == 3:
+        faults.append(
+            "train.compile=blocks with zero.stage=3: the hooks that gather weights cannot be compiled; give zero=0, 1 or 2, "
+            "or train.compile=off"
+        )
+    if train.attention == "xformers":
+        faults.append(
+            "train.compile=blocks with train.attention=xformers has never been run: give train.attention=sdpa, or "
+            "train.compile=off"
+        )
+    faults += [
+        f"train.compile=blocks with {key}=selective: what is kept is chosen among operations that compiled blocks do not show; "
+        f"give {key}=full or off, or train.compile=off"
+        for key, value in checkpointing.items()
+        if value == "selective"
+    ]
+    return faults
 
 
 def check_averages(ema: EmaConfig) -> list[str]:

@@ -72,6 +72,8 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every_steps: NotNegative = 50
     attention: Literal["auto", "xformers", "sdpa", "plain"] = "auto"
+    # blocks: residual, attention and text blocks run through torch.compile; not at ZeRO-3, not with selective checkpointing
+    compile: Literal["off", "blocks"] = "off"
     # Python's cycle collector runs at these steps on all ranks, and at no other time
     garbage_every_steps: NotNegative = 100
 

@@ -29,7 +29,8 @@ def main(overrides: Sequence[str]) -> int:
 def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     import torch
 
-    from ldmscale.attention_choice import autoencoder_head_channels, choose_attention
+    from ldmscale.attention_choice import autoencoder_head_channels, choose_attention, wanted_attention
+    from ldmscale.compilation import compile_blocks
     from ldmscale.data.budget import next_for_all
     from ldmscale.data.items import ImageItem
     from ldmscale.data.loader import Batch
@@ -56,13 +57,15 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
         run, config.train, config.optim, config.zero, lr_scale=loss.discriminator_lr_scale
     )
     head_channels = {options.compute_dtype: autoencoder_head_channels(config.autoencoder)}
-    attention = choose_attention(config.train.attention, head_channels, run.device)
+    attention = choose_attention(wanted_attention(config.train), head_channels, run.device)
     run.note("attention", attention.plain())
     distance = build_distance(loss, run.device)
     torch.manual_seed(config.seed)
     with sharded_construction(options):
         generator_network = build_autoencoder(config.autoencoder)
         discriminator_network = RealAndFake(build_discriminator(loss))
+    if config.train.compile == "blocks":
+        compile_blocks(generator_network, run.device)
     generator = Engine("generator", generator_network, options, run.device)
     discriminator = Engine("discriminator", discriminator_network, discriminator_options, run.device)
     log.info("autoencoder of %s and discriminator of %s parameters, ZeRO-%d, %s, attention by %s",

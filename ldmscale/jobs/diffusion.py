@@ -32,7 +32,8 @@ def main(overrides: Sequence[str]) -> int:
 def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     import torch
 
-    from ldmscale.attention_choice import choose_attention, diffusion_head_channels
+    from ldmscale.attention_choice import choose_attention, diffusion_head_channels, wanted_attention
+    from ldmscale.compilation import compile_blocks
     from ldmscale.data.items import ImageItem, LatentItem
     from ldmscale.jobs.classes import settle_classes, settle_layout
     from ldmscale.jobs.engines import averages_of, engine_options, rate_curve
@@ -66,7 +67,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         classes = settle_classes(run, config.data, config.class_embedder)
     options = engine_options(run, config.train, config.optim, config.zero)
     head_channels = diffusion_head_channels(config, options.compute_dtype)
-    attention = choose_attention(config.train.attention, head_channels, run.device)
+    attention = choose_attention(wanted_attention(config.train), head_channels, run.device)
     run.note("attention", attention.plain())
     first_stage, latent_shape, stored = open_first_stage(config, run)
     frozen_text = open_frozen_text(run, config)
@@ -76,6 +77,8 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         null = torch.from_numpy(layout.encode([]))
     with sharded_construction(options):
         network = build_denoiser(config, null, frozen_text)
+    if config.train.compile == "blocks":
+        compile_blocks(network, run.device)
     engine = Engine("denoiser", network, options, run.device)
     log.info("denoiser of %s parameters, ZeRO-%d, %s, attention by %s", f"{engine.parameter_count():,}",
              config.zero.stage, config.train.precision, attention.backend)  # fmt: skip

@@ -19,6 +19,7 @@ def main(overrides: Sequence[str]) -> int:
     from ldmscale.interop.compvis import kinds_kept
     from ldmscale.interop.files import appearing
     from ldmscale.interop.model import write_model
+    from ldmscale.interop.published import published_unets
     from ldmscale.interop.reading import Given, add_tokenizer, read
     from ldmscale.tracking.logs import set_up_logging
 
@@ -51,5 +52,10 @@ def main(overrides: Sequence[str]) -> int:
         log.info("kept as they are: %d tensors, %s", count, what)
     for told in model.unknown.values():
         log.warning("%s; as it is, the model can be exported as compvis and not be run", told)
+    if "unet.heads" in model.unknown and model.unet is not None and (names := published_unets(model.unet)):
+        log.warning(
+            "its U-Net has the shapes of %s: if that is the model, import it again with unet=%s",
+            " and ".join(names), names[0],
+        )  # fmt: skip
     log.info("%s is in %s", config.src, dst)
     return 0

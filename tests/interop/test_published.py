@@ -13,6 +13,7 @@ from ldmscale.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from ldmscale.interop import compvis_names as names_there
 from ldmscale.interop import compvis_shapes as shapes_there
 from ldmscale.interop import diffusers_config
+from ldmscale.interop.published import published_unets
 from ldmscale.interop.slots import Slot
 from ldmscale.networks import build_autoencoder, build_text_encoder, build_unet
 
@@ -44,6 +45,8 @@ def test_a_unet_is_seen_from_its_tensors(name):
         weights = build_unet(config).state_dict()
     found = foreign(names_there.unet_slots(config, list(weights)), weights)
     assert shapes_there.infer_unet(found, config.heads, config.head_channels) == config
+    # Its name is proposed to those who do not know the heads, and no other.
+    assert published_unets(replace(config, heads=1, head_channels=None)) == [name]
     for key in ("input_blocks.0.0.weight", "time_embed.2.bias", "middle_block.1.norm.weight", "out.2.weight"):
         assert key in found
     # One averaged name for each: LitEma removes the dots, and no two names may become one.
