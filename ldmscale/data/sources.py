@@ -103,7 +103,7 @@ def prepare(
         train_samples=len(train),
         heldout_samples=len(heldout),
         classes=dict(sorted(Counter(item.metadata["class"] for item in items).items())),
-        scenes=write_scenes(train, heldout, target, seed, samples_per_shard) if source == "sprites" else (),
+        scenes=write_scenes(train, heldout, target, seed) if source == "sprites" else (),
         skipped=tuple(skipped),
     )
     # Shards of these names may have been indexed before, with other samples in them.

@@ -37,6 +37,7 @@ PALETTE = {
 
 SCENE_SIDE = 64  # pixels
 SCENES = 1536  # of training; a twelfth of it is held out
+_SCENES_PER_SHARD = 128
 _OBJECTS = (1, 3)
 _SHARE = (0.3, 0.6)  # the longer side of a sprite, of the scene's
 _TRIES = 20  # to find a place where a sprite covers next to nothing of another
@@ -136,9 +137,7 @@ def on_square(item: Item) -> Item:
     return Item(item.key, buffer.getvalue(), "png", item.caption, metadata, {"map.png": map_png(square)})
 
 
-def write_scenes(
-    train: Sequence[Item], heldout: Sequence[Item], target: Path, seed: int, samples_per_shard: int
-) -> tuple[str, ...]:
+def write_scenes(train: Sequence[Item], heldout: Sequence[Item], target: Path, seed: int) -> tuple[str, ...]:
     """Scenes of the training sprites, and some of the held-out ones."""
     paths = []
     for items, prefix, count, first in (
@@ -150,7 +149,7 @@ def write_scenes(
             for item in items
         ]
         scenes = (_scene_item(scene_of(sprites, seed, first + i), i) for i in range(count))
-        paths += write_shards(scenes, target, prefix, samples_per_shard)
+        paths += write_shards(scenes, target, prefix, _SCENES_PER_SHARD)
     return tuple(map(str, paths))
 
 

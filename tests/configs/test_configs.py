@@ -32,7 +32,7 @@ GROUP_JOB = {
     "autoencoder": "autoencoder", "loss": "autoencoder", "unet": "diffusion", "text_encoder": "diffusion",
     "diffusion": "diffusion", "optim": "diffusion", "zero": "diffusion", "train": "diffusion", "preview": "diffusion",
     "checkpoint": "diffusion", "tracking": "diffusion", "debug": "diffusion", "class_embedder": "diffusion",
-    "embeddings": "diffusion", "spatial": "diffusion", "cluster": "submit", "safety": "diffusion",
+    "embeddings": "diffusion", "layout": "diffusion", "spatial": "diffusion", "cluster": "submit", "safety": "diffusion",
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from ldmscale.data.captioned import caption_of_path, class_of_path, unique_capti
 from ldmscale.data.image_shards import Item, write_shards
 from ldmscale.data.index import ShardIndex, check_shards
 from ldmscale.data.sources import images_in, prepare, split_heldout, sprites
+from ldmscale.data.sprites import SCENES
 from ldmscale.data.wheel import arcade_wheel
 from ldmscale.errors import DataError
 
@@ -88,7 +89,11 @@ def test_sprites_stand_whole_in_a_transparent_square(wheel: Path) -> None:
     assert image.crop((0, 0, 5, 30)).getextrema()[3] == (0, 0)
     assert image.crop((5, 0, 25, 30)).tobytes() != bytes(20 * 30 * 4)
     wanted = {"class": "cards", "source": "cards/cardHearts2.png", "width": 30, "height": 30}
+    boxes = item.metadata.pop("boxes")
     assert item.metadata == {**wanted, "original_width": 20, "original_height": 30}
+    assert boxes == [{"class": "cards", "box": [0.1667, 0.0, 0.8333, 1.0]}]  # columns 5 to 25 of 30
+    with Image.open(io.BytesIO(item.more["map.png"])) as numbers:
+        assert numbers.size == (30, 30) and numbers.crop((0, 0, 5, 30)).getextrema() == (0, 0)
 
 
 def test_heldout_words_all_occur_in_training_captions(wheel: Path) -> None:
@@ -128,7 +133,10 @@ def test_prepare_writes_shards_once(wheel: Path, tmp_path: Path) -> None:
     report = check_shards([*made.train, *made.heldout], "decode")
     assert report.damaged == 0 and report.samples == 14 and report.statistics.captions == 14
     other = prepare("sprites", folder, root=str(wheel), heldout_share=0.3, samples_per_shard=100)
-    assert [path.name for path in sorted(folder.glob("*.tar"))] == ["heldout-00000.tar", "train-00000.tar"]
+    kept = [path.name for path in sorted(folder.glob("*.tar")) if not path.name.startswith("scenes-")]
+    assert kept == ["heldout-00000.tar", "train-00000.tar"]
+    scenes = check_shards(made.scenes, "headers")
+    assert scenes.damaged == 0 and scenes.samples == SCENES + SCENES // 12
     # Shards of the same name that were indexed before are indexed anew.
     assert ShardIndex.open(other.train).total == 10
     Path(other.train[0]).unlink()
