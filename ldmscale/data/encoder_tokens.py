@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from ldmscale.data.token_rows import decode, encode, from_hub, of_one_length
 from ldmscale.errors import DataError
 
 
@@ -32,8 +33,7 @@ class EncoderTokenizer:
         self.vocab_size = backend.get_vocab_size()
         self.pad_id = int(number)
         self._backend = backend
-        backend.enable_truncation(max_tokens)
-        backend.enable_padding(pad_id=self.pad_id, pad_token=pad_token, length=max_tokens)
+        of_one_length(backend, max_tokens, self.pad_id, pad_token)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], max_tokens: int) -> EncoderTokenizer:
@@ -41,8 +41,6 @@ class EncoderTokenizer:
 
         Raises DataError where the folder is none, or names no token for padding.
         """
-        # The library warns, and turns itself off, when a process forks after it has used its threads; rows are short.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         files = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
         if not all(file.is_file() for file in files):
             raise DataError(
@@ -56,13 +54,11 @@ class EncoderTokenizer:
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
         """Returns token ids int64 [B, max_tokens], long captions cut."""
-        if not captions:
-            return np.empty((0, self.max_tokens), dtype=np.int64)
-        return np.array([row.ids for row in self._backend.encode_batch(list(captions))], dtype=np.int64)
+        return encode(self._backend, captions, self.max_tokens)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of one row of ids, special tokens left out."""
-        return str(self._backend.decode([int(value) for value in ids], skip_special_tokens=True))
+        return decode(self._backend, ids)
 
     @property
     def fingerprint(self) -> str:
@@ -75,16 +71,10 @@ def keep(name_or_folder: str, folder: str | os.PathLike[str]) -> None:
 
     Raises DataError where there is none.
     """
-    # transformers takes seconds to import, and a kept tokenizer does not need it.
-    from transformers import AutoTokenizer
-
     target = Path(folder)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        try:  # the local copy first: where there is no network the hub's client tries for most of a minute
-            found = AutoTokenizer.from_pretrained(name_or_folder, local_files_only=True)
-        except OSError:
-            found = AutoTokenizer.from_pretrained(name_or_folder)
+        found = from_hub(name_or_folder)
         found.save_pretrained(temporary)
         if not (temporary / "tokenizer.json").is_file():
             raise DataError(f"{type(found).__name__} cannot be written as tokenizer.json")

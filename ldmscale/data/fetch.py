@@ -7,7 +7,7 @@ count and resume finds the same. A store that cannot be reached is no sample's f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -40,6 +40,12 @@ class Run(NamedTuple):
     bucket: int
     number: int
     samples: int
+
+    def parts(self, samples: int) -> Iterator[Run]:
+        """The same run in runs of at most so many samples."""
+        for start in range(0, self.samples, samples):
+            first = self.ticket(start)
+            yield Run(*first, min(samples, self.samples - start))
 
     def ticket(self, row: int) -> Ticket:
         return Ticket(self.position + row, self.bucket, self.number + row)
@@ -80,10 +86,35 @@ class Fetcher(Generic[T]):
         self.seed = seed
         self.ledger = ledger
 
-    def fetch(self, ticket: Ticket, make_item: Callable[[Sample, int], T] | None = None) -> Fetched[T]:
+    def read_ahead(self, run: Run) -> list[Sample | None]:
+        """The samples of a run; None where one cannot be read, which `fetch` then says.
+
+        A decoder leaves nothing of other code in the processor's caches: several reads at once take half the time.
+
+        Raises:
+            StoreError: if the shards' store cannot be reached.
+        """
+        shards, indices = self.sequence.places(run.bucket, run.number, run.samples)
+        found: list[Sample | None] = []
+        for shard, index in zip(shards.tolist(), indices.tolist(), strict=True):
+            try:
+                found.append(self.reader.read(shard, index, run.bucket))
+            except StoreError:
+                raise
+            except DataError:
+                found.append(None)
+        return found
+
+    def fetch(
+        self,
+        ticket: Ticket,
+        make_item: Callable[[Sample, int], T] | None = None,
+        sample: Sample | None = None,
+    ) -> Fetched[T]:
         """Fetches the item of a ticket, or its stand-in.
 
-        `make_item` takes the place of the fetcher's own: the same item, in memory that is ready for it.
+        `make_item` takes the place of the fetcher's own: the same item, in memory that is ready for it. `sample` is that of
+        the ticket, if it was read ahead.
 
         The stand-in keeps the position, and with it the position's noise, timestep and crop.
 
@@ -93,19 +124,21 @@ class Fetcher(Generic[T]):
         """
         position, bucket, number = ticket
         make_item = make_item or self.make_item
-        place = self.sequence.place(bucket, number)
-        draws = None
+        place = draws = None
         reason = ""
         for skipped in range(_STAND_INS + 1):
             key = ""
             try:
-                sample = self.reader.read(place.shard, place.index, bucket)
+                if sample is None:
+                    place = place or self.sequence.place(bucket, number)
+                    sample = self.reader.read(place.shard, place.index, bucket)
                 key = sample.key
                 return Fetched(key, make_item(sample, position), skipped)
             except StoreError:
                 raise
             except DataError as error:
                 reason = str(error)
+            sample, place = None, place or self.sequence.place(bucket, number)
             url = self.reader.index.shards[place.shard]
             self.ledger.record(
                 shard=url, key=key or f"number {place.index}", reason=reason, position=position

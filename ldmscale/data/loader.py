@@ -43,6 +43,7 @@ MakeItem = Callable[[Sample, int], Item]
 
 Batch = dict[str, Any]
 
+_READ_AHEAD = 16  # images read before the first of them is decoded
 _FAULT = "fault"
 _UNREACHABLE = "store"
 
@@ -252,14 +253,21 @@ class _Samples(Dataset[Batch]):
     def _images(self, run: Run, item: ImageItem) -> Batch:
         """Decoded where they stay: of images, copying from one place to another is most of what is not decoding."""
         images = self._memory.take((run.samples, *item.shape(run.bucket)), np.dtype(np.uint8))
-        rows = []
-        for row in range(run.samples):
-            rows.append(self._row(run.ticket(row), partial(item, out=images[row])))
-            del rows[-1]["image"]
+        rows: list[dict[str, Any]] = []
+        for part in run.parts(_READ_AHEAD):
+            for row, sample in enumerate(self.fetcher.read_ahead(part)):
+                out = images[len(rows)]
+                rows.append(self._row(part.ticket(row), partial(item, out=out), sample))
+                del rows[-1]["image"]
         return {"image": torch.from_numpy(images), **_collate(rows)}
 
-    def _row(self, ticket: Ticket, make_item: Callable[[Sample, int], Item] | None = None) -> dict[str, Any]:
-        fetched = self.fetcher.fetch(ticket, make_item)
+    def _row(
+        self,
+        ticket: Ticket,
+        make_item: Callable[[Sample, int], Item] | None = None,
+        sample: Sample | None = None,
+    ) -> dict[str, Any]:
+        fetched = self.fetcher.fetch(ticket, make_item, sample)
         return {**fetched.item, "position": ticket.position, "key": fetched.key, SKIPPED: fetched.skipped}
 
 

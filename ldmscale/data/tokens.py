@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ldmscale.data.files import write_file
+from ldmscale.data.token_rows import decode, encode, from_hub, of_one_length
 from ldmscale.data.wordpiece import learn_pieces
 from ldmscale.errors import DataError
 
@@ -71,8 +72,7 @@ class Tokenizer:
             _special_id(backend, token) for token in SPECIAL[:4]
         )
         self._backend = backend
-        backend.enable_truncation(max_tokens)
-        backend.enable_padding(pad_id=self.pad_id, pad_token="[PAD]", length=max_tokens)
+        of_one_length(backend, max_tokens, self.pad_id, "[PAD]")
 
     @classmethod
     def load(cls, name_or_folder: str | os.PathLike[str], max_tokens: int) -> Tokenizer:
@@ -86,9 +86,6 @@ class Tokenizer:
         Raises:
             DataError: if there is none, or it lacks BERT's special tokens.
         """
-        # The library warns, and turns itself off, when a process forks after it has used its threads; rows
-        # are short here.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         folder = Path(name_or_folder)
         lowercase = True
         config = folder / "tokenizer_config.json"
@@ -109,13 +106,11 @@ class Tokenizer:
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
         """Returns token ids int64 [B, max_tokens]: [CLS] words [SEP] [PAD] ..., long captions cut."""
-        if not captions:
-            return np.empty((0, self.max_tokens), dtype=np.int64)
-        return np.array([row.ids for row in self._backend.encode_batch(list(captions))], dtype=np.int64)
+        return encode(self._backend, captions, self.max_tokens)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of one row of ids, special tokens left out."""
-        return str(self._backend.decode([int(value) for value in ids], skip_special_tokens=True))
+        return decode(self._backend, ids)
 
     @property
     def fingerprint(self) -> str:
@@ -170,15 +165,8 @@ def _special_id(backend: tokenizers.Tokenizer, token: str) -> int:
 
 
 def _from_hub(name: str) -> tokenizers.Tokenizer:
-    # transformers takes seconds to import, and a folder does not need it.
-    from transformers import AutoTokenizer
-
     try:
-        try:  # the local copy first: where there is no network the hub's client tries for most of a minute
-            found = AutoTokenizer.from_pretrained(name, local_files_only=True)
-        except OSError:
-            found = AutoTokenizer.from_pretrained(name)
-        backend: tokenizers.Tokenizer = found.backend_tokenizer
+        backend: tokenizers.Tokenizer = from_hub(name).backend_tokenizer
         return backend
     except Exception as error:  # no network, no such name, no access: the hub's client raises many kinds
         raise DataError(
