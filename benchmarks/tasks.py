@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96, help="that are drawn, at most")
     parser.add_argument("--steps", type=int, default=30, help="of the sampler")
     parser.add_argument("overrides", nargs="*", help="of the training, such as train.max_steps=20")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # options may stand among the overrides
     if given.task == "table":
         print(table(Path("runs")))
         return
