@@ -16,11 +16,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.task_figures import FIGURES, measure
+from benchmarks.task_figures import FIGURES, WITH_LATENTS, measure, shards_of
 from ldmscale.launcher import launch
 
 TASKS = tuple(FIGURES)
-LATENTS = ("unconditional_small", "class_small", "text_small")  # whose conditions go with latents
 
 
 def main() -> None:
@@ -48,14 +47,9 @@ def main() -> None:
         print(json.dumps(figures, indent=1), flush=True)
 
 
-def shards_of(task: str, source: Path, part: str) -> str:
-    """The shards of images that a task is about."""
-    return str(source / "data" / f"{'scenes-' if task == 'layout_small' else ''}{part}-*.tar")
-
-
 def train(task: str, run: Path, source: Path, ranks: int, overrides: list[str]) -> None:
     """Train the experiment of a task; SystemExit with the job's status where that fails."""
-    shards = str(source / "latents" / "*.tar") if task in LATENTS else shards_of(task, source, "train")
+    shards = str(source / "latents" / "*.tar") if task in WITH_LATENTS else shards_of(task, source, "train")
     status = launch(
         [
             "diffusion", f"experiment={task}", f"data.shards='{shards}'",

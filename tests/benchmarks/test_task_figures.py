@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.task_figures import FIGURES, SIZE, _among, _cut, _drawn_boxes, _inside, _iou, _psnr, _seen
-from benchmarks.tasks import TASKS, shards_of, table, train_seconds
+from benchmarks.task_figures import (
+    FIGURES,
+    SIZE,
+    _among,
+    _cut,
+    _drawn_boxes,
+    _inside,
+    _iou,
+    _psnr,
+    _seen,
+    shards_of,
+)
+from benchmarks.tasks import TASKS, table, train_seconds
 from ldmscale.data.layouts import Box
 
 LEFT, TOP = Box(3, 0.0, 0.0, 0.5, 1.0), Box(1, 0.0, 0.0, 1.0, 0.5)
