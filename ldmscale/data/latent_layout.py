@@ -62,6 +62,16 @@ class Layout:
     npy_head: np.ndarray
     array_bytes: int
 
+    @property
+    def arrays_first(self) -> bool:
+        """Whether the arrays come before all texts: then they are at the same place of every sample."""
+        return max(self.arrays.values()) < len(self.arrays)
+
+    def values_at(self, members: np.ndarray) -> np.ndarray:
+        """Where the values of some arrays begin in a sample, int64 [members]."""
+        found: np.ndarray = (self.at[members] + 1) * BLOCK + NPY_HEAD
+        return found
+
 
 class Found(NamedTuple):
     """The samples of a batch. What is said of those that do not match means nothing."""

@@ -113,20 +113,29 @@ class LatentReader:
         count = run.samples
         shards, indices = self.fetcher.sequence.places(run.bucket, run.number, count)
         offsets, sizes = self.fetcher.reader.index.spans(shards, indices)
-        good = self._fill(shards, offsets, sizes)
+        layout, begins = self._layout, None
+        if layout is not None:
+            chosen = self._chosen(run, layout)
+            if layout.arrays_first and (chosen >= 0).all():
+                begins = layout.values_at(chosen)
+        good = self._fill(shards, offsets, sizes, latents, begins)
         if not good.any():
             return good
-        if self._layout is None:
+        if layout is None:
             self._learn(good, sizes)
-        if self._layout is None:
-            return np.zeros(count, dtype=bool)
-        layout = self._layout
+            layout = self._layout
+            if layout is None:
+                return np.zeros(count, dtype=bool)
+            chosen = self._chosen(run, layout)
         found = matching(layout, self._buffer[:count].reshape(count, -1, BLOCK), sizes)
         if not (good & found.good).any():
             self._learn(good, sizes)
             return found.good & False
         good &= found.good
-        self._copy(latents, self._chosen(run, layout), found.at, good)
+        if begins is None:
+            self._copy(latents, chosen, found.at, good)
+        if not _all_finite(latents):
+            good &= [_all_finite(latent) for latent in latents]
         columns["key"] = found.key_texts()
         if len(columns) > 1:
             self._tell(layout, found, columns, good, run.position)
@@ -139,8 +148,18 @@ class LatentReader:
         views = [self.item.member(position) for position in range(run.position, run.position + run.samples)]
         return np.array([layout.arrays.get(view, -1) for view in views])
 
-    def _fill(self, shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Reads each sample's span into a row of the buffer. Returns which came whole, bool [b]."""
+    def _fill(
+        self,
+        shards: np.ndarray,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        latents: np.ndarray,
+        begins: np.ndarray | None,
+    ) -> np.ndarray:
+        """Reads each sample's span into a row of the buffer. Returns which came whole, bool [b].
+
+        Where `begins` [b] says where the values are, these go to `latents` and leave a hole in the buffer.
+        """
         count, longest = len(shards), -(-int(sizes.max()) // BLOCK) * BLOCK
         good = np.zeros(count, dtype=bool)
         if longest > _LONGEST_SPAN:
@@ -148,13 +167,19 @@ class LatentReader:
         if self._buffer.shape[0] < count or self._buffer.shape[1] < longest:
             self._buffer = np.zeros((count, longest), dtype=np.uint8)
             self._rows = [row.data for row in self._buffer]
-        came, read = [], os.preadv
-        handles = self._handles(shards.tolist())
-        for row, handle, offset, size in zip(  # noqa: B905  the buffer may be longer
-            self._rows, handles, offsets.tolist(), sizes.tolist()
+        came: list[int] = []
+        read, values = os.preadv, latents.reshape(-1).view(np.uint8).data
+        wide = len(values) // count
+        handles, starts = self._handles(shards.tolist()), None if begins is None else begins.tolist()
+        for number, (row, handle, offset, size) in enumerate(
+            zip(self._rows, handles, offsets.tolist(), sizes.tolist())  # noqa: B905  the buffer may be longer
         ):
+            parts = [row[:size]]
+            if starts is not None:
+                begin, to = starts[number], number * wide
+                parts = [row[:begin], values[to : to + wide], row[begin + wide : size]]
             try:
-                came.append(read(handle, [row[:size]], offset))
+                came.append(read(handle, parts, offset))
             except OSError:
                 came.append(-1)
         complete: np.ndarray = np.array(came) == sizes
@@ -175,7 +200,7 @@ class LatentReader:
             return -1
 
     def _copy(self, latents: np.ndarray, chosen: np.ndarray, at: np.ndarray, good: np.ndarray) -> None:
-        """Copies the values out of the buffer, and clears `good` of rows without, or with some that are not finite."""
+        """Copies the values out of the buffer, and clears `good` of rows that have none."""
         assert self._layout is not None
         count, nbytes = len(chosen), self._layout.array_bytes
         good &= chosen >= 0
@@ -188,8 +213,6 @@ class LatentReader:
             out[~good] = 0
             for row in np.flatnonzero(good).tolist():
                 out[row] = self._buffer[row, starts[row] : starts[row] + nbytes]
-        if not _all_finite(latents):
-            good &= [_all_finite(latent) for latent in latents]
 
     def _tell(
         self, layout: Layout, found: Found, columns: dict[str, list[Any]], good: np.ndarray, first: int
