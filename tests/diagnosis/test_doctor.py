@@ -34,7 +34,7 @@ def test_a_stopped_rank_is_named_within_the_timeout_and_the_doctor_tells_the_sam
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [
         sys.executable, "-m", "ldmscale.launcher", "-n", "2", "--cpu", "diffusion", "experiment=smoke",
-        "train.max_steps=100000", "safety.heartbeat_seconds=0.5", "safety.step_timeout_minutes=0.1", "run.name=hung",
+        "train.max_steps=100000", "safety.heartbeat_seconds=0.5", "safety.step_timeout_minutes=0.3", "run.name=hung",
     ]  # fmt: skip
     run = tmp_path / "runs" / "hung"
     with running(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
