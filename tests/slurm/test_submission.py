@@ -15,7 +15,7 @@ from PIL import Image
 from real_cluster import Cluster, until
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 STEPS = 40
 
 
@@ -59,7 +59,7 @@ def reached(run: Path, step: int, number: str, cluster: Cluster) -> None:
         assert cluster.state(number) not in ("FAILED", "COMPLETED", "CANCELLED"), output(run)
         return max(steps(run), default=0) >= step and cluster.state(number) == "RUNNING"
 
-    until(there, 150, f"step {step}")
+    until(there, 240, f"step {step}")
 
 
 def test_a_run_survives_preemption_requeue_and_the_loss_of_a_node_on_fewer_nodes(cluster, tmp_path):
