@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import webdataset
 
 from ldmscale.data.fetch import Fetcher, Run
 from ldmscale.data.index import ShardIndex
@@ -28,6 +29,7 @@ from ldmscale.data.tokens import Tokenizer, train_wordpiece
 
 FORMAT = LatentFormat("b" * 16, "moments", "float16", (4, 8, 8), {"size": 64})
 COUNTS = (40, 30)
+MEMBERS = ("__key__", "json", "latent.npy", "txt")
 TOTAL = sum(COUNTS)
 
 
@@ -104,6 +106,20 @@ def test_boxes_are_read_by_the_batch_in_the_view_of_their_latent(tmp_path: Path)
     assert len({tuple(row) for batch in batches for row in batch["tokens"].tolist()}) > 15
     assert 0 < reader.careful < TOTAL
     assert "is outside of the image" in read_ledger(tmp_path / "batch.jsonl")[0]["reason"]
+
+
+def test_shards_with_texts_before_the_arrays_are_read_by_the_batch(tmp_path: Path) -> None:
+    """As webdataset writes them, which sorts members: json of several lengths, then the latent, then the caption."""
+    (tmp_path / "sorted").mkdir()
+    paths = []
+    for path in write(tmp_path):
+        paths.append(str(tmp_path / "sorted" / Path(path).name))
+        with webdataset.TarWriter(paths[-1], mtime=0, encoder=False) as tar:
+            for sample in webdataset.WebDataset(path, shardshuffle=False):
+                tar.write({name: value for name, value in sample.items() if name in MEMBERS})
+    reader, batches, wanted = both(paths, LatentItem(FORMAT), tmp_path)
+    assert reader.careful == 0
+    assert_equal(batches, wanted, tmp_path)
 
 
 def flip_byte(data: bytearray, offset: int) -> None:
