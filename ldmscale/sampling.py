@@ -12,8 +12,8 @@ from ldmscale.data.labels import ClassLabels
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.diffusion.spacing import SAMPLERS, SPACINGS, path_of
 from ldmscale.errors import ConfigError, DataError
-from ldmscale.models.bottleneck import Posterior
 from ldmscale.models.conditions import Conditions
+from ldmscale.models.tiles import decode_in_tiles, encode_in_tiles
 from ldmscale.parts import Parts
 from ldmscale.stages.drawing import (
     Given,
@@ -45,6 +45,7 @@ def sample(
     image: Tensor | None = None,
     strength: float | None = None,
     mask: Tensor | None = None,
+    decode_tile_pixels: int | None = None,
 ) -> Tensor:
     """Draw one image for each prompt.
 
@@ -69,6 +70,8 @@ def sample(
         strength: share of the steps that are followed from the image, 1 keeps next to nothing of it; 0.75 (as CompVis)
             unless given, and 1 with a mask.
         mask: [N,1,H,W] or [1,1,H,W], above 0.5 where the image is drawn anew; the rest comes back as it is.
+        decode_tile_pixels: side of the tiles in which images with more pixels are decoded, and encoded, in the memory of
+            one tile and without seams (models/tiles.py); whole unless given.
 
     Returns:
         float32 [N,3,H,W] in [-1,1] on the CPU.
@@ -130,10 +133,14 @@ def sample(
         weight.dtype,
         seeds,
         _negative(parts, negatives, conditions),
-        None if image is None else _given(parts, image, strength, mask, len(prompts)),
+        None if image is None else _given(parts, image, strength, mask, len(prompts), decode_tile_pixels),
     )
     decoder_type = next(parts.autoencoder.parameters()).dtype
-    images = parts.autoencoder.decode(parts.scale.unscale(latents).to(decoder_type))
+    latents = parts.scale.unscale(latents).to(decoder_type)
+    if decode_tile_pixels is None:
+        images = parts.autoencoder.decode(latents)
+    else:
+        images = decode_in_tiles(parts.autoencoder, latents, decode_tile_pixels)
     images = images.float().clamp(-1, 1).cpu()
     if image is None or mask is None:
         return images
@@ -247,12 +254,18 @@ def _negative(parts: Parts, negatives: list[str] | None, conditions: Conditions)
     )
 
 
-def _given(parts: Parts, image: Tensor, strength: float, mask: Tensor | None, count: int) -> Given:
+def _given(
+    parts: Parts, image: Tensor, strength: float, mask: Tensor | None, count: int, tile_pixels: int | None
+) -> Given:
     assert parts.autoencoder and parts.scale and parts.denoiser
     of_first_stage = next(parts.autoencoder.parameters())
-    encoded = parts.autoencoder.encode(image.to(of_first_stage.device, of_first_stage.dtype))
+    image = image.to(of_first_stage.device, of_first_stage.dtype)
+    if tile_pixels is None:
+        moments = parts.autoencoder.encode(image).moments()
+    else:
+        moments = encode_in_tiles(parts.autoencoder, image, tile_pixels)
     # The mean of the posterior, not a draw of it: the image belongs to its prompt and seed alone.
-    latent = encoded.mean if isinstance(encoded, Posterior) else encoded.latent
+    latent = moments[:, : parts.autoencoder.latent_channels]
     latent = parts.scale.scale(latent.float()).expand(count, -1, -1, -1)
     redraw = None
     if mask is not None:

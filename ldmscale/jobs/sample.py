@@ -203,7 +203,9 @@ def _draw(
     from ldmscale.tracking.console import ProgressDisplay
 
     image, mask = _given_picture(parts, config)
-    told = None if config.condition is None else Told(parts, config.condition, config.images_per_prompt)
+    told = None
+    if config.condition is not None:
+        told = Told(parts, config.condition, config.images_per_prompt, config.decode_tile_pixels)
     display = ProgressDisplay(total, "images") if ranks.is_main else None
     began = said = time.monotonic()
     if display is not None:
@@ -231,6 +233,7 @@ def _draw(
             image=image,
             strength=config.strength,
             mask=mask,
+            decode_tile_pixels=config.decode_tile_pixels,
         )
         whole = images if told is None else told.finished(batch, images)
         for wanted, pixels in zip(batch, to_uint8(whole), strict=True):

@@ -78,11 +78,13 @@ def conditions_digest(given: str | tuple[str, ...]) -> str:
 class Told:
     """What each wanted image is told by its file."""
 
-    def __init__(self, parts: Parts, given: str | tuple[str, ...], per_prompt: int) -> None:
+    def __init__(
+        self, parts: Parts, given: str | tuple[str, ...], per_prompt: int, tile_pixels: int | None = None
+    ) -> None:
         assert parts.autoencoder and parts.denoiser and parts.scale
         self._parts, self._files, self._per_prompt = parts, condition_files(given), per_prompt
         device = next(parts.denoiser.parameters()).device
-        self._first_stage = FirstStage(parts.autoencoder, parts.scale, device)
+        self._first_stage = FirstStage(parts.autoencoder, parts.scale, device, tile_pixels)
 
     def of_one_size(self, wanted: Sequence[Wanted], most: int) -> list[list[Wanted]]:
         """The images in their order, in batches of at most `most` that are of one size."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.bottleneck import Posterior
+from ldmscale.models.tiles import decode_in_tiles, encode_in_tiles
 from ldmscale.stages import draws
 from ldmscale.stages.latent_scale import LatentScale
 
@@ -25,11 +26,19 @@ def digest(autoencoder: nn.Module) -> str:
 
 
 class FirstStage:
-    """Encodes images and stored moments to scaled latents, and decodes them. Works in float32 (pain 23)."""
+    """Encodes images and stored moments to scaled latents, and decodes them. Works in float32 (pain 23).
+
+    `tile_pixels` bounds its memory (models/tiles.py); None: images are encoded and decoded whole.
+    """
 
     def __init__(
-        self, autoencoder: KLAutoencoder | VQAutoencoder | None, scale: LatentScale, device: torch.device
+        self,
+        autoencoder: KLAutoencoder | VQAutoencoder | None,
+        scale: LatentScale,
+        device: torch.device,
+        tile_pixels: int | None = None,
     ) -> None:
+        self.tile_pixels = tile_pixels
         self.autoencoder = (
             None if autoencoder is None else autoencoder.requires_grad_(False).eval().to(device)
         )
@@ -40,9 +49,10 @@ class FirstStage:
     def moments(self, images: Tensor) -> Tensor:
         """uint8 [B,3,H,W] -> what a latent shard stores: mean and log-variance [B,2C,h,w], or VQ's vectors [B,C,h,w]."""
         assert self.autoencoder is not None, "images can only be encoded by an autoencoder"
-        return self.autoencoder.encode(
-            images.to(self.device, non_blocking=True).float() / 127.5 - 1
-        ).moments()
+        pixels = images.to(self.device, non_blocking=True).float() / 127.5 - 1
+        if self.tile_pixels is not None:
+            return encode_in_tiles(self.autoencoder, pixels, self.tile_pixels)
+        return self.autoencoder.encode(pixels).moments()
 
     def latents(self, moments: Tensor, positions: Sequence[int], seed: int) -> Tensor:
         """Moments of a batch -> scaled latents [B,C,h,w]; the posterior's draw belongs to the sample's position."""
@@ -59,6 +69,8 @@ class FirstStage:
     def images(self, latents: Tensor) -> Tensor:
         """Scaled latents [B,C,h,w] -> images float32 [B,3,H,W] about [-1,1]."""
         assert self.autoencoder is not None, "latents can only be decoded by an autoencoder"
+        if self.tile_pixels is not None:
+            return decode_in_tiles(self.autoencoder, self.scale.unscale(latents), self.tile_pixels)
         return self.autoencoder.decode(self.scale.unscale(latents))
 
     def batch_latents(self, batch: Mapping[str, Any], seed: int) -> Tensor:

@@ -14,6 +14,8 @@ from PIL import Image
 import ldmscale as library
 from ldmscale.data.layouts import Box
 from ldmscale.errors import ConfigError
+from ldmscale.jobs.sample_conditions import Told
+from ldmscale.jobs.sample_set import Wanted
 from ldmscale.models.conditions import Conditions
 
 pytestmark = pytest.mark.distributed
@@ -153,7 +155,8 @@ def test_the_condition_of_a_sample_is_the_same_on_one_rank_without_a_resume(plac
 def test_files_of_any_size_are_drawn_from_alike_on_any_number_of_ranks(place, task):
     draw = ["sample", f"sample.model={task}", f"sample.condition={task}_files", "sample.steps=3"]
     place.run(*draw, "sample.out=" + task + "_two", ranks=2)
-    place.run(*draw, "sample.out=" + task + "_one")
+    # No picture has more pixels than such a tile: nothing changes.
+    place.run(*draw, "sample.out=" + task + "_one", "sample.decode_tile_pixels=64")
     folder = place.folder
     drawn = sorted((folder / f"{task}_two").glob("0*.png"))
     assert [file.name for file in drawn] == ["000000_a_0.png", "000001_b_0.png"]
@@ -173,6 +176,34 @@ def test_files_of_any_size_are_drawn_from_alike_on_any_number_of_ranks(place, ta
         hole = read(folder / f"{task}_files" / f"{name}_mask.png") > 127
         assert np.array_equal(pixels[~hole], given[~hole])
         assert (pixels[hole] != given[hole]).mean() > 0.9
+
+
+@pytest.mark.parametrize("times", [2, 4])
+@pytest.mark.parametrize("task", ["superres", "semantic", "inpainting"])
+def test_sizes_above_that_of_training_are_drawn_in_tiles_as_they_are_whole(place, tmp_path, task, times):
+    side, draws = 32 * times, np.random.default_rng(times)
+    file = tmp_path / "large.png"
+    if task == "superres":
+        save(file, draws.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8))
+    elif task == "semantic":
+        save(file, draws.integers(0, 3, (side, side), dtype=np.uint8))
+    else:
+        save(file, draws.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        mask = np.zeros((side, side), np.uint8)
+        mask[side // 4 : side // 2 + 3, side // 4 :] = 255  # across the borders of tiles
+        save(tmp_path / "large_mask.png", mask)
+    parts, wanted = library.load(place.folder / task), [Wanted(0, "", "", 7)]
+
+    def draw(tile_pixels: int | None) -> torch.Tensor:
+        told = Told(parts, str(file), 1, tile_pixels)
+        drawn = library.sample(
+            parts, [""], steps=3, conditions=told.conditions(wanted), decode_tile_pixels=tile_pixels
+        )
+        return told.finished(wanted, drawn)
+
+    whole, tiled = draw(None), draw(32)
+    assert whole.shape == (1, 3, side, side)
+    assert 0 < (whole - tiled).abs().max() < 1 / 255
 
 
 def test_bad_maps_are_in_the_ledger(place):
