@@ -28,6 +28,7 @@ from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.discriminator import PatchDiscriminator
 from ldmscale.models.frozen_text import FrozenTextEncoder
 from ldmscale.models.layers import ResnetBlock
+from ldmscale.models.pixels import FirstStageNetwork, PixelAutoencoder
 from ldmscale.models.text_encoder import TextLayer, TextTransformer
 from ldmscale.models.transformer import SpatialAttention, SpatialTransformer
 from ldmscale.models.unet import UNet
@@ -44,10 +45,19 @@ def _arguments(config: object, *left_out: str) -> dict[str, Any]:
 
 
 def build_autoencoder(config: AutoencoderConfig) -> KLAutoencoder | VQAutoencoder:
-    """The first stage that `config` describes, with fresh weights."""
+    """The autoencoder that `config` describes, with fresh weights."""
+    if config.kind == "pixels":
+        raise ValueError("autoencoder.kind=pixels has no weights: there is nothing to train or to fill")
     if config.kind == "vq":
         return VQAutoencoder(**_arguments(config, "kind"))
     return KLAutoencoder(**_arguments(config, "kind", "codebook_size", "codebook_dim", "commitment"))
+
+
+def build_first_stage(config: AutoencoderConfig) -> FirstStageNetwork:
+    """What a diffusion model works behind: an autoencoder with fresh weights, or none."""
+    if config.kind == "pixels":
+        return PixelAutoencoder(image_channels=config.image_channels)
+    return build_autoencoder(config)
 
 
 def build_unet(config: UNetConfig) -> UNet:

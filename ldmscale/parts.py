@@ -22,13 +22,13 @@ from ldmscale.data.tokens import Tokenizer
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.errors import CheckpointError, ConfigError
 from ldmscale.frozen_text import open_text_encoder
-from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.conditions import ClassEmbedder, SpatialRescaler
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.frozen_text import FrozenTextEncoder
+from ldmscale.models.pixels import FirstStageNetwork
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
-from ldmscale.networks import build_autoencoder, build_denoiser, build_schedule
+from ldmscale.networks import build_autoencoder, build_denoiser, build_first_stage, build_schedule
 from ldmscale.run_folder import RunFolder, is_foreign
 from ldmscale.stages.first_stage import digest
 from ldmscale.stages.latent_scale import LatentScale
@@ -42,7 +42,7 @@ class Parts:
     """A model taken apart. What a model does not have is None."""
 
     unet: UNet | None = None
-    autoencoder: KLAutoencoder | VQAutoencoder | None = None
+    autoencoder: FirstStageNetwork | None = None
     text_encoder: TextTransformer | FrozenTextEncoder | None = None
     tokenizer: Tokenizer | EncoderTokenizer | None = None
     schedule: NoiseSchedule | None = None
@@ -82,7 +82,7 @@ def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") 
         denoiser = build_denoiser(config)
         return Parts(
             unet=denoiser.unet,
-            autoencoder=build_autoencoder(config.autoencoder),
+            autoencoder=build_first_stage(config.autoencoder),
             text_encoder=denoiser.reads_text,
             class_embedder=denoiser.class_embedder,
             spatial_rescaler=denoiser.spatial_rescaler,
@@ -150,9 +150,11 @@ def _load_diffusion(
     denoiser = build_denoiser(config, frozen_text=frozen)
     _fill(denoiser, chosen_weights(reader, "denoiser", ema))
     denoiser.requires_grad_(False).eval().to(dtype)
-    first_stage = (
-        load(config.first_stage.path, config.first_stage.average) if config.first_stage.path else Parts()
-    )
+    first_stage = Parts()
+    if config.autoencoder.kind == "pixels":
+        first_stage = Parts(autoencoder=build_first_stage(config.autoencoder))
+    elif config.first_stage.path:
+        first_stage = load(config.first_stage.path, config.first_stage.average)
     if first_stage.autoencoder is not None and digest(first_stage.autoencoder) != stage["autoencoder"]:
         raise CheckpointError(
             f"{folder.path} was trained behind the autoencoder {stage['autoencoder']}, and {config.first_stage.path} "

@@ -135,8 +135,9 @@ def sample(
         _negative(parts, negatives, conditions),
         None if image is None else _given(parts, image, strength, mask, len(prompts), decode_tile_pixels),
     )
-    decoder_type = next(parts.autoencoder.parameters()).dtype
-    latents = parts.scale.unscale(latents).to(decoder_type)
+    latents = parts.scale.unscale(latents)
+    if (decoder := next(parts.autoencoder.parameters(), None)) is not None:
+        latents = latents.to(decoder.dtype)
     if decode_tile_pixels is None:
         images = parts.autoencoder.decode(latents)
     else:
@@ -258,8 +259,8 @@ def _given(
     parts: Parts, image: Tensor, strength: float, mask: Tensor | None, count: int, tile_pixels: int | None
 ) -> Given:
     assert parts.autoencoder and parts.scale and parts.denoiser
-    of_first_stage = next(parts.autoencoder.parameters())
-    image = image.to(of_first_stage.device, of_first_stage.dtype)
+    like = next(parts.autoencoder.parameters(), next(parts.denoiser.parameters()))
+    image = image.to(like.device, like.dtype)
     if tile_pixels is None:
         moments = parts.autoencoder.encode(image).moments()
     else:

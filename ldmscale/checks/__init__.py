@@ -88,7 +88,9 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_first_stage(config.first_stage.path),
             *check_same_autoencoder(config),
             *check_denoising_validation(config),
-            *check_preview(config.preview, config.diffusion.timesteps, config.first_stage),
+            *check_preview(
+                config.preview, config.diffusion.timesteps, config.first_stage, config.autoencoder.kind
+            ),
         ]
     if isinstance(config, LatentsJob):
         return [

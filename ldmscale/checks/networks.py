@@ -18,6 +18,11 @@ def check_widths(name: str, network: AutoencoderConfig | UNetConfig) -> list[str
 
 
 def check_autoencoder(autoencoder: AutoencoderConfig) -> list[str]:
+    if autoencoder.kind == "pixels":
+        return [
+            "autoencoder.kind=pixels has no weights, so there is nothing to train: start the diffusion job with "
+            "autoencoder=pixels, or give an autoencoder of kind kl or vq"
+        ]
     faults = check_widths("autoencoder", autoencoder)
     levels = len(autoencoder.channel_mult)
     if wrong := [level for level in autoencoder.attention_levels if not 0 <= level < levels]:

@@ -145,10 +145,19 @@ def check_latents(config: DiffusionJob) -> list[str]:
                 f"data.bucket_step={config.data.bucket_step}: the latents' sides must halve evenly through the U-Net; give "
                 f"a multiple of {whole}"
             )
-        if config.first_stage.path is None:
+        if config.first_stage.path is None and config.autoencoder.kind != "pixels":
             faults.append(
                 "first_stage.path is not set: images need an autoencoder; give the folder of an autoencoder run, or data=latents"
             )
+    if config.autoencoder.kind == "pixels":
+        faults += [
+            f"{key}={value}, but autoencoder.kind=pixels works on the images of shards: give {instead}"
+            for key, value, instead in (
+                ("first_stage.path", config.first_stage.path, "first_stage.path=null"),
+                ("data.kind", config.data.kind, "data=shards and data.image_size="),
+            )
+            if value not in (None, "images")
+        ]
     if config.data.kind == "latents" and config.data.crop == "random":
         faults.append(
             "data.crop=random: latents are one crop of an image; give data.crop=center, or data=shards to encode online"
@@ -171,7 +180,7 @@ def check_same_autoencoder(config: DiffusionJob) -> list[str]:
     That of a model of another format is compared when it is opened.
     """
     path = config.first_stage.path
-    if path is None or is_foreign(Path(path)) or check_run(path, ""):
+    if config.autoencoder.kind == "pixels" or path is None or is_foreign(Path(path)) or check_run(path, ""):
         return []
     trained = RunFolder(path).config().get("autoencoder", {})
     free = ("dropout", "checkpointing")
@@ -208,11 +217,13 @@ def check_denoising_validation(config: DiffusionJob) -> list[str]:
     return []
 
 
-def check_preview(preview: PreviewConfig, timesteps: int, first_stage: FirstStageConfig) -> list[str]:
+def check_preview(
+    preview: PreviewConfig, timesteps: int, first_stage: FirstStageConfig, kind: str
+) -> list[str]:
     faults = []
     if preview.every_steps and not 1 <= preview.sampler_steps < timesteps:
         faults.append(f"preview.sampler_steps={preview.sampler_steps}: expected 1 to {timesteps - 1}")
-    if preview.every_steps and first_stage.path is None:
+    if preview.every_steps and first_stage.path is None and kind != "pixels":
         faults.append(
             "first_stage.path is not set, but preview.every_steps asks for pictures, which the autoencoder decodes: "
             "give the folder of the autoencoder's run, or preview.every_steps=0"

@@ -16,7 +16,8 @@ Checkpointing = Literal["off", "selective", "full"]
 class AutoencoderConfig:
     """First stage: the constructor arguments of KLAutoencoder or VQAutoencoder (paper, section 3.1, tables 8 and 9)."""
 
-    kind: Literal["kl", "vq"]
+    # pixels: no autoencoder, the diffusion model works on images (LDM-1); only the channels are read then
+    kind: Literal["kl", "vq", "pixels"]
     latent_channels: int
     channels: int  # width of the first level
     channel_mult: tuple[int | float, ...]  # width of each level, times `channels`; f = 2^(levels-1)

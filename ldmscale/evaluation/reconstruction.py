@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
+from ldmscale.models.pixels import FirstStageNetwork
 
 # Wang et al. 2004, section III.C
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: KLAutoencoder | VQAutoencoder, images: Tensor, batch: int = 64) -> Tensor:
+def reconstruct(autoencoder: FirstStageNetwork, images: Tensor, batch: int = 64) -> Tensor:
     """float [N,3,H,W] in [-1,1] -> reconstructions (by the posterior's mean) of the same shape, clamped to [-1,1]."""
     return torch.cat([autoencoder(part, None)[0].clamp(-1, 1) for part in torch.split(images, batch)])
 

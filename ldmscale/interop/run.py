@@ -62,6 +62,11 @@ def _diffusion(config: DiffusionJob, folder: RunFolder, parts: Parts) -> Model:
             f"{folder.path} reads layouts: such a model can be loaded and drawn from here, but not exported yet, because other "
             "formats would give its text encoder captions"
         )
+    if config.autoencoder.kind == "pixels":
+        raise ConfigError(
+            f"{folder.path} works on pixels, without an autoencoder: other formats cannot say so; it can be loaded and drawn "
+            "from here"
+        )
     model = Model(
         parts={"unet": _part(config.unet, parts.unet)},
         diffusion=config.diffusion,

@@ -23,6 +23,7 @@ from ldmscale.errors import ConfigError, DataError
 from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.open_run import Run
 from ldmscale.models.conditions import Conditions
+from ldmscale.networks import build_first_stage
 from ldmscale.parts import Parts, load
 from ldmscale.run_folder import is_foreign
 from ldmscale.stages.conditions import batch_conditions
@@ -46,12 +47,19 @@ def open_first_stage(
     """
     chosen = config.first_stage
     parts = Parts()
-    if chosen.path is not None:
+    if config.autoencoder.kind == "pixels":
+        parts = Parts(autoencoder=build_first_stage(config.autoencoder))
+    elif chosen.path is not None:
         if is_foreign(Path(chosen.path)):
             _check_foreign(Path(chosen.path), config)
         parts = load(chosen.path, chosen.average)
     manifest = _manifest(run.shards) if config.data.kind == "latents" else None
-    scale = scale_of(chosen, config.autoencoder.latent_width, parts, manifest)
+    if config.autoencoder.kind == "pixels":
+        # Images lie in [-1, 1] already.
+        width = config.autoencoder.latent_width
+        scale = LatentScale(torch.zeros(width), torch.ones(width))
+    else:
+        scale = scale_of(chosen, config.autoencoder.latent_width, parts, manifest)
     if manifest is not None:
         shape = manifest.format.shape
     else:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ldmscale.models.autoencoder import Blocks, KLAutoencoder, VQAutoencoder
 from ldmscale.models.bottleneck import Posterior
 from ldmscale.models.layers import GroupNorm, ResnetBlock, at_least_fp32
+from ldmscale.models.pixels import FirstStageNetwork, PixelAutoencoder
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ _Layer = Callable[[Tensor, _Normalise], Tensor]
 
 @torch.no_grad()
 def decode_in_tiles(
-    autoencoder: KLAutoencoder | VQAutoencoder,
+    autoencoder: FirstStageNetwork,
     latent: Tensor,
     tile_pixels: int,
     tolerance: float = TOLERANCE,
@@ -53,9 +54,11 @@ def decode_in_tiles(
     Returns:
         [B, 3, f h, f w].
     """
+    if isinstance(autoencoder, PixelAutoencoder):
+        return latent
     decoder, factor = autoencoder.decoder, autoencoder.downsampling
     if _small(latent.shape[2] * factor, latent.shape[3] * factor, tile_pixels):
-        return torch.cat([autoencoder.decode(one) for one in latent.split(1)])
+        return torch.cat([autoencoder.decode(one) for one in torch.split(latent, 1)])
     blocks = [_as_blocks(block) for block in decoder.up_blocks]
     budget = _width_in(blocks[-1]) * tile_pixels**2
     first = _whole_blocks(blocks, latent.shape[2] * latent.shape[3], budget)
@@ -65,7 +68,7 @@ def decode_in_tiles(
     scale = 2 ** sum(block.resample is not None for block in blocks[first:])
     halo = _halo(blocks[first:], [2**i for i in range(len(blocks) - first)], scale)
     images = []
-    for one in latent.split(1):
+    for one in torch.split(latent, 1):
         x = decoder.mid_block(
             decoder.conv_in(autoencoder.post_quant_conv(_quantized(autoencoder, one, budget)))
         )
@@ -81,7 +84,7 @@ def decode_in_tiles(
 
 @torch.no_grad()
 def encode_in_tiles(
-    autoencoder: KLAutoencoder | VQAutoencoder,
+    autoencoder: FirstStageNetwork,
     images: Tensor,
     tile_pixels: int,
     tolerance: float = TOLERANCE,
@@ -90,9 +93,11 @@ def encode_in_tiles(
 
     Arguments as of `decode_in_tiles`; height and width are multiples of the factor.
     """
+    if isinstance(autoencoder, PixelAutoencoder):
+        return images
     encoder = autoencoder.encoder
     if _small(images.shape[2], images.shape[3], tile_pixels):
-        return torch.cat([autoencoder.encode(one).moments() for one in images.split(1)])
+        return torch.cat([autoencoder.encode(one).moments() for one in torch.split(images, 1)])
     blocks = [_as_blocks(block) for block in encoder.down_blocks]
     budget = _width_in(blocks[0]) * tile_pixels**2
     # Counted from the coarsest, as in the decoder, whose maps grow.
@@ -103,7 +108,7 @@ def encode_in_tiles(
     halo = _halo(tiled, [scale // 2**i for i in range(len(tiled))], scale)
     rows, columns = images.shape[2] // scale, images.shape[3] // scale
     moments = []
-    for one in images.split(1):
+    for one in torch.split(images, 1):
         x = _in_tiles(chain, one, _tiles(rows, columns, tile_pixels // scale, halo), scale, 1, tolerance)
         for block in blocks[len(tiled) :]:
             x = block(x)  # [1, size, H_l, W_l]
@@ -254,7 +259,9 @@ def _quantized(autoencoder: KLAutoencoder | VQAutoencoder, latent: Tensor, budge
     if isinstance(autoencoder, KLAutoencoder):
         return latent
     rows = max(1, budget // (len(autoencoder.quantize.embedding) * latent.shape[3]))
-    return torch.cat([autoencoder.quantize(part).quantized for part in latent.split(rows, dim=2)], dim=2)
+    return torch.cat(
+        [autoencoder.quantize(part).quantized for part in torch.split(latent, rows, dim=2)], dim=2
+    )
 
 
 def _as_blocks(block: nn.Module) -> Blocks:
@@ -287,8 +294,8 @@ def _out(norm: GroupNorm, conv: nn.Conv2d) -> _Layer:
 
 def _statistics(norm: GroupNorm, own: Tensor) -> _Group:
     """Of own [1, C, H, W]."""
-    groups = own[0].unflatten(0, (norm.num_groups, -1)).to(at_least_fp32(own.dtype))  # [G, C/G, H, W]
-    variance, mean = torch.var_mean(groups, dim=(1, 2, 3), correction=0)  # [G] each
+    groups = own.reshape(norm.num_groups, -1).to(at_least_fp32(own.dtype))  # [G, C/G H W]
+    variance, mean = torch.var_mean(groups, dim=1, correction=0)  # [G] each
     return _Group(groups[0].numel(), mean.double(), variance.double())
 
 

@@ -20,7 +20,7 @@ from ldmscale.config import DiffusionJob, TextEncoderConfig
 from ldmscale.models.layers import Checkpointing, Downsample, ResnetBlock, Upsample
 from ldmscale.models.text_encoder import TextLayer
 from ldmscale.models.transformer import SpatialAttention, SpatialTransformer
-from ldmscale.networks import blank_conditions, build_autoencoder, build_denoiser
+from ldmscale.networks import blank_conditions, build_denoiser, build_first_stage
 
 BLOCKS = (ResnetBlock, SpatialTransformer, SpatialAttention, TextLayer, Downsample, Upsample)
 
@@ -31,7 +31,7 @@ def parameters_by_part(config: DiffusionJob) -> dict[str, int]:
         parts = dict(build_denoiser(config).named_children())
         parts |= {
             f"autoencoder.{name}": part
-            for name, part in build_autoencoder(config.autoencoder).named_children()
+            for name, part in build_first_stage(config.autoencoder).named_children()
         }
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 

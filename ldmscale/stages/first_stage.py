@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.bottleneck import Posterior
+from ldmscale.models.pixels import FirstStageNetwork
 from ldmscale.models.tiles import decode_in_tiles, encode_in_tiles
 from ldmscale.stages import draws
 from ldmscale.stages.latent_scale import LatentScale
@@ -33,7 +33,7 @@ class FirstStage:
 
     def __init__(
         self,
-        autoencoder: KLAutoencoder | VQAutoencoder | None,
+        autoencoder: FirstStageNetwork | None,
         scale: LatentScale,
         device: torch.device,
         tile_pixels: int | None = None,
