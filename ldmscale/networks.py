@@ -137,6 +137,7 @@ def build_objective(config: DiffusionConfig) -> Objective:
         config.offset_noise,
         config.input_perturbation,
         config.loss_bins,
+        config.spatial_dropout,
     )
 
 

@@ -57,6 +57,7 @@ class Parts:
     latent_shape: tuple[int, int, int] | None = None  # [C,h,w] that the model was trained at
     prediction: str = "eps"
     spatial: str | None = None  # what is joined to the latent: "map", "image" or "masked"
+    spatial_dropout: float = 0.0  # how often the model was trained without it
     latent_statistics: dict[str, Any] | None = None  # measured at the end of the autoencoder's training
 
 
@@ -90,6 +91,7 @@ def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") 
             denoiser=denoiser,
             prediction=config.diffusion.prediction,
             spatial=None if config.spatial is None else config.spatial.kind,
+            spatial_dropout=config.diffusion.spatial_dropout,
         )
 
 
@@ -184,6 +186,7 @@ def _load_diffusion(
         latent_shape=(channels, height, width),
         prediction=config.diffusion.prediction,
         spatial=None if config.spatial is None else config.spatial.kind,
+        spatial_dropout=config.diffusion.spatial_dropout,
     )
 
 

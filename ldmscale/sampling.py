@@ -46,6 +46,7 @@ def sample(
     strength: float | None = None,
     mask: Tensor | None = None,
     decode_tile_pixels: int | None = None,
+    spatial_guidance: float = 1.0,
 ) -> Tensor:
     """Draw one image for each prompt.
 
@@ -72,6 +73,8 @@ def sample(
         mask: [N,1,H,W] or [1,1,H,W], above 0.5 where the image is drawn anew; the rest comes back as it is.
         decode_tile_pixels: side of the tiles in which images with more pixels are decoded, and encoded, in the memory of
             one tile and without seams (models/tiles.py); whole unless given.
+        spatial_guidance: the scale of what is joined to the latent, beside `guidance` for the context (diffusion/guidance.py);
+            1 follows it as trained.
 
     Returns:
         float32 [N,3,H,W] in [-1,1] on the CPU.
@@ -97,12 +100,15 @@ def sample(
     assert parts.denoiser and parts.autoencoder
     assert parts.schedule and parts.scale and parts.latent_shape
     weight = next(parts.denoiser.parameters())
-    options = SamplerOptions(steps, guidance, eta, parts.prediction, sampler, spacing, guidance_rescale)
+    options = SamplerOptions(
+        steps, guidance, eta, parts.prediction, sampler, spacing, guidance_rescale, spatial_guidance
+    )
     size = _size(parts, height, width, image, conditions)
     strength = (0.75 if mask is None else 1.0) if strength is None else strength
     faults = [
         *_sampler_faults(options, parts.schedule),
         *_image_faults(parts, size, len(prompts), image, mask),
+        *_guidance_faults(parts, spatial_guidance),
     ]
     negatives = _per_prompt(negative_prompts, len(prompts))
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
@@ -211,6 +217,21 @@ def _sampler_faults(options: SamplerOptions, schedule: NoiseSchedule) -> list[st
     except ValueError as error:
         faults.append(str(error))
     return faults
+
+
+def _guidance_faults(parts: Parts, spatial_guidance: float) -> list[str]:
+    if spatial_guidance == 1:
+        return []
+    if parts.spatial is None:
+        return [
+            f"spatial_guidance={spatial_guidance}, but nothing is joined to the latent of this model: give 1"
+        ]
+    if not parts.spatial_dropout:
+        return [
+            f"spatial_guidance={spatial_guidance}, but the model always saw what is joined to its latent: train it with "
+            "diffusion.spatial_dropout=0.1, or give 1"
+        ]
+    return []
 
 
 def _image_faults(

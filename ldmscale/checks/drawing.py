@@ -45,6 +45,7 @@ def check_sample(sample: SampleConfig) -> list[str]:
         *_check_path(sample, model),
         *_check_size(sample, model),
         *_check_condition(sample, model),
+        *_check_spatial_guidance(sample, model),
     ]
 
 
@@ -96,6 +97,21 @@ def _check_guidance(sample: SampleConfig) -> list[str]:
             "each, or one text for all"
         )
     return faults
+
+
+def _check_spatial_guidance(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
+    """Guidance needs the prediction of a model that does not see the condition."""
+    given = f"sample.spatial_guidance={sample.spatial_guidance}"
+    if sample.spatial_guidance == 1:
+        return []
+    if model.get("spatial") is None:
+        return [f"{given}, but nothing is joined to this model's latent: give sample.spatial_guidance=1"]
+    if not model["diffusion"].get("spatial_dropout"):
+        return [
+            f"{given}, but the model always saw what is joined to its latent (diffusion.spatial_dropout=0): give "
+            "sample.spatial_guidance=1, or train it with diffusion.spatial_dropout=0.1"
+        ]
+    return []
 
 
 def _check_pictures(sample: SampleConfig) -> list[str]:

@@ -136,6 +136,11 @@ def _check_layout(config: DiffusionJob) -> list[str]:
 
 def _check_spatial(config: DiffusionJob) -> list[str]:
     spatial, latent = config.spatial, config.autoencoder.latent_width
+    if spatial is None and config.diffusion.spatial_dropout:
+        return [
+            f"diffusion.spatial_dropout={config.diffusion.spatial_dropout}, but nothing is joined to the latent: give "
+            "diffusion.spatial_dropout=0, or spatial=superres, semantic or inpainting"
+        ]
     if spatial is None:
         return []
     faults = []

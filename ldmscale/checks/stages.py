@@ -116,6 +116,11 @@ def check_objective(diffusion: DiffusionConfig) -> list[str]:
         faults.append(
             f"diffusion.loss_bins={diffusion.loss_bins}: there are {diffusion.timesteps} timesteps; give as many at most"
         )
+    if diffusion.caption_dropout / 2 + diffusion.spatial_dropout > 1:
+        faults.append(
+            f"diffusion.caption_dropout={diffusion.caption_dropout} and spatial_dropout={diffusion.spatial_dropout}: half of "
+            "the one and the other together are more than all samples; give less, such as 0.1 and 0.1"
+        )
     return faults
 
 

@@ -25,7 +25,9 @@ class SampleConfig:
     # Of the timesteps (Lin et al. 2023, table 2); null: the sampler's published one
     spacing: Literal["leading", "trailing", "linspace"] | None = None
     eta: Share = 0.0  # of ddim; 0: deterministic, 1: the noise of ddpm
-    guidance: float = 5.0  # 1: as trained
+    guidance: float = 5.0  # on the caption or class; 1: as trained
+    # On what is joined to the latent (InstructPix2Pix, eq. 3), of models trained with diffusion.spatial_dropout; 1: as trained
+    spatial_guidance: float = 1.0
     # Share of the guided prediction that gets back the conditional one's spread (Lin et al. 2023)
     guidance_rescale: Share = 0.0
     # What guidance moves away from: one for all, or a list or file of one for each prompt; null: the null condition

@@ -90,4 +90,6 @@ class DiffusionConfig:
     input_perturbation: Annotated[float, Field(ge=0)] = 0.0
     loss_bins: Positive = 4  # loss/bin_1 ... in the metrics: losses by equal ranges of the timesteps
     caption_dropout: Share = 0.1  # share of captions replaced by the null condition while training
+    # Share of the samples whose joined channels (spatial=) become zeros while training: sample.spatial_guidance needs it
+    spatial_dropout: Share = 0.0
     null_condition: Literal["tokens", "learned"] = "tokens"  # the empty caption, or a trained context

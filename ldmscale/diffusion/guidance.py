@@ -1,8 +1,17 @@
-"""Classifier-free guidance (Ho and Salimans 2022)."""
+"""Classifier-free guidance (Ho and Salimans 2022), on one condition or on several with a scale each (Brooks et al. 2023).
+
+Several conditions c_1 .. c_n are added one after the other, each step with its own scale (InstructPix2Pix, eq. 3, for n = 2):
+
+    e(none) + s_1 (e(c_1) - e(none)) + s_2 (e(c_1, c_2) - e(c_1)) + ...
+
+With one condition this is Ho and Salimans' formula. What cancels is not computed: of a condition of scale 1 what comes before it,
+of two neighbours of equal scale what lies between them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,23 +36,46 @@ def rescale(guided_prediction: Tensor, conditional: Tensor, share: float) -> Ten
     return guided_prediction * (share * spread + (1 - share))[:, None, None, None]
 
 
+def needed(scales: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Which of the n + 1 predictions from e(none) to e(c_1 .. c_n) `scales` [n] need, and the scales between those.
+
+    The predictions of weight 0 are left out: (1 - s_1), (s_1 - s_2) .. s_n are the weights.
+    """
+    chosen, between = [0], []
+    for number, scale in enumerate(scales, start=1):
+        if between and between[-1] == scale:
+            chosen[-1] = number
+        else:
+            chosen.append(number)
+            between.append(scale)
+    if between and between[0] == 1.0:
+        del chosen[0], between[0]
+    return chosen, between
+
+
 def guided(
-    denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
-    context: Tensor,
-    null_context: Tensor,
-    scale: float,
+    denoise: Callable[[Tensor, Tensor, Sequence[int]], Tensor],
+    scales: Sequence[float],
     rescale_share: float = 0.0,
 ) -> Denoise:
-    """Close `denoise(x, t, context)` over a condition [B,L,D] and its null or negative counterpart [B,L,D].
+    """A prediction that is guided on n conditions.
 
-    Both halves go through the network as one batch, unconditional first; a scale of 1 needs the condition alone.
+    Args:
+        denoise: of x [M B,C,H,W], t [M B] and the numbers of M predictions: predictions [M B,C,H,W], that which is told the
+            first i conditions for number i. All go through the network as one batch, told least first.
+        scales: of the n conditions.
+        rescale_share: see `rescale`; of the prediction that is told everything.
     """
-    if scale == 1.0:
-        return lambda x, t: denoise(x, t, context)
-    both = torch.cat([null_context, context])  # [2B,L,D]
+    chosen, between = needed(scales)
+    if not between:
+        return lambda x, t: denoise(x, t, chosen)
 
     def run(x: Tensor, t: Tensor) -> Tensor:
-        unconditional, conditional = denoise(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return rescale(guide(unconditional, conditional, scale), conditional, rescale_share)
+        count = len(chosen)
+        parts = denoise(torch.cat([x] * count), torch.cat([t] * count), chosen).chunk(count)
+        result = guide(parts[0], parts[1], between[0])
+        for (before, after), scale in zip(pairwise(parts[1:]), between[1:], strict=True):
+            result = result + scale * (after - before)
+        return rescale(result, parts[-1], rescale_share)
 
     return run

@@ -82,3 +82,13 @@ def uniform_timesteps(uniform: Tensor, timesteps: int) -> Tensor:
 def drop_mask(uniform: Tensor, rate: float) -> Tensor:
     """bool [B]: which samples lose their condition, from numbers in [0,1)."""
     return uniform < rate
+
+
+def spatial_drop_mask(uniform: Tensor, context_rate: float, rate: float) -> Tensor:
+    """bool [B]: which samples lose what is joined to the latent, from the numbers that `drop_mask` sees.
+
+    The first half of those that lose their context keep it, the others lose both: with equal rates a third each of the dropped
+    loses the one, the other and both (Brooks et al. 2023, section 3.2.1: 5% each), as guidance on both asks.
+    """
+    first = context_rate / 2
+    return (uniform >= first) & (uniform < first + rate)

@@ -147,6 +147,8 @@ def parameters(config: SampleConfig) -> dict[str, str]:
                  "height", "width", "strength", "images_per_prompt", "first_seed", "distinct_seeds"):  # fmt: skip
         value = getattr(config, name)
         told[name] = "" if value is None else str(value)
+    if config.spatial_guidance != 1:
+        told["spatial_guidance"] = str(config.spatial_guidance)
     for name in ("image", "mask"):
         path = getattr(config, name)
         told[name] = "" if path is None else f"{path} ({file_digest(path)})"
@@ -234,6 +236,7 @@ def _draw(
             strength=config.strength,
             mask=mask,
             decode_tile_pixels=config.decode_tile_pixels,
+            spatial_guidance=config.spatial_guidance,
         )
         whole = images if told is None else told.finished(batch, images)
         for wanted, pixels in zip(batch, to_uint8(whole), strict=True):

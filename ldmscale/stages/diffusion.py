@@ -80,12 +80,20 @@ class DiffusionStage:
         positions = batch["position"].tolist()
         x0 = self.first_stage.batch_latents(batch, self.seed)  # [B,C,h,w]
         noisy = add_noise(self.objective, self.schedule, x0, positions, self.seed)
-        drop = process.drop_mask(draws.uniform(self.seed, positions, "drop"), self.objective.caption_dropout)
+        uniform, objective = draws.uniform(self.seed, positions, "drop"), self.objective
+        drop = process.drop_mask(uniform, objective.caption_dropout)
         conditions = batch_conditions(batch, self.first_stage).to(self.device)
         dropped = drop.to(self.device) if self._denoiser.has_null else None
-        output = engine(noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, dropped)
-        loss, measured = denoising_loss(self.objective, self.schedule, noisy, output)
+        drop_spatial = None
+        if objective.spatial_dropout:
+            rate = objective.caption_dropout if self._denoiser.has_null else 0.0
+            lost = process.spatial_drop_mask(uniform, rate, objective.spatial_dropout)
+            drop_spatial = lost.to(self.device)
+        output = engine(noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, dropped, drop_spatial)
+        loss, measured = denoising_loss(objective, self.schedule, noisy, output)
         engine.backward(loss)
+        if drop_spatial is not None:
+            measured = measured | {"spatial/dropped": lost.float().mean()}
         return {"loss/total": loss.detach(), **measured, "text/dropped": drop.float().mean()}
 
     @torch.no_grad()

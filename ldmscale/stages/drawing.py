@@ -24,7 +24,7 @@ class SamplerOptions:
     """How an image is drawn."""
 
     steps: int = 50
-    guidance: float = 5.0
+    guidance: float = 5.0  # on the context: caption, class, embeddings
     eta: float = 0.0  # of ddim; 0: deterministic; 1: the variance of DDPM
     prediction: str = "eps"
     sampler: str = "ddim"  # one of diffusion.spacing.SAMPLERS
@@ -32,6 +32,7 @@ class SamplerOptions:
     guidance_rescale: float = (
         0.0  # share of the guided prediction that gets back the conditional one's spread
     )
+    spatial_guidance: float = 1.0  # on what is joined to the latent
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,11 @@ def draw_latents(
     Returns:
         float32 [N,C,H,W].
     """
-    context, null_context, concat = _encoded(denoiser, conditions, negative, len(noise))
+    told = _Told(*_encoded(denoiser, conditions, negative, len(noise)))
 
-    def denoise(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        # Guidance asks for both halves at once; what is joined to the latent is the same in both.
-        joined = concat if concat is None or len(x) == len(concat) else torch.cat([concat, concat])
-        return denoiser.denoise(x.to(dtype), t, condition, joined).float()
+    def denoise(x: Tensor, t: Tensor, numbers: Sequence[int]) -> Tensor:
+        context, concat = told.batch(tuple(numbers))
+        return denoiser.denoise(x.to(dtype), t, context, concat).float()
 
     def fresh_noise(step: int) -> Tensor:
         drawn = [
@@ -107,10 +107,7 @@ def draw_latents(
         ]
         return torch.from_numpy(np.stack(drawn)).to(noise.device)
 
-    if context is None or null_context is None:
-        ready: Denoise = lambda x, t: denoise(x, t, context)  # noqa: E731
-    else:
-        ready = guided(denoise, context, null_context, options.guidance, options.guidance_rescale)
+    ready = guided(denoise, told.scales(options), options.guidance_rescale)
     path = path_of(options.sampler, schedule, options.steps, options.spacing)
     start = path.start * noise
     keep: Keep = samplers.as_it_is
@@ -143,6 +140,42 @@ def follow(
     if options.sampler == "dpmpp_2m":
         return multistep.dpmpp_2m(denoise, x, path, prediction=prediction, keep=keep)
     raise ValueError(f"sampler {options.sampler!r}: there is none of that name")
+
+
+class _Told:
+    """What the predictions of guidance are told: number 0 the least, each further one a condition more.
+
+    What is joined to the latent comes before the context, as in InstructPix2Pix; dropped it is zeros. A model without one
+    of them, or without a null condition, has a prediction less.
+    """
+
+    def __init__(self, context: Tensor | None, null_context: Tensor | None, concat: Tensor | None) -> None:
+        self._context, self._null, self._concat = context, null_context, concat
+        self._batches: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = {}
+
+    def scales(self, options: SamplerOptions) -> list[float]:
+        """Of each condition that can be dropped, in their order."""
+        spatial = [] if self._concat is None else [options.spatial_guidance]
+        return spatial + ([] if self._null is None else [options.guidance])
+
+    def batch(self, numbers: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Context [M N,L,D] and joined channels [M N,K,h,w] of M predictions; made once for all steps."""
+        if numbers not in self._batches:
+            contexts, joined = [], []
+            for number in numbers:
+                with_concat = number >= 1 or self._concat is None
+                with_context = self._null is None or number >= 1 + (self._concat is not None)
+                contexts.append(self._context if with_context else self._null)
+                joined.append(
+                    self._concat if with_concat or self._concat is None else torch.zeros_like(self._concat)
+                )
+            self._batches[numbers] = (_joined(contexts), _joined(joined))
+        return self._batches[numbers]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def _started(given: Given, noise: Tensor, path: Path) -> tuple[Tensor, Keep]:

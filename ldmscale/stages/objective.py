@@ -24,6 +24,7 @@ class Objective:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     loss_bins: int = 4
+    spatial_dropout: float = 0.0  # share of joined channels replaced by zeros
 
 
 @dataclass(frozen=True)

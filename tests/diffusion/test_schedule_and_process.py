@@ -1,5 +1,6 @@
 """The schedule against closed forms, the process against its own inverse, both against diffusers where it has them."""
 
+import itertools
 import math
 
 import diffusers
@@ -8,7 +9,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from ldmscale.diffusion import process
-from ldmscale.diffusion.guidance import guide, guided, rescale
+from ldmscale.diffusion.guidance import guide, guided, needed, rescale
 from ldmscale.diffusion.schedule import NoiseSchedule
 
 
@@ -69,17 +70,48 @@ def test_noise_and_velocity_are_those_of_diffusers():
 
 
 def test_guidance_moves_away_from_the_unconditional_prediction():
-    context, null = torch.ones(2, 3, 5), torch.zeros(2, 3, 5)
     calls = []
 
-    def denoise(x, t, condition):
+    def denoise(x, t, numbers):
         calls.append(len(x))
-        return x + condition.mean((1, 2))[:, None, None, None]
+        return x + torch.tensor(numbers).repeat_interleave(2)[:, None, None, None]
 
     x, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
-    assert guided(denoise, context, null, 4.0)(x, t).unique().tolist() == [4.0]
-    assert guided(denoise, context, null, 1.0)(x, t).unique().tolist() == [1.0]
+    assert guided(denoise, [4.0])(x, t).unique().tolist() == [4.0]
+    assert guided(denoise, [1.0])(x, t).unique().tolist() == [1.0]
     assert calls == [4, 2]  # both halves as one batch; the condition alone at scale 1
+
+
+def linear(x, t, numbers):
+    """A toy that adds 1, 10 and 100 for each condition that it is told."""
+    told = [torch.tensor([0.0, 10.0, 110.0, 1110.0])[number] + 1 for number in numbers]
+    return x + torch.stack(told).repeat_interleave(len(x) // len(numbers))[:, None]
+
+
+@pytest.mark.parametrize("scales", list(itertools.product([0.0, 1.0, 5.0], repeat=3)))
+def test_each_of_several_conditions_has_its_own_scale(scales):
+    x, t = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2)
+    expected = 1 + sum(scale * worth for scale, worth in zip(scales, (10, 100, 1000), strict=True))
+    torch.testing.assert_close(guided(linear, scales)(x, t), torch.full_like(x, expected))
+
+
+def test_predictions_that_cancel_are_not_computed():
+    assert needed([]) == ([0], [])
+    assert needed([1.0]) == ([1], [])
+    assert needed([1.0, 5.0]) == ([1, 2], [5.0])
+    assert needed([1.5, 5.0]) == ([0, 1, 2], [1.5, 5.0])
+    assert needed([3.0, 3.0]) == ([0, 2], [3.0])
+    assert needed([1.0, 1.0, 1.0]) == ([3], [])
+
+
+def test_each_condition_and_both_are_dropped_as_often_as_guidance_needs():
+    uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    context = process.drop_mask(uniform, 0.1)
+    spatial = process.spatial_drop_mask(uniform, 0.1, 0.1)
+    found = [(context & ~spatial), (context & spatial), (~context & spatial)]
+    assert [int(part.sum()) for part in found] == [50, 50, 50]
+    assert int(process.spatial_drop_mask(uniform, 0.0, 0.2).sum()) == 200
+    assert not process.spatial_drop_mask(uniform, 0.1, 0.0).any()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
@@ -91,7 +123,7 @@ def test_guidance_rescale_is_that_of_diffusers(share):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     if share == 1.0:  # the spread of the conditional prediction, each sample's own
         torch.testing.assert_close(ours.flatten(1).std(1), conditional.flatten(1).std(1))
-    closed = guided(lambda x, t, c: c, conditional, unconditional, 7.5, share)
+    closed = guided(lambda x, t, numbers: torch.cat([unconditional, conditional]), [7.5], share)
     torch.testing.assert_close(closed(wide, torch.zeros(3)), ours)
 
 
