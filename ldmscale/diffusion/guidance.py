@@ -41,7 +41,8 @@ def needed(scales: Sequence[float]) -> tuple[list[int], list[float]]:
 
     The predictions of weight 0 are left out: (1 - s_1), (s_1 - s_2) .. s_n are the weights.
     """
-    chosen, between = [0], []
+    chosen: list[int] = [0]
+    between: list[float] = []
     for number, scale in enumerate(scales, start=1):
         if between and between[-1] == scale:
             chosen[-1] = number

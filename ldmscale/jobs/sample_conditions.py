@@ -85,6 +85,9 @@ class Told:
         self._parts, self._files, self._per_prompt = parts, condition_files(given), per_prompt
         device = next(parts.denoiser.parameters()).device
         self._first_stage = FirstStage(parts.autoencoder, parts.scale, device, tile_pixels)
+        self._latest: dict[
+            Path, _Read
+        ] = {}  # of the batch that is drawn: encoding a large picture takes a while
 
     def of_one_size(self, wanted: Sequence[Wanted], most: int) -> list[list[Wanted]]:
         """The images in their order, in batches of at most `most` that are of one size."""
@@ -109,16 +112,21 @@ class Told:
         if self._parts.layout is not None:
             layouts = [self._layout(self._parts.layout, self._file(image)) for image in batch]
             return Conditions(token_ids=torch.from_numpy(np.stack(layouts)))
-        spatial = torch.cat([self._read(self._file(image)).spatial for image in batch])
+        files = [self._file(image) for image in batch]
+        self._latest = {file: self._read(file) for file in dict.fromkeys(files)}
+        spatial = torch.cat([self._latest[file].spatial for file in files])
         return conditions_of(self._parts, [image.prompt for image in batch], spatial)
 
     def finished(self, batch: Sequence[Wanted], images: Tensor) -> Tensor:
-        """Drawn images float32 [N,3,H,W] without what was added at their edges, known pixels put back."""
+        """Drawn images float32 [N,3,H,W] of the batch that `conditions` was asked for last.
+
+        What was added at their edges is cut off, and known pixels are put back.
+        """
         if self._parts.spatial is None:
             return images
         whole = []
         for wanted, image in zip(batch, images, strict=True):
-            read = self._read(self._file(wanted))
+            read = self._latest[self._file(wanted)]
             cut = image[:, : read.size[0], : read.size[1]]
             if read.known is not None and read.hole is not None:
                 cut = torch.where(read.hole, cut, read.known)

@@ -17,6 +17,7 @@ from ldmscale.errors import ConfigError
 from ldmscale.jobs.sample_conditions import Told
 from ldmscale.jobs.sample_set import Wanted
 from ldmscale.models.conditions import Conditions
+from ldmscale.sampling import conditions_of
 
 pytestmark = pytest.mark.distributed
 
@@ -46,6 +47,7 @@ TASKS = {
         "data.max_bad_share=0.2",
     ],
     "inpainting": [*UNTOLD, "spatial=inpainting", "spatial.channels=5", "unet.in_channels=9"],
+    "both": ["spatial=superres", "unet.in_channels=7", "diffusion.spatial_dropout=0.3"],
     "layout": [
         "text_encoder.tokenizer=layout",
         "text_encoder.vocab_size=82",
@@ -153,24 +155,28 @@ def test_the_condition_of_a_sample_is_the_same_on_one_rank_without_a_resume(plac
 
 @pytest.mark.parametrize("task", TASKS)
 def test_files_of_any_size_are_drawn_from_alike_on_any_number_of_ranks(place, task):
-    draw = ["sample", f"sample.model={task}", f"sample.condition={task}_files", "sample.steps=3"]
+    files = "superres" if task == "both" else task
+    draw = ["sample", f"sample.model={task}", f"sample.condition={files}_files", "sample.steps=3"]
+    if task == "both":
+        draw += ["sample.spatial_guidance=1.5", "sample.prompts=[a red circle]"]
     place.run(*draw, "sample.out=" + task + "_two", ranks=2)
     # No picture has more pixels than such a tile: nothing changes.
     place.run(*draw, "sample.out=" + task + "_one", "sample.decode_tile_pixels=64")
     folder = place.folder
     drawn = sorted((folder / f"{task}_two").glob("0*.png"))
-    assert [file.name for file in drawn] == ["000000_a_0.png", "000001_b_0.png"]
-    for file in drawn:
-        pixels, name = read(file), file.name.split("_")[1]
+    names = ["a", "b"]
+    assert [file.name.split("_")[1] for file in drawn] == (["a-red-circle"] * 2 if task == "both" else names)
+    for file, name in zip(drawn, names, strict=True):
+        pixels = read(file)
         assert np.array_equal(pixels, read(folder / f"{task}_one" / file.name))
         if task in ("layout", "embeddings"):
             assert pixels.shape == (32, 32, 3)
             continue
-        given = read(folder / f"{task}_files" / f"{name}.png")
+        given = read(folder / f"{files}_files" / f"{name}.png")
         if task == "semantic":
             assert pixels.shape == (*given.shape, 3)
             continue
-        if task == "superres":
+        if files == "superres":
             assert pixels.shape == (given.shape[0] * 4, given.shape[1] * 4, 3)
             continue
         hole = read(folder / f"{task}_files" / f"{name}_mask.png") > 127
@@ -216,11 +222,39 @@ def test_what_a_task_cannot_do_is_said_before_anything_is_loaded(place, ldmscale
         "sample", "sample.model=superres", "sample.prompts=[a]", "sample.height=64", cwd=place.folder
     )
     assert alone.returncode == 2 and "the model reads one (spatial.kind=image)" in alone.stderr
+    guided = ldmscale(
+        "sample",
+        "sample.model=superres",
+        "sample.condition=superres_files",
+        "sample.spatial_guidance=2",
+        cwd=place.folder,
+    )
+    assert guided.returncode == 2 and "the model always saw what is joined to its latent" in guided.stderr
     latents = ldmscale(
         *TRAIN, *TASKS["superres"], "data.kind=latents", "spatial.halvings=1", cwd=place.folder
     )
     assert latents.returncode == 2
     assert "data.kind=latents has none" in latents.stderr and "spatial.halvings is set" in latents.stderr
+
+
+def test_caption_and_small_image_both_tell_and_each_guides_by_its_own_scale(place):
+    parts = library.load(place.folder / "both")
+    assert parts.spatial_dropout == 0.3
+
+    def draw(caption: str, level: float, **scales: float) -> torch.Tensor:
+        told = conditions_of(parts, [caption], torch.full((1, 3, 8, 8), level))
+        return library.sample(parts, [caption], steps=3, conditions=told, **({"guidance": 5.0} | scales))
+
+    plain = draw("a red circle", 0.5)
+    for other in (
+        draw("a blue square", 0.5),
+        draw("a red circle", -0.5),
+        draw("a red circle", 0.5, guidance=2.0),
+        draw("a red circle", 0.5, spatial_guidance=3.0),
+    ):
+        assert (plain - other).abs().max() > 1e-3
+    lines = [json.loads(line) for line in (place.folder / "both" / "metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("spatial/dropped", 0) > 0 for line in lines)
 
 
 def test_a_layout_is_drawn_from_python_and_each_box_counts(place):
