@@ -21,7 +21,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch tests/
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test bench autoencoder-table check format clean
+.PHONY: help install quickstart test bench autoencoder-table ablation check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -48,6 +48,9 @@ test: $(STAMP) ## run all tests
 
 autoencoder-table: $(STAMP) ## train KL-f4 and VQ-f4 with and without the GAN and write docs/autoencoder_table.md (30 minutes)
 	$(BIN)/python -m benchmarks.autoencoder_table $(ARGS)
+
+ablation: $(STAMP) ## train LDM-1, 2, 4 and 8 at equal compute and write docs/ablation_table.md and .png (an hour)
+	$(BIN)/python -m benchmarks.ablation $(ARGS)
 
 bench: $(STAMP) ## side by side with other implementations; make bench ARGS="unet_step_8 --seconds 60"
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -142,6 +142,7 @@ class _Reader:
             null = bool(self.hints.null_class)
             config = ClassEmbedderConfig(classes=rows - int(null), width=width, null_class=null)
             self.model.parts["class_embedder"] = Part(config, {"embedding.weight": self.state[CLASSES]})
+            self.model.class_names = self.hints.class_names
             self.used.add(CLASSES)
         if MAPPER in self.state:
             joined, classes = self.state[MAPPER].shape[:2]

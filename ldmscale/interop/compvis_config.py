@@ -35,6 +35,7 @@ class Hints:
     latent_size: int | None = None
     dropout: float = 0.0
     halvings: int | None = None  # of a map, by the spatial rescaler
+    class_names: tuple[str, ...] | None = None
     null_class: bool | None = None  # whether the last row of the table of classes stands for none
 
 
@@ -85,6 +86,7 @@ def read_hints(values: Mapping[str, Any], where: str) -> Hints:
         dropout=float(unet.get("dropout", 0.0)),
         halvings=text.get("n_stages"),
         null_class=(_at(values, "ldmscale") or {}).get("null_class"),
+        class_names=tuple((_at(values, "ldmscale") or {}).get("class_names") or ()) or None,
     )
 
 
@@ -235,7 +237,8 @@ def _of_our_own(model: Model) -> dict[str, Any]:
     if classes is None:
         return {}
     assert isinstance(classes.config, ClassEmbedderConfig)
-    return {"ldmscale": {"null_class": classes.config.null_class}}
+    names = {} if model.class_names is None else {"class_names": list(model.class_names)}
+    return {"ldmscale": {"null_class": classes.config.null_class} | names}
 
 
 def _heads(model: Model) -> dict[str, int | None]:

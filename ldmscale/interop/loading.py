@@ -16,6 +16,7 @@ from ldmscale.config import (
     TextEncoderConfig,
     UNetConfig,
 )
+from ldmscale.data.labels import ClassLabels
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.errors import DataError
 from ldmscale.interop.model import Model, Part
@@ -53,6 +54,7 @@ def parts_of(model: Model, ema: bool, dtype: torch.dtype) -> Parts:
         elif isinstance(config, ClassEmbedderConfig):
             embedder = ClassEmbedder(classes=config.classes, width=config.width, null_class=config.null_class)
             parts.class_embedder = _filled(embedder, part, ema, wide)
+            parts.classes = ClassLabels("cls", config.classes, model.class_names)
         elif isinstance(config, SpatialConfig):
             assert config.map_classes is not None
             rescaler = SpatialRescaler(

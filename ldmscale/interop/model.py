@@ -68,6 +68,7 @@ class Model:
         scale: between the autoencoder's latents and the U-Net's; None where the source does not say.
         latent_size: height and width of the latents that the U-Net was trained at.
         tokenizer: a folder.
+        class_names: what the rows of the class embedder are called; None where classes are numbers.
         kept: tensors that are no part of a network here, under the names of CompVis' checkpoints.
         lightning: what a .ckpt held besides its state_dict.
         source: how the source was laid out, for writing the same format again.
@@ -81,6 +82,7 @@ class Model:
     scale: LatentScale | None = None
     latent_size: int | None = None
     tokenizer: Path | None = None
+    class_names: tuple[str, ...] | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     lightning: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
@@ -152,6 +154,7 @@ def write_model(model: Model, folder: Path) -> None:
         else {key: getattr(model.diffusion, key) for key in SCHEDULE_KEYS},
         "scale": None if model.scale is None else model.scale.plain(),
         "latent_size": model.latent_size,
+        "class_names": model.class_names,
         "kept": sorted(model.kept),
         "unknown": model.unknown,
         "source": model.source,
@@ -172,6 +175,7 @@ def read_model(folder: Path) -> Model:
         scale=None if values["scale"] is None else LatentScale.from_plain(values["scale"]),
         latent_size=values["latent_size"],
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
+        class_names=tuple(values["class_names"]) if values.get("class_names") else None,
         source=values["source"],
         unknown=values.get("unknown", {}),
     )

@@ -139,11 +139,14 @@ def _settle(model: Model, given: Given) -> None:
             faults.append(f"{name}= is given, and the source has no {name}: remove it")
             continue
         found = model.parts[name].config
-        free = ("dropout", "checkpointing", "tokenizer")
+        free = ("dropout", "checkpointing", "tokenizer", "names")
         for key, value in vars(wanted).items():
             if key not in free and getattr(found, key) != value:
                 faults.append(f"{name}.{key}={value} is given, and the source has {getattr(found, key)}")
+    names = given.class_embedder.names if given.class_embedder is not None else None
     faults += [*_other_heads(model, given), *_other_scale_or_schedule(model, given)]
+    if names not in (None, "found") and "class_embedder" in model.parts:
+        faults += _named(model, Path(str(names)))
     if faults:
         raise ConfigError(faults)
     model.diffusion = given.diffusion or model.diffusion
@@ -152,6 +155,22 @@ def _settle(model: Model, given: Given) -> None:
         raise ConfigError(
             f"scale_factor={given.scale_factor} is given, and the source has no latents: remove it"
         )
+
+
+def _named(model: Model, file: Path) -> list[str]:
+    """Take the names of classes from a file of one a line."""
+    if not file.is_file():
+        return [f"class_embedder.names={file}: there is no such file; give one of a name a line, or null"]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    names = tuple(line.strip() for line in lines if line.strip())
+    config = model.parts["class_embedder"].config
+    assert isinstance(config, ClassEmbedderConfig)
+    if len(names) > config.classes:
+        return [
+            f"class_embedder.names={file} has {len(names)} names, and the source {config.classes} classes"
+        ]
+    model.class_names = names or None
+    return []
 
 
 def _other_heads(model: Model, given: Given) -> list[str]:

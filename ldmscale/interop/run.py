@@ -82,6 +82,7 @@ def _diffusion(config: DiffusionJob, folder: RunFolder, parts: Parts) -> Model:
         model.parts["text_encoder"] = _part(config.text_encoder, parts.text_encoder)
     if config.class_embedder is not None and parts.class_embedder is not None:
         model.parts["class_embedder"] = _part(config.class_embedder, parts.class_embedder)
+        model.class_names = None if parts.classes is None else parts.classes.names
     if config.spatial is not None and parts.spatial_rescaler is not None:
         model.parts["spatial_rescaler"] = _part(config.spatial, parts.spatial_rescaler)
     return model

@@ -60,6 +60,7 @@ def chosen(model: Model, parts: Sequence[str]) -> Model:
         kept={},
         lightning={},
         tokenizer=model.tokenizer if "text_encoder" in parts else None,
+        class_names=model.class_names if "class_embedder" in parts else None,
         unknown={key: told for key, told in model.unknown.items() if key.split(".")[0] in parts},
         source={} if left else model.source,
     )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import ldmscale as library
+from ldmscale.checkpoint import Reader, newest_checkpoint
 from ldmscale.errors import ConfigError
 
 pytestmark = pytest.mark.distributed
@@ -20,12 +21,17 @@ TRAIN = [
     "preview.sampler_steps=2", "preview.images=3", "preview.every_steps=4", "checkpoint.save_every_steps=2", "optim.lr=1e-2",
 ]  # fmt: skip
 TASKS = {
+    "text": [],
     "unconditional": ["text_encoder=null", "unet.context_dim=null"],
     "class": [
         "text_encoder=null", "class_embedder=found", "class_embedder.classes=5", "class_embedder.width=64", "data.label=json:class",
     ],
 }  # fmt: skip
-PROMPTS = {"unconditional": "[one,two]", "class": "[triangle,circle,square]"}
+PROMPTS = {
+    "text": "[a red circle,a blue square]",
+    "unconditional": "[one,two]",
+    "class": "[triangle,circle,square]",
+}
 
 
 def finished(done):
@@ -55,7 +61,15 @@ def test_a_task_trains_resumes_and_draws(place, task):
     with Image.open(place / task / "samples" / "step_00000004.png") as picture:
         assert picture.width > 32
     assert len(list((place / f"{task}_drawn").glob("0*.png"))) == len(PROMPTS[task].split(","))
-    assert not (place / task / "tokenizer").exists()
+    assert (place / task / "tokenizer").exists() == (task == "text")
+
+
+def test_one_autoencoder_and_latents_made_once_serve_all_of_them(place):
+    """Tasks with maps, small images and holes, online behind the same autoencoder, are in test_file_tasks.py."""
+    made_by = json.loads((place / "latents" / "manifest.json").read_text())["format"]["autoencoder"]
+    for task in TASKS:
+        reader = Reader(newest_checkpoint(place / task / "checkpoints"))
+        assert reader.state["stage"]["autoencoder"] == made_by
 
 
 def test_the_classes_that_were_found_are_kept_with_the_run(place):
@@ -71,10 +85,29 @@ def test_a_class_conditional_run_is_exported_with_its_null_class_and_draws_the_s
     run, exported = library.load(place / "class"), library.load(place / "class.ckpt")
 
     def draw(parts: library.Parts) -> torch.Tensor:
-        return library.sample(parts, ["2", "0"], steps=3, guidance=4.0)
+        return library.sample(parts, ["triangle", "circle"], steps=3, guidance=4.0)
 
     assert exported.denoiser is not None and exported.denoiser.has_null
     assert torch.equal(draw(exported), draw(run))
+    # Names travel on, into the folder of an import and out of it again, and can be given to a model without them.
+    finished(ldmscale("import", "src=class.ckpt", "dst=imported", cwd=place))
+    assert torch.equal(draw(library.load(place / "imported")), draw(run))
+    finished(ldmscale("export", "src=imported", "dst=again.safetensors", "format=compvis", cwd=place))
+    assert library.load(place / "again.safetensors").classes == library.load(place / "imported").classes
+    (place / "names.txt").write_text("round\nangular\n")
+    other = ["class_embedder.classes=5", "class_embedder.width=64", "class_embedder.names=names.txt"]
+    finished(ldmscale("import", "src=class.ckpt", "dst=renamed", *other, cwd=place))
+    renamed = library.load(place / "renamed")
+    assert renamed.classes is not None and renamed.classes.names == ("round", "angular")
+    named = [
+        "sample",
+        "sample.model=renamed",
+        "sample.prompts=[angular]",
+        "sample.steps=2",
+        "sample.out=named",
+    ]
+    finished(ldmscale(*named, cwd=place))
+    assert [file.name for file in (place / "named").glob("0*.png")] == ["000000_angular_0.png"]
 
 
 def test_an_unconditional_run_whose_heads_diffusers_cannot_express_is_refused_by_name(place, ldmscale):
