@@ -23,6 +23,10 @@ TRAIN = [
 TASKS = {
     "text": [],
     "unconditional": ["text_encoder=null", "unet.context_dim=null"],
+    "pixels": [
+        "text_encoder=null", "unet.context_dim=null", "data=shards", "data.shards='ae/data/*.tar'", "data.image_size=32",
+        "autoencoder=pixels", "first_stage.path=null", "unet.in_channels=3", "unet.out_channels=3",
+    ],
     "class": [
         "text_encoder=null", "class_embedder=found", "class_embedder.classes=5", "class_embedder.width=64", "data.label=json:class",
     ],
@@ -30,6 +34,7 @@ TASKS = {
 PROMPTS = {
     "text": "[a red circle,a blue square]",
     "unconditional": "[one,two]",
+    "pixels": "[one,two]",
     "class": "[triangle,circle,square]",
 }
 
@@ -67,9 +72,27 @@ def test_a_task_trains_resumes_and_draws(place, task):
 def test_one_autoencoder_and_latents_made_once_serve_all_of_them(place):
     """Tasks with maps, small images and holes, online behind the same autoencoder, are in test_file_tasks.py."""
     made_by = json.loads((place / "latents" / "manifest.json").read_text())["format"]["autoencoder"]
-    for task in TASKS:
+    for task in ("text", "unconditional", "class"):
         reader = Reader(newest_checkpoint(place / task / "checkpoints"))
         assert reader.state["stage"]["autoencoder"] == made_by
+
+
+def test_a_model_of_pixels_needs_no_first_stage_and_gets_none(place, ldmscale):
+    parts = library.load(place / "pixels")
+    assert parts.latent_shape == (3, 32, 32) and parts.autoencoder is not None
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert torch.equal(parts.autoencoder.decode(parts.autoencoder.encode(image).latent), image)
+    kept = torch.zeros(1, 1, 32, 32)
+    kept[..., 16:] = 1
+    drawn = library.sample(parts, [""], steps=2, guidance=1.0, image=image, mask=kept)
+    assert torch.equal(drawn[..., :16], image[..., :16])
+    refused = ldmscale("export", "src=pixels", "dst=pixels.ckpt", "format=compvis", cwd=place)
+    assert refused.returncode == 2 and "works on pixels" in refused.stderr
+    wrong = ldmscale(*TRAIN, *TASKS["pixels"], "first_stage.path=ae", "data.kind=latents", cwd=place)
+    assert wrong.returncode == 2
+    assert "give first_stage.path=null" in wrong.stderr and "give data=shards" in wrong.stderr
+    trained = ldmscale("autoencoder", "experiment=smoke", "autoencoder=pixels", cwd=place)
+    assert trained.returncode == 2 and "there is nothing to train" in trained.stderr
 
 
 def test_the_classes_that_were_found_are_kept_with_the_run(place):
