@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ class Point:
 
     step: int
     images_seen: int
-    seconds: float  # of training steps, without saves and start
+    seconds: float  # of training steps, without saves and start, at the run's median pace
     distance: float
 
 
@@ -170,7 +171,7 @@ def training(model: Model, folder: Path, steps: int, points: int, ranks: int, na
         f"unet.in_channels={model.latent_channels}", f"unet.out_channels={model.latent_channels}",
         f"unet.channels={model.unet_channels}", f"unet.channel_mult={model.unet_mult}",
         f"unet.attention_levels={model.attention_levels}", "data.workers=0", "optim.curve=constant", f"train.max_steps={steps}",
-        f"train.global_batch={BATCH}", f"train.rank_micro_batch={BATCH // ranks}", f"train.log_every_steps={max(1, every // 2)}",
+        f"train.global_batch={BATCH}", f"train.rank_micro_batch={BATCH // ranks}", f"train.log_every_steps={max(1, every // 4)}",
         "preview.every_steps=0", f"checkpoint.save_every_steps={every}", f"checkpoint.keep_every_steps={every}",
         "tracking.wandb=off",
     ]  # fmt: skip
@@ -188,8 +189,8 @@ def plan(folder: Path, minutes: float, steps: int | None, points: int, ranks: in
             name = f"probe_{model.factor}"
             if status := launch(training(model, folder, 12, 2, ranks, name), ranks):
                 raise SystemExit(status)
-            last = max(step_seconds(folder / name).items())[1]
-            chosen[model.name] = max(1, int(minutes * 60 / last / points)) * points
+            pace = statistics.median(step_seconds(folder / name).values())
+            chosen[model.name] = max(1, int(minutes * 60 / pace / points)) * points
         known = {"minutes": minutes, "points": points, "steps": chosen}
         file.write_text(json.dumps(known, indent=1) + "\n")
     planned: dict[str, int] = known["steps"]
@@ -203,12 +204,8 @@ def step_seconds(run: Path) -> dict[int, float]:
 
 
 def seconds_until(run: Path, step: int) -> float:
-    total, before = 0.0, 0
-    for at, seconds in sorted(step_seconds(run).items()):
-        if at > step:
-            break
-        total, before = total + seconds * (at - before), at
-    return total
+    """By the median of what steps took, so that it does not count when the machine was busy with something else."""
+    return step * statistics.median(step_seconds(run).values())
 
 
 def real_images(shards: list[str]) -> Tensor:
