@@ -57,7 +57,7 @@ class Parts:
     latent_shape: tuple[int, int, int] | None = None  # [C,h,w] that the model was trained at
     prediction: str = "eps"
     spatial: str | None = None  # what is joined to the latent: "map", "image" or "masked"
-    spatial_dropout: float = 0.0  # how often the model was trained without it
+    spatial_dropout: float | None = None  # how often the model was trained without it; None: not known
     latent_statistics: dict[str, Any] | None = None  # measured at the end of the autoencoder's training
 
 

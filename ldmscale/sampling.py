@@ -226,7 +226,7 @@ def _guidance_faults(parts: Parts, spatial_guidance: float) -> list[str]:
         return [
             f"spatial_guidance={spatial_guidance}, but nothing is joined to the latent of this model: give 1"
         ]
-    if not parts.spatial_dropout:
+    if parts.spatial_dropout == 0:  # what another format holds does not say
         return [
             f"spatial_guidance={spatial_guidance}, but the model always saw what is joined to its latent: train it with "
             "diffusion.spatial_dropout=0.1, or give 1"
