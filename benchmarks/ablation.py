@@ -313,7 +313,7 @@ def table(rows: Sequence[dict[str, Any]], given: argparse.Namespace, real: int) 
         lines.append(
             f"| {found['name']} | {found['latent']} | {found['parameters'] / 1e6:.2f} M | {found['flops'] / 1e9:.2f} "
             f"| {last.images_seen / last.seconds:.0f} | {last.images_seen} | {last.seconds:.0f} | {last.distance:.1f} "
-            f"| {found['bound']:.1f} |"
+            f"| {max(0.0, found['bound']):.1f} |"
         )
     lines += [
         "",
