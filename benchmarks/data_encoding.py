@@ -74,6 +74,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.quick:
         chosen.rounds, chosen.samples, chosen.size, chosen.channels = 1, 8, 64, 32
+        chosen.workers = [0]
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
     network = KLAutoencoder(
