@@ -39,7 +39,7 @@ def chosen_weights(reader: Reader, network: str, ema: bool | str) -> dict[str, T
     """
     kinds = reader.kinds(network)
     if isinstance(ema, bool):
-        return reader.weights(network, kind=MAIN if ema and MAIN in kinds else "master")
+        return reader.weights(network, kind=average_taken(reader, network, ema) or "master")
     if ema in kinds:
         return reader.weights(network, kind=ema)
     wanted = _POWER.fullmatch(ema)
@@ -50,6 +50,13 @@ def chosen_weights(reader: Reader, network: str, ema: bool | str) -> dict[str, T
             f"power_WIDTH makes one of any width up to {WIDEST:.3f} from stored power-function averages"
         )
     return reconstructed(reader, network, float(wanted[1]))
+
+
+def average_taken(reader: Reader, network: str, ema: bool | str) -> str | None:
+    """The average whose weights `chosen_weights` gives; None: they are the raw ones."""
+    if isinstance(ema, bool):
+        return MAIN if ema and MAIN in reader.kinds(network) else None
+    return ema
 
 
 def reconstructed(reader: Reader, network: str, width: float) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Weights are a local file or `hf://OWNER/REPO/FILE`, which is fetched from the mo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ldmscale.config import AutoencoderLossConfig
 from ldmscale.errors import ConfigError
 from ldmscale.models.efficientnet import HEAD_CHANNELS, EfficientNetLite0
+from ldmscale.models.inception import FEATURES, SIDE, Inception
 from ldmscale.models.perceptual import (
     EFFICIENTNET_LITE0_SHA256,
     LPIPS,
@@ -21,10 +23,15 @@ from ldmscale.models.perceptual import (
     EfficientNetLite0Distance,
     file_sha256,
     load_efficientnet_lite0,
+    load_tensors,
     packaged_efficientnet,
+    read_weights,
 )
 
 HUB = "hf://"
+# The first characters of its sha256 are in its published name.
+INCEPTION_SHA256 = "6726825d"
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth of pytorch-fid, the network of Heusel et al. 2017"
 Distance = LPIPS | EfficientNetLite0Distance
 
 
@@ -72,16 +79,26 @@ def open_distance(
         raise ConfigError(f"{key}={name}: {error}") from error
 
 
+@dataclass(frozen=True)
 class Features:
     """A frozen network that describes images by vectors, [B,3,H,W] in [-1,1] -> [B,width]."""
 
-    def __init__(self, network: EfficientNetLite0, sha256: str, side: int) -> None:
-        self.network, self.sha256, self.side = network, sha256, side
-        self.width = HEAD_CHANNELS
-        self.preparation = f"bilinear without antialiasing to {side}x{side}, pooled features"
+    network: EfficientNetLite0 | Inception
+    sha256: str  # of its weights
+    side: int  # pixels that it takes
+    width: int
+    distance: str  # what a Frechet distance of them is called
+    whole_bytes: bool  # images are rounded to 8 bits first, as saved pictures are
+
+    @property
+    def preparation(self) -> str:
+        rounded = "rounded to 8 bits, " if self.whole_bytes else ""
+        return f"{rounded}bilinear without antialiasing to {self.side}x{self.side}, pooled features"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        if self.whole_bytes:
+            images = ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
         resized = F.interpolate(images, size=(self.side, self.side), mode="bilinear", align_corners=False)
         return self.network.pooled(resized)
 
@@ -89,17 +106,35 @@ class Features:
 def open_features(
     name: str, weights: str | None, weights_sha256: str | None, device: torch.device, *, key: str
 ) -> Features | None:
-    """The feature extractor called `name` (efficientnet_lite0 or none); `key` is the setting that named it.
+    """The feature extractor called `name` (efficientnet_lite0, inception_fid or none); `key` is the setting that named it.
 
+    The Frechet distance is called "fid" over the published Inception weights alone.
     Raises ConfigError where its weights are not to be had, or are others than expected.
     """
     if name == "none":
         return None
+    network: EfficientNetLite0 | Inception
     try:
-        path = packaged_efficientnet() if weights is None else weights_file(weights)
-        network = load_efficientnet_lite0(path, weights_sha256=weights_sha256 or EFFICIENTNET_LITE0_SHA256)
-        network.requires_grad_(False).to(device)
-        return Features(network, file_sha256(path), 224)
+        if name == "inception_fid":
+            if weights is None:
+                raise ValueError(f"it needs the file of its weights ({INCEPTION}); give {key}_weights=FILE")
+            path = weights_file(weights)
+            sha256 = file_sha256(path) if path.is_file() else ""
+            found = read_weights(path, weights_sha256 or INCEPTION_SHA256, INCEPTION)
+            network = Inception()
+            load_tensors(network, {k: v for k, v in found.items() if not k.startswith("fc.")}, path)
+            published = sha256.startswith(INCEPTION_SHA256)
+            distance = "fid" if published else f"frechet_distance_{name}"
+            opened = Features(network, sha256, SIDE, FEATURES, distance, whole_bytes=True)
+        else:
+            path = packaged_efficientnet() if weights is None else weights_file(weights)
+            network = load_efficientnet_lite0(
+                path, weights_sha256=weights_sha256 or EFFICIENTNET_LITE0_SHA256
+            )
+            distance = f"frechet_distance_{name}"
+            opened = Features(network, file_sha256(path), 224, HEAD_CHANNELS, distance, whole_bytes=False)
+        network.requires_grad_(False).eval().to(device)
+        return opened
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}={name}: {error}") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmscale.averaging import chosen_weights
+from ldmscale.averaging import average_taken, chosen_weights
 from ldmscale.checkpoint import Reader, newest_checkpoint
 from ldmscale.compose import compose_job, config_folder
 from ldmscale.config import AutoencoderJob, DiffusionJob, FrozenTextConfig, TextEncoderConfig
@@ -59,6 +59,7 @@ class Parts:
     spatial: str | None = None  # what is joined to the latent: "map", "image" or "masked"
     spatial_dropout: float | None = None  # how often the model was trained without it; None: not known
     latent_statistics: dict[str, Any] | None = None  # measured at the end of the autoencoder's training
+    autoencoder_average: str | None = None  # which average the autoencoder's weights are; None: the raw ones
 
 
 def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") -> Parts:
@@ -132,7 +133,11 @@ def _load_autoencoder(config: AutoencoderJob, reader: Reader, ema: bool | str, d
     autoencoder = build_autoencoder(config.autoencoder)
     _fill(autoencoder, chosen_weights(reader, "generator", ema))
     autoencoder.requires_grad_(False).eval().to(dtype)
-    return Parts(autoencoder=autoencoder, latent_statistics=reader.state["stage"]["latent_statistics"])
+    return Parts(
+        autoencoder=autoencoder,
+        autoencoder_average=average_taken(reader, "generator", ema),
+        latent_statistics=reader.state["stage"]["latent_statistics"],
+    )
 
 
 def _load_diffusion(
@@ -174,6 +179,7 @@ def _load_diffusion(
     return Parts(
         unet=denoiser.unet,
         autoencoder=first_stage.autoencoder,
+        autoencoder_average=first_stage.autoencoder_average,
         text_encoder=denoiser.reads_text,
         class_embedder=denoiser.class_embedder,
         spatial_rescaler=denoiser.spatial_rescaler,

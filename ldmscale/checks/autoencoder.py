@@ -102,6 +102,14 @@ def _check_features(chosen: EvaluateConfig) -> list[str]:
     weights = chosen.features_weights
     if chosen.features == "efficientnet_lite0":
         return _check_lite0("evaluate.features", "evaluate.features_weights", weights)
+    if chosen.features == "inception_fid":
+        if weights is None:
+            return [
+                "evaluate.features_weights is not set: inception_fid needs pt_inception-2015-12-05-6726825d.pth, a release file of "
+                "pytorch-fid; give its path, or evaluate.features=efficientnet_lite0 or none"
+            ]
+        if not weights.startswith(HUB) and not Path(weights).is_file():
+            return [f"evaluate.features_weights={weights}: there is no such file; give its path"]
     return []
 
 

@@ -49,6 +49,7 @@ def parts_of(model: Model, ema: bool, dtype: torch.dtype) -> Parts:
             parts.unet = _filled(build_unet(config), part, ema, wide)
         elif isinstance(config, AutoencoderConfig):
             parts.autoencoder = _filled(build_autoencoder(config), part, ema, wide)
+            parts.autoencoder_average = "ema" if ema and part.averaged is not None else None
         elif isinstance(config, TextEncoderConfig):
             parts.text_encoder = _filled(build_text_encoder(config), part, ema, wide)
         elif isinstance(config, ClassEmbedderConfig):

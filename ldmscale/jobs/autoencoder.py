@@ -80,7 +80,8 @@ def _run(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
         loader = make_loader(run, config, reader, 0, workers=0)
         wanted = min(config.scale_samples, run.index.total)
         for _ in range(-(-wanted // config.train.global_batch) * run.accumulation_steps):
-            yield next_for_all(loader)
+            batch = next_for_all(loader)
+            yield batch | {"counts": batch["position"] < wanted}
 
     averages = averages_of(generator, config.ema)
     adversary = Adversary(

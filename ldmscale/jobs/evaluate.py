@@ -108,8 +108,7 @@ def _reconstruction(
         metrics["perceptual"] = {"name": chosen.perceptual, "distance": means["perceptual"]}
     if extractor is not None and real is not None and made is not None:
         found = frechet_distance(real.gaussian(), made.gaussian())
-        # FID is the name of this distance over one Inception network only; others are named after theirs.
-        name = f"frechet_distance_{chosen.features}"
+        name = extractor.distance
         metrics[name] = found
         if count <= extractor.width:
             log.warning(
@@ -123,8 +122,15 @@ def _reconstruction(
         "protocol": {
             "kind": "reconstruction",
             "latent": "mean of the posterior" if isinstance(autoencoder, KLAutoencoder) else "nearest codes",
-            "model": {"path": str(chosen.model), "autoencoder": identity, "ema": chosen.ema},
+            "model": {
+                "path": str(chosen.model),
+                "autoencoder": identity,
+                # What was measured, not what was asked for: a run may have kept no average.
+                "ema": parts.autoencoder_average is not None,
+                "average": parts.autoencoder_average,
+            },
             "precision": chosen.precision,
+            "batch": chosen.rank_batch,
             "images": count,
             "sample_names_sha256": names,
             "unreadable": faults,

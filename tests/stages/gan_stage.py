@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import gan_case as case
 import torch
 import torch.distributed as dist
@@ -47,11 +49,18 @@ def stage_of(
         ),
         None if setting.of_kl else keeper,
         0,
-        lambda: iter(()),
+        scale_batches,
         {},
         None,
         DEVICE,
     )
+
+
+def scale_batches() -> Iterator[Batch]:
+    """SCALED images that count, and those that fill up the last pass."""
+    for number in range(-(-case.SCALED // case.PASS)):
+        found = batch(0, number)
+        yield found | {"counts": found["position"] < case.SCALED}
 
 
 def batch(step: int, number: int) -> Batch:

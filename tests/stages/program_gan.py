@@ -38,6 +38,13 @@ def trained(setting: case.Case, zero: int) -> list[dict[str, float]]:
     return found
 
 
+def scaled(setting: case.Case, zero: int) -> dict[str, Any] | None:
+    """The scale of the untrained network's latents, which is the same network on any number of ranks."""
+    stage = stage_of(setting, zero)
+    stage.finish()
+    return stage.latent_statistics
+
+
 def main() -> None:
     connect(DEVICE)
     out: dict[str, Any] = {}
@@ -46,6 +53,8 @@ def main() -> None:
         kind, norm, zero = wanted.split("-")
         if kind == "codebook":
             out[wanted] = codebook_case.found(int(zero), path.parent / f"checkpoints_{zero}")
+        elif kind == "scale":
+            out[wanted] = scaled(case.Case("kl", norm), int(zero))
         else:
             out[wanted] = trained(case.Case(kind, norm), int(zero))
     if dist.get_rank() == 0:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ldmscale.distributed.seeds import shuffled
 from ldmscale.launcher import run_ranks, shared_environment
@@ -31,9 +32,9 @@ pytestmark = pytest.mark.distributed
 
 # Kind, norm of the discriminator (batch norm sees each rank's own images, so it is compared on one), ZeRO stage.
 CASES = {
-    1: ["kl-batch-0", "vq-batch-3"],
-    2: ["kl-group-3", "vq-group-1", "codebook-group-2", "codebook-group-0"],
-    3: ["kl-group-1", "vq-group-2", "codebook-group-3"],
+    1: ["kl-batch-0", "vq-batch-3", "scale-group-0"],
+    2: ["kl-group-3", "vq-group-1", "codebook-group-2", "codebook-group-0", "scale-group-3"],
+    3: ["kl-group-1", "vq-group-2", "codebook-group-3", "scale-group-3"],
 }
 # Relative. Exact until the first update of a discriminator has been felt; then a ReLU or the sign of a pixel's error that
 # falls on the other side of zero, here or there, moves a single step by up to 3e-3 (measured), and the next ones less.
@@ -73,7 +74,7 @@ def test_the_sharded_gan_stage_equals_plain_pytorch_with_two_optimisers(
 ) -> None:
     measured = found(ranks)
     for wanted in CASES[ranks]:
-        if wanted.startswith("codebook"):
+        if wanted.startswith(("codebook", "scale")):
             continue
         kind, norm, _ = wanted.split("-")
         errors: dict[str, list[float]] = {}
@@ -89,6 +90,26 @@ def test_the_sharded_gan_stage_equals_plain_pytorch_with_two_optimisers(
         assert all(median(each) < USUAL for each in errors.values()), errors
         assert {"gan/discriminator", "discriminator/gradient_norm", "gan/adaptive_weight"} <= errors.keys()
         assert ("gan/r1" in errors) == (kind == "kl")
+
+
+def test_the_latent_scale_is_that_of_the_same_images_on_any_number_of_ranks(
+    found: Callable[[int], dict[str, Any]],
+) -> None:
+    torch.manual_seed(0)
+    network = case.autoencoder("kl")
+    pixels = torch.cat([case.images(0, number)[0] for number in range(-(-case.SCALED // case.PASS))])
+    with torch.no_grad():
+        posterior = network.encode(pixels[: case.SCALED].float() / 127.5 - 1)
+    mean = posterior.mean.double().permute(1, 0, 2, 3).flatten(1)  # [C,positions]
+    second = mean.square() + posterior.logvar.double().exp().permute(1, 0, 2, 3).flatten(1)
+    std = (second.mean(1) - mean.mean(1).square()).sqrt()
+    for ranks, wanted in ((1, "scale-group-0"), (2, "scale-group-3"), (3, "scale-group-3")):
+        here = found(ranks)[wanted]
+        assert here["positions"] == mean.shape[1]
+        assert here["channel_mean"] == pytest.approx(mean.mean(1).tolist(), rel=1e-5, abs=1e-7), ranks
+        assert here["channel_std"] == pytest.approx(std.tolist(), rel=1e-5), ranks
+        overall = (second.mean() - mean.mean().square()).sqrt()
+        assert here["factor"] == pytest.approx(1 / float(overall), rel=1e-5), ranks
 
 
 def lloyd(latents: np.ndarray, centres: np.ndarray, rounds: int) -> np.ndarray:
