@@ -51,7 +51,7 @@ ROWS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each of the four runs")
+    parser.add_argument("--steps", type=int, default=320, help="of each of the four runs")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--root", default=None, help="the sprites' wheel or folder that is here already")
     parser.add_argument("--folder", type=Path, default=Path("runs/autoencoder_table"))

@@ -88,7 +88,9 @@ def train(name: str, folder: Path, size: int, ranks: int) -> Trained:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PUBLISHED)}; all unless given")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(PUBLISHED)}; all unless given"
+    )
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=None, help="keep the runs there")
@@ -96,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in given.names if name not in PUBLISHED]:
         parser.error(f"no first stage {', '.join(unknown)}; there are: {', '.join(PUBLISHED)}")
     said = sys.stdout.write
-    said("| first stage | parameters | as published | losses | of D | latent factor | s a step | s in all |\n")
+    said(
+        "| first stage | parameters | as published | losses | of D | latent factor | s a step | s in all |\n"
+    )
     said("|---|---:|---|---|---|---:|---:|---:|\n")
     wrong = 0
     for name in given.names or PUBLISHED:
@@ -108,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 shutil.rmtree(folder, ignore_errors=True)
         equal = found.parameters == PUBLISHED[name]
         wrong += not equal
-        losses, judged = (", ".join(f"{value:.4g}" for value in values) for values in (found.losses, found.gan))
+        losses, judged = (
+            ", ".join(f"{value:.4g}" for value in values) for values in (found.losses, found.gan)
+        )
         said(
             f"| {name} | {found.parameters:,} | {'yes' if equal else f'{PUBLISHED[name]:,}'} | {losses} | {judged} "
             f"| {found.factor:.3g} | {found.step_seconds:.1f} | {found.seconds:.0f} |\n"
