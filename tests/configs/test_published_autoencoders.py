@@ -6,7 +6,7 @@ import torch
 from ldmscale import build
 from ldmscale.checks import check
 from ldmscale.compose import compose_job
-from ldmscale.config import AutoencoderJob
+from ldmscale.config import AutoencoderJob, EvaluateJob
 from ldmscale.networks import build_discriminator
 from ldmscale.validate import read
 
@@ -72,3 +72,13 @@ def test_an_experiment_is_its_published_configuration(name):
 def test_what_would_silently_train_something_else_is_refused(overrides, remedy):
     faults = check(composed("kl_f8", *overrides), 8)
     assert any(remedy in fault for fault in faults), faults
+
+
+def test_an_fid_without_the_file_of_its_network_is_refused():
+    given = ["evaluate.model=run", "data.shards=a.tar", "evaluate.features=inception_fid"]
+    for more, remedy in (
+        ([], "inception_fid needs pt_inception-2015-12-05-6726825d.pth"),
+        (["evaluate.features_weights=absent.pth"], "absent.pth: there is no such file"),
+    ):
+        faults = check(read(EvaluateJob, compose_job("evaluate", [*given, *more])), 1)
+        assert any(remedy in fault for fault in faults), faults

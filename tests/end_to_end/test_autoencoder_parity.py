@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ldmscale import load
 from ldmscale.compose import compose_job
 from ldmscale.config import AutoencoderJob
 from ldmscale.data.index import ShardIndex
@@ -97,3 +98,5 @@ def test_the_gan_stage_equals_plain_pytorch(tmp_path, ldmscale):
         for name, value in expected.items():
             assert lines[step][names[name]] == pytest.approx(value, rel=2e-4), (step, name)
         assert ("gan/adaptive_weight" in lines[step]) == (step >= START)
+    # Asked for averaged weights, a run that kept none says that it gave the raw ones.
+    assert load(tmp_path / "run", ema=True).autoencoder_average is None

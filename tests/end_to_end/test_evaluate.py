@@ -4,12 +4,9 @@ import hashlib
 import json
 
 import pytest
-import torch
 
 from ldmscale import load
 from ldmscale.jobs.synthetic import synthetic_shards
-from ldmscale.models.inception import Inception
-from ldmscale.models.perceptual import file_sha256
 
 pytestmark = pytest.mark.distributed
 
@@ -61,34 +58,12 @@ def test_evaluation_repeats_the_validation_and_does_not_depend_on_ranks(tmp_path
     protocol = one["protocol"]
     assert (protocol["images"], protocol["latent"], protocol["trained_on"]) == (21, "nearest codes", [])
     assert protocol["model"]["ema"] is True and protocol["model"]["average"] == "ema"
+    assert load(tmp_path / "run", ema=False).autoencoder_average is None
     # 13 images that neither ranks nor batches divide: the latents of 8 x 8 positions of just these.
     statistics = load(tmp_path / "run").latent_statistics
     assert statistics is not None and statistics["positions"] == 13 * 8 * 8
     names = [f"00001.tar/{key}" for key in keys(heldout, 21)]
     assert protocol["sample_names_sha256"] == hashlib.sha256("\n".join(names).encode()).hexdigest()
-
-
-def test_raw_weights_and_inception_features_are_told(tmp_path, ldmscale):
-    """Of a run that kept no average, asked for one; the Inception weights are random, so the distance is no FID."""
-    done = ldmscale("autoencoder", "experiment=smoke", "run.dir=run", "train.max_steps=1", "zero=0",
-                    cwd=tmp_path, ranks=1)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    torch.manual_seed(0)
-    torch.save(Inception().state_dict(), tmp_path / "inception.pth")
-    command = [
-        "evaluate", "evaluate.model=run", "data.shards=run/data/00000.tar", "data.image_size=32", "evaluate.samples=3",
-        "evaluate.ema=true", "evaluate.features=inception_fid",
-    ]  # fmt: skip
-    done = ldmscale(*command, cwd=tmp_path)
-    assert done.returncode == 2 and "features_weights is not set: inception_fid needs" in done.stderr
-    sha256 = file_sha256(tmp_path / "inception.pth")
-    given = ["evaluate.features_weights=inception.pth", f"evaluate.features_weights_sha256={sha256}"]
-    done = ldmscale(*command, *given, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-6000:]
-    result = json.loads((tmp_path / "run" / "evaluation" / "reconstruction.json").read_text())
-    assert result["protocol"]["model"]["ema"] is False and result["protocol"]["model"]["average"] is None
-    assert result["protocol"]["features"]["weights_sha256"] == sha256
-    assert result["metrics"]["frechet_distance_inception_fid"] > 0 and "fid" not in result["metrics"]
 
 
 def keys(shard, count):
