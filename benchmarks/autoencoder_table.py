@@ -114,8 +114,8 @@ def table(results: list[tuple[Row, dict[str, Any], dict[str, Any]]], steps: int,
     lines = [
         "# KL-f4 and VQ-f4 with and without the GAN term",
         "",
-        f"Made by `make autoencoder-table` (`--steps {steps} --ranks {ranks}`): {steps} steps of {BATCH} sprites at {SIZE} px,"
-        f" measured on {protocol['images']} held-out ones by `ldmscale evaluate`. The networks are the quickstart's (not the",
+        f"Made by `make autoencoder-table` (`--steps {steps} --ranks {ranks}`): {steps} steps of {BATCH} sprites at {SIZE} px,",
+        f"measured on {protocol['images']} held-out ones by `ldmscale evaluate`. The networks are the quickstart's (not the",
         f"published sizes), the discriminator joins after {LATE:.0%} of the steps. The perceptual distance and the features",
         f"of the Frechet distance are those of {JUDGE}: neither LPIPS nor FID, and the former was also trained on. There are",
         "fewer images than features, so the Frechet distances compare these rows with each other only.",
