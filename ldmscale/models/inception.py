@@ -196,7 +196,7 @@ class Inception(nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """images [B, 3, 299, 299] in [-1, 1] -> [B, 2048]."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))  # [B, 64, 147, 147]
+        x: Tensor = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))  # [B, 64, 147, 147]
         x = F.max_pool2d(x, 3, 2)  # [B, 64, 73, 73]
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)  # [B, 192, 35, 35]
         for name, _ in MIXED:
