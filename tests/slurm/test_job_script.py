@@ -1,0 +1,91 @@
+"""What slurm/job.sbatch does about each end of its ranks, on a real cluster; in the place of ldmscale stands a short program."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from real_cluster import Cluster, until
+
+from ldmscale.cluster.frozen import Frozen
+from ldmscale.cluster.script import render
+from ldmscale.config import ClusterConfig
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+# Ends as the first line of `plan` says, taking that line away: a number at once, "stop" with 75 once it hears TERM or USR1.
+RANK = """
+import pathlib, signal, sys, time
+plan = pathlib.Path(__file__).with_name("plan")
+first, *rest = plan.read_text().split()
+plan.write_text(" ".join(rest))
+print("begun:", first, flush=True)
+if first != "stop":
+    sys.exit(int(first))
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda *_: sys.exit(75))
+for _ in range(6000):
+    time.sleep(0.1)
+"""
+
+
+class Job:
+    """The rendered script of a frozen folder, in the queue."""
+
+    def __init__(self, cluster: Cluster, folder: Path, plan: str, **facts: object) -> None:
+        self.cluster, self.folder = cluster, folder
+        frozen = Frozen(folder / "submissions" / "0001")
+        frozen.code.mkdir(parents=True)
+        (folder / "logs").mkdir()
+        (frozen.code / "start.py").write_text(RANK)
+        (frozen.code / "plan").write_text(plan)
+        asked = ClusterConfig(nodes=1, tasks_per_node=1, time="60", python=sys.executable, **facts)  # type: ignore[arg-type]
+        frozen.script.write_text(render(frozen, "diffusion", "trial", folder / "logs", folder, asked))
+        self.number = cluster.ask("sbatch", "--parsable", str(frozen.script))
+
+    @property
+    def output(self) -> str:
+        file = self.folder / "logs" / f"slurm_{self.number}.out"
+        return file.read_text() if file.exists() else ""
+
+    def says(self, text: str, times: int = 1) -> None:
+        until(lambda: self.output.count(text) >= times, 150, f"{text!r} in: {self.output}")
+
+    def ends(self, state: str, status: str, restarts: int) -> None:
+        """And stays so."""
+        assert self.cluster.wait(self.number, ["COMPLETED", "FAILED", "CANCELLED"], 150) == state, self.output
+        time.sleep(4.0)
+        found = self.cluster.job(self.number)
+        assert (found["JobState"], found["ExitCode"], found["Restarts"]) == (state, status, str(restarts)), (
+            self.output
+        )
+
+
+def test_a_job_that_was_stopped_comes_back_and_one_that_was_cancelled_does_not(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path, "stop stop stop")
+    job.says("begun: stop")
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.number)  # as Slurm does before the time limit
+    job.says("stopped after a complete save")
+    job.says("begun: stop", 2)
+    cluster.ask("scontrol", "requeue", job.number)
+    job.says("begun: stop", 3)
+    cluster.ask("scancel", job.number)  # the ranks end with 75 here too
+    until(lambda: cluster.state(job.number) == "CANCELLED", 150, job.output)
+    time.sleep(4.0)
+    assert cluster.state(job.number) == "CANCELLED" and cluster.job(job.number)["Restarts"] == "2", job.output
+
+
+def test_failures_are_tried_again_as_long_as_there_is_progress_and_what_cannot_work_is_not(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path / "fails", "7 7 7 0", max_failures_without_progress=1)
+    faulty = Job(cluster, tmp_path / "faulty", "2 0")
+    whole = Job(cluster, tmp_path / "whole", "9 0")
+    job.ends("FAILED", "7:0", restarts=1)
+    assert "giving up; ldmscale doctor" in job.output and job.output.count("begun: 7") == 2
+    faulty.ends("FAILED", "2:0", restarts=0)
+    whole.ends("COMPLETED", "0:0", restarts=1)
