@@ -104,7 +104,8 @@ def start(job: dict[str, Any]) -> None:
             raise InRank
         ranks.append(Rank(pid))
     tell({"launcher": os.getpid(), "ranks": [rank.pid for rank in ranks]})
-    os._exit(launcher._wait(ranks))  # type: ignore[arg-type]
+    independent = job["arguments"][0] in launcher._INDEPENDENT
+    os._exit(launcher._wait(ranks, independent))  # type: ignore[arg-type]
 
 
 def end_with_parent() -> None:
