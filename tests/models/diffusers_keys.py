@@ -1,4 +1,8 @@
-"""Names and shapes of our weights as diffusers has them. Most names are the same on purpose."""
+"""Names and shapes of our weights as diffusers has them. Most names are the same on purpose.
+
+Written apart from `ldmscale.interop.diffusers_names`, which says the same: the parity of the networks must not stand or fall
+with the exchange of weights, nor a fault there be taken over into what it is judged by.
+"""
 
 from __future__ import annotations
 
