@@ -86,11 +86,18 @@ def main() -> None:
     known = [*contests(quick=False), *PROGRAMS]
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or several of: {', '.join(known)}")
-    parser.add_argument("--seconds", type=float, default=60.0, help="no round of a table begins after it")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="no round of a table begins after so many in rounds"
+    )
     parser.add_argument("--rounds", type=int, default=40, help="at most so many rounds a table")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--keep-memory", action="store_true", help="give all contenders our allocator's settings"
+    )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="as root on a shared machine: rounds in bursts of real-time priority",
     )
     parser.add_argument("--quick", action="store_true", help="tiny networks, two rounds: do the tables work?")
     parser.add_argument(
@@ -115,6 +122,7 @@ def main() -> None:
             seconds=chosen.seconds,
             rounds=2 if chosen.quick else chosen.rounds,
             keep_memory=chosen.keep_memory,
+            alone=chosen.alone,
         )
         print(table(name, rows, chosen.threads), flush=True)
 
