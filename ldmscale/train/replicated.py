@@ -37,6 +37,7 @@ class _Flat:
         self.gradient = torch.zeros_like(weights, dtype=torch.float32)
         self.gradient_views = [self._view(self.gradient, index) for index in range(len(self.starts))]
         self.filled = [False] * len(self.starts)  # in this window
+        self._nodes: list[torch.autograd.graph.Node] = []  # autograd itself does not keep them
         for index, parameter in enumerate(self.parameters):
             view = self._view(weights, index)
             view.copy_(parameter.detach())
@@ -53,17 +54,24 @@ class _Flat:
     def _collect_gradient(self, index: int) -> None:
         view, filled = self.gradient_views[index], self.filled
 
-        def collect(parameter: Tensor) -> None:
-            """Take the gradient over while it is warm in the cache; autograd's own tensor goes at once."""
-            assert parameter.grad is not None
-            if filled[index]:
-                view.add_(parameter.grad)
-            else:
-                view.copy_(parameter.grad)
-                filled[index] = True
-            parameter.grad = None
+        def collect(gradients: tuple[Tensor | None, ...]) -> tuple[None] | None:
+            """Take the gradient over while it is warm in the cache; autograd's own tensor goes at once.
 
-        self.parameters[index].register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
+            Before autograd accumulates it, which would copy gradients of another memory format once more.
+            """
+            (gradient,) = gradients
+            if gradient is None:
+                return None
+            if filled[index]:
+                view.add_(gradient)
+            else:
+                view.copy_(gradient)
+                filled[index] = True
+            return (None,)
+
+        node = torch.autograd.graph.get_gradient_edge(self.parameters[index]).node
+        node.register_prehook(collect)
+        self._nodes.append(node)
 
     def close_window(self) -> None:
         """What no loss of this window reached has a gradient of zero, not that of the window before."""
