@@ -33,6 +33,7 @@ TASKS = {
         "unet.in_channels=7",
         "spatial.degradation=blind",
         "spatial.noise=0.1",
+        "diffusion.spatial_dropout=0.3",
     ],
     "semantic": [
         *UNTOLD,
@@ -47,7 +48,6 @@ TASKS = {
         "data.max_bad_share=0.2",
     ],
     "inpainting": [*UNTOLD, "spatial=inpainting", "spatial.channels=5", "unet.in_channels=9"],
-    "both": ["spatial=superres", "unet.in_channels=7", "diffusion.spatial_dropout=0.3"],
     "layout": [
         "text_encoder.tokenizer=layout",
         "text_encoder.vocab_size=82",
@@ -155,28 +155,26 @@ def test_the_condition_of_a_sample_is_the_same_on_one_rank_without_a_resume(plac
 
 @pytest.mark.parametrize("task", TASKS)
 def test_files_of_any_size_are_drawn_from_alike_on_any_number_of_ranks(place, task):
-    files = "superres" if task == "both" else task
-    draw = ["sample", f"sample.model={task}", f"sample.condition={files}_files", "sample.steps=3"]
-    if task == "both":
-        draw += ["sample.spatial_guidance=1.5", "sample.prompts=[a red circle]"]
+    draw = ["sample", f"sample.model={task}", f"sample.condition={task}_files", "sample.steps=3"]
+    if task == "superres":
+        draw += ["sample.spatial_guidance=1.5"]
     place.run(*draw, "sample.out=" + task + "_two", ranks=2)
     # No picture has more pixels than such a tile: nothing changes.
     place.run(*draw, "sample.out=" + task + "_one", "sample.decode_tile_pixels=64")
     folder = place.folder
     drawn = sorted((folder / f"{task}_two").glob("0*.png"))
-    names = ["a", "b"]
-    assert [file.name.split("_")[1] for file in drawn] == (["a-red-circle"] * 2 if task == "both" else names)
-    for file, name in zip(drawn, names, strict=True):
-        pixels = read(file)
+    assert [file.name for file in drawn] == ["000000_a_0.png", "000001_b_0.png"]
+    for file in drawn:
+        pixels, name = read(file), file.name.split("_")[1]
         assert np.array_equal(pixels, read(folder / f"{task}_one" / file.name))
         if task in ("layout", "embeddings"):
             assert pixels.shape == (32, 32, 3)
             continue
-        given = read(folder / f"{files}_files" / f"{name}.png")
+        given = read(folder / f"{task}_files" / f"{name}.png")
         if task == "semantic":
             assert pixels.shape == (*given.shape, 3)
             continue
-        if files == "superres":
+        if task == "superres":
             assert pixels.shape == (given.shape[0] * 4, given.shape[1] * 4, 3)
             continue
         hole = read(folder / f"{task}_files" / f"{name}_mask.png") > 127
@@ -224,8 +222,8 @@ def test_what_a_task_cannot_do_is_said_before_anything_is_loaded(place, ldmscale
     assert alone.returncode == 2 and "the model reads one (spatial.kind=image)" in alone.stderr
     guided = ldmscale(
         "sample",
-        "sample.model=superres",
-        "sample.condition=superres_files",
+        "sample.model=inpainting",
+        "sample.condition=inpainting_files",
         "sample.spatial_guidance=2",
         cwd=place.folder,
     )
@@ -238,7 +236,7 @@ def test_what_a_task_cannot_do_is_said_before_anything_is_loaded(place, ldmscale
 
 
 def test_caption_and_small_image_both_tell_and_each_guides_by_its_own_scale(place):
-    parts = library.load(place.folder / "both")
+    parts = library.load(place.folder / "superres")
     assert parts.spatial_dropout == 0.3
 
     def draw(caption: str, level: float, **scales: float) -> torch.Tensor:
@@ -253,7 +251,9 @@ def test_caption_and_small_image_both_tell_and_each_guides_by_its_own_scale(plac
         draw("a red circle", 0.5, spatial_guidance=3.0),
     ):
         assert (plain - other).abs().max() > 1e-3
-    lines = [json.loads(line) for line in (place.folder / "both" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (place.folder / "superres" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert any(line.get("spatial/dropped", 0) > 0 for line in lines)
 
 
