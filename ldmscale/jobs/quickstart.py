@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,31 +87,41 @@ def _run(config: QuickstartJob, folder: Path) -> int:
         ),
     ]  # fmt: skip
     seconds: dict[str, float] = {}
+    cpu_seconds: dict[str, float] = {}
     for title, arguments in stages:
         log.info("%s on %d ranks", title, ranks)
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), _cpu_seconds()
         if status := launch(arguments, ranks):
             log.error(
                 "%s ended with status %d; the same command goes on from the last checkpoint", title, status
             )
             return status
         seconds[arguments[0]] = time.perf_counter() - start
+        cpu_seconds[arguments[0]] = _cpu_seconds() - spent
     log.info("5/5 samples and scores")
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), _cpu_seconds()
     from ldmscale.jobs.quickstart_score import score
 
     summary = score(
         folder, where["autoencoder"], [*prepared.train], [*prepared.heldout], source.image_size, config.score
     )
     seconds["scores"] = time.perf_counter() - start
+    cpu_seconds["scores"] = _cpu_seconds() - spent
     summary |= {
         "seconds": {**seconds, "total": time.perf_counter() - began},
+        "cpu_seconds": cpu_seconds,  # of all ranks and threads, in this start
         "ranks": ranks,
         "source": source.source,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _tell(summary, folder)
     return 0
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of all that it has waited for, over all threads."""
+    spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used.ru_utime + used.ru_stime for used in spent)
 
 
 def _settle(config: QuickstartJob, folder: Path) -> None:
