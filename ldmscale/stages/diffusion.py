@@ -25,6 +25,7 @@ from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
 from ldmscale.stages.pictures import to_uint8
 from ldmscale.stages.validation import HeldOut, held_out_loss
+from ldmscale.tracking.metrics import PartialMean
 from ldmscale.train.ema import Averages, ShardedEma, main_average
 from ldmscale.train.engine import Engine
 from ldmscale.train.stage import Batch, Picture
@@ -75,7 +76,7 @@ class DiffusionStage:
     def active(self, step: int) -> Sequence[str]:
         return ("denoiser",)
 
-    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor | PartialMean]:
         engine = self.engines["denoiser"]
         positions = batch["position"].tolist()
         x0 = self.first_stage.batch_latents(batch, self.seed)  # [B,C,h,w]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ldmscale.diffusion import process
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.stages import draws
+from ldmscale.tracking.metrics import PartialMean
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,16 @@ def add_noise(
 
 def denoising_loss(
     objective: Objective, schedule: NoiseSchedule, noisy: NoisyBatch, output: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor | PartialMean]]:
     """The weighted mean loss of a batch, with what is worth a metric besides it.
 
     "loss/bin_k" is the unweighted mean of the samples whose timestep lies in the k-th of `loss_bins` equal ranges; a
-    range without samples has no entry. "loss/unweighted" is there where a weighting is.
+    range without samples has no entry, and the others count as many samples as they have: so their means over micro-batches
+    and ranks do not depend on how a batch was cut. "loss/unweighted" is there where a weighting is.
     """
     losses = process.loss_per_sample(output, noisy.wanted, objective.loss)  # [B]
     plain = losses.detach()
-    measured = {}
+    measured: dict[str, Tensor | PartialMean] = {}
     if objective.weighting == "min_snr":
         weight = process.min_snr_weight(schedule, objective.prediction, noisy.t, objective.min_snr_gamma)
         losses = losses * weight
@@ -83,5 +85,6 @@ def denoising_loss(
     bins = noisy.host_t * objective.loss_bins // schedule.timesteps
     for k in sorted(set(bins.tolist())):
         chosen = (bins == k).nonzero().flatten()
-        measured[f"loss/bin_{k + 1}"] = plain[chosen.to(plain.device, non_blocking=True)].mean()
+        mean = plain[chosen.to(plain.device, non_blocking=True)].mean()
+        measured[f"loss/bin_{k + 1}"] = PartialMean(mean, len(chosen))
     return losses.mean(), measured

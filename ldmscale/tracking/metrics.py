@@ -6,11 +6,23 @@ Keys are paths such as "loss/total". Values on a GPU are summed there; only `mea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ldmscale.distributed.collectives import gather_lists
+
+
+@dataclass(frozen=True)
+class PartialMean:
+    """A metric that not every sample of a micro-batch has a part in: the mean over `samples` of them."""
+
+    value: Tensor  # one element
+    samples: int
+
+
+Metric = Tensor | float | PartialMean
 
 
 class MetricSums:
@@ -20,21 +32,24 @@ class MetricSums:
         self._sums: dict[str, Tensor | float] = {}
         self._weights: dict[str, float] = {}
 
-    def add(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
+    def add(self, values: Mapping[str, Metric], weight: float = 1.0) -> None:
         """Add the values of one micro-batch; `weight` is the number of samples (or steps) that they are means
-        of.
+        of. A PartialMean counts as its own number of samples.
 
         Tensors have one element; they are detached and stay on their device.
         """
         for key, value in values.items():
+            own = weight
+            if isinstance(value, PartialMean):
+                value, own = value.value, float(value.samples)
             if isinstance(value, Tensor):
                 # fp32 for the sum of bf16 losses; reshape lets shapes [] and [1] mix
-                part: Tensor | float = value.detach().float().reshape(()) * weight
+                part: Tensor | float = value.detach().float().reshape(()) * own
             else:
-                part = float(value) * weight
+                part = float(value) * own
             before = self._sums.get(key)
             self._sums[key] = part if before is None else before + part
-            self._weights[key] = self._weights.get(key, 0.0) + weight
+            self._weights[key] = self._weights.get(key, 0.0) + own
 
     def mean(self) -> dict[str, float]:
         """Weighted means over everything added on all ranks, the same on all ranks; then start anew.

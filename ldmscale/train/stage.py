@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from ldmscale.tracking.metrics import PartialMean
 from ldmscale.train.ema import Averages
 from ldmscale.train.engine import Engine
 
@@ -34,8 +35,8 @@ class Stage(Protocol):
         """Names of the networks that this step trains; `micro_step` has called their backward."""
         ...
 
-    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; returns scalar metrics of this rank, by path."""
+    def micro_step(self, batch: Batch, step: int) -> Mapping[str, Tensor | PartialMean]:
+        """Forward and backward of one micro-batch; returns scalar metrics of this rank, by path; "loss/total" as a tensor."""
         ...
 
     def pictures(self) -> Iterator[Picture]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.data.budget import Budget, next_for_all
 from ldmscale.data.loader import Loader
@@ -229,8 +231,11 @@ class Trainer:
             batch = self._ahead if self._ahead is not None else next_for_all(loader, self.budget)
             self._ahead = None
             self.heartbeat.enter("step", self.step)
-            measured.append(self.stage.micro_step(batch, self.step))
-            self.guard.note(batch["key"], measured[-1]["loss/total"])
+            metrics = self.stage.micro_step(batch, self.step)
+            measured.append(metrics)
+            loss = metrics["loss/total"]
+            assert isinstance(loss, Tensor)
+            self.guard.note(batch["key"], loss)
             discard = number == self.schedule.accumulation_steps and self.guard.spiking(self.step)
             for name in active:
                 if self.stage.engines[name].step(discard=discard):

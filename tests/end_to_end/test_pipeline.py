@@ -123,6 +123,17 @@ def one(place, ldmscale) -> Path:
 
 def test_one_rank_without_zero_follows_two_ranks_with_zero_3(place, one):
     assert losses(one) == pytest.approx(losses(place / "straight"), rel=2e-6)
+    # The losses by ranges of the timesteps, too: samples weigh alike, however they were shared out.
+    alone, two = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, place / "straight")
+    )
+    bins = [{key: line[key] for key in line if key.startswith("loss/bin_")} for line in alone]
+    assert len({len(found) for found in bins}) > 1  # some step has a range without samples
+    for found, line in zip(bins, two, strict=True):
+        assert found == pytest.approx(
+            {key: line[key] for key in line if key.startswith("loss/bin_")}, rel=2e-5
+        )
 
 
 def validations(run: Path) -> list[dict[str, float]]:

@@ -79,7 +79,8 @@ def test_the_weighted_loss_and_its_bins_are_means_written_out(prediction):
     assert float(measured.pop("loss/unweighted")) == pytest.approx(sum(losses) / 64, rel=1e-5)
     assert set(measured) == set(bins) and len(bins) > 5
     for key, own in bins.items():
-        assert float(measured[key]) == pytest.approx(sum(own) / len(own), rel=1e-5)
+        assert measured[key].samples == len(own)
+        assert float(measured[key].value) == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
 def test_a_terminal_step_that_is_never_trained_is_told(caplog):

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from ldmscale.tracking.metrics import MetricSums
+from ldmscale.tracking.metrics import MetricSums, PartialMean
 from ldmscale.tracking.throughput import Throughput, peak_flops
 
 CPU = torch.device("cpu")
@@ -19,6 +19,18 @@ def test_means_are_weighted_and_start_anew():
     sums.add({"loss/total": torch.tensor([4.0], requires_grad=True)}, weight=3)
     assert sums.mean() == {"loss/total": pytest.approx(13 / 4), "lr": 0.5}
     assert sums.mean() == {}
+
+
+def test_a_mean_of_some_samples_counts_as_many_as_it_is_of():
+    """So the bins of six samples are the same whether they came as one micro-batch or as two."""
+    whole, cut = MetricSums(), MetricSums()
+    whole.add(
+        {"loss/bin_1": PartialMean(torch.tensor((1.0 + 2 + 6) / 3), 3), "loss/total": torch.tensor(4.0)}
+    )
+    cut.add({"loss/bin_1": PartialMean(torch.tensor(1.0), 1), "loss/total": torch.tensor(3.0)})
+    cut.add({"loss/bin_1": PartialMean(torch.tensor((2.0 + 6) / 2), 2), "loss/total": torch.tensor(5.0)})
+    cut.add({"loss/total": torch.tensor(4.0)})
+    assert whole.mean() == {"loss/bin_1": 3.0, "loss/total": 4.0} == cut.mean()
 
 
 def test_many_bf16_losses_are_summed_in_full_precision():
