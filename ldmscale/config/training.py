@@ -57,6 +57,8 @@ class ZeroConfig:
     persistence_threshold: int = 100_000  # parameters with fewer elements stay whole at stage 3
     bucket_elements: int = 50_000_000  # of one reduction
     prefetch_elements: int = 50_000_000
+    # Stage 3: elements of gathered weights that stay for their next use; fewer take less memory and more gathers
+    live_elements: NotNegative = 1_000_000_000
     overlap_communication: bool = True
     # Stage 3: all parameters of a residual, attention or text block are gathered at once, not layer by layer
     leaf_blocks: bool = False

@@ -22,6 +22,7 @@ class PromptFollowing:
     class_chance: float
     own_share: float  # the prompt's own image is among the `nearest` nearest ones
     own_chance: float
+    first_share: float  # the prompt's own image is the nearest one
     nearest: int
     nearest_index: tuple[int, ...]  # of each sample, among the real images
 
@@ -55,6 +56,7 @@ def prompt_following(
         class_chance=sum(classes.count(classes[o]) / len(classes) for o in own) / count,
         own_share=sum(o in row for o, row in zip(own, ranked.tolist(), strict=True)) / count,
         own_chance=min(nearest, len(real)) / len(real),
+        first_share=sum(o == n for o, n in zip(own, first, strict=True)) / count,
         nearest=nearest,
         nearest_index=tuple(first),
     )

@@ -31,6 +31,7 @@ def engine_options(
         persistence_threshold=zero.persistence_threshold,
         bucket_elements=zero.bucket_elements,
         prefetch_elements=zero.prefetch_elements,
+        live_elements=zero.live_elements,
         leaf_types=BLOCKS if zero.leaf_blocks else (),
         overlap_communication=zero.overlap_communication and run.device.type == "cuda",
     )

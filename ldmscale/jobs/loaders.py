@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ldmscale.config import DiffusionJob, TrainingJob
+from ldmscale.data.items import ImageItem, LatentItem
 from ldmscale.data.ledger import Ledger
 from ldmscale.data.loader import Batch, Loader, MakeItem
+from ldmscale.data.shards import local_path
+from ldmscale.errors import DataError
 from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.open_run import Run
 from ldmscale.stages.validation import HeldOut
@@ -58,12 +62,35 @@ def held_out(run: Run, config: DiffusionJob, reader: MakeItem) -> HeldOut | None
     samples, size = min(chosen.samples, index.total), config.train.rank_micro_batch
     passes = -(-samples // (size * run.ranks.size))
     loader = Loader(
-        index, reader, seed=0, rank=run.ranks.rank, world=run.ranks.size,
+        index, _held_out_reader(config, index.shards[0], reader), seed=0, rank=run.ranks.rank, world=run.ranks.size,
         global_batch=passes * size * run.ranks.size, rank_micro_batch=size,
     )  # fmt: skip
     batches = [next(loader) for _ in range(passes)]
     loader.close()
     return HeldOut(batches, samples, chosen.timestep_bins)
+
+
+def _held_out_reader(config: DiffusionJob, shard: str, reader: MakeItem) -> MakeItem:
+    """A run on latents may be measured on held-out images, too, which are then encoded as the latents were.
+
+    Raises DataError where it has no autoencoder to encode them.
+    """
+    if not isinstance(reader, LatentItem) or (Path(local_path(shard)).parent / "manifest.json").is_file():
+        return reader
+    if config.first_stage.path is None:
+        raise DataError(
+            f"data.heldout_shards: {shard} holds no latents (there is no manifest.json beside it), and without "
+            "first_stage.path images cannot be encoded: give shards of latents, or the autoencoder"
+        )
+    return ImageItem(
+        reader.format.shape[1] * config.autoencoder.factor,
+        seed=0,
+        max_pixels=config.data.max_pixels,
+        caption_source=reader.caption_source,
+        tokenizer=reader.tokenizer,
+        decoder=config.data.decoder,
+        labels=reader.labels,
+    )
 
 
 def first_sample(run: Run, reader: MakeItem) -> Batch:

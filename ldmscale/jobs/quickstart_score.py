@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ldmscale.data.samples import SampleReader
 from ldmscale.errors import DataError
 from ldmscale.evaluation.prompt_following import PromptFollowing, prompt_following
 from ldmscale.evaluation.reconstruction import psnr, reconstruct
-from ldmscale.parts import load
+from ldmscale.parts import Parts, load
 from ldmscale.sampling import sample
 from ldmscale.stages.pictures import captioned, to_uint8
 from ldmscale.tracking.pictures import write_png
@@ -48,7 +49,7 @@ def score(
     options: ScoreConfig,
 ) -> dict[str, Any]:
     """Measure the finished run, draw samples/prompts.png, and return the figures as plain values."""
-    real = _read(train, heldout, image_size)
+    real = read_images(train, heldout, image_size)
     autoencoder = load(autoencoder_run).autoencoder
     parts = load(run)
     assert autoencoder is not None and parts.denoiser is not None
@@ -60,17 +61,8 @@ def score(
     chosen = {name: own[:: -(-total // options.max_captions)] for name, own in groups.items()}
     drawn, followed = {}, {}
     for name, own in chosen.items():
-        drawn[name] = torch.cat(
-            [
-                sample(
-                    parts,
-                    [real.captions[at] for at in own[start : start + SAMPLE_BATCH]],
-                    steps=options.sampler_steps,
-                    guidance=options.guidance,
-                    seeds=own[start : start + SAMPLE_BATCH],
-                )
-                for start in range(0, len(own), SAMPLE_BATCH)
-            ]
+        drawn[name] = draw(
+            parts, [real.captions[at] for at in own], own, options.sampler_steps, options.guidance
         )
         followed[name] = prompt_following(
             drawn[name], list(own), reconstructions, real.classes, options.nearest
@@ -88,11 +80,28 @@ def score(
     }
 
 
-def _read(train: list[str], heldout: list[str], image_size: int) -> RealImages:
+def draw(parts: Parts, captions: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
+    """One image for each caption, float [N,3,H,W] in [-1,1], batch by batch."""
+    return torch.cat(
+        [
+            sample(
+                parts,
+                captions[start : start + SAMPLE_BATCH],
+                steps=steps,
+                guidance=guidance,
+                seeds=seeds[start : start + SAMPLE_BATCH],
+            )
+            for start in range(0, len(captions), SAMPLE_BATCH)
+        ]
+    )
+
+
+def read_images(train: Sequence[str], heldout: Sequence[str], image_size: int) -> RealImages:
+    """All images of the shards, at `image_size`; those that cannot be read are left out."""
     pixels, captions, classes = [], [], []
     trained = 0
     for part, shards in enumerate((train, heldout)):
-        index = ShardIndex.open(shards)
+        index = ShardIndex.open(list(shards))
         reader = SampleReader(index)
         for shard, count in enumerate(index.counts.tolist()):
             for number in range(count):

@@ -38,10 +38,12 @@ class MetricSums:
 
         Tensors have one element; they are detached and stay on their device.
         """
-        for key, value in values.items():
-            own = weight
-            if isinstance(value, PartialMean):
-                value, own = value.value, float(value.samples)
+        for key, given in values.items():
+            value: Tensor | float
+            if isinstance(given, PartialMean):
+                value, own = given.value, float(given.samples)
+            else:
+                value, own = given, weight
             if isinstance(value, Tensor):
                 # fp32 for the sum of bf16 losses; reshape lets shapes [] and [1] mix
                 part: Tensor | float = value.detach().float().reshape(()) * own

@@ -29,6 +29,7 @@ class EngineOptions:
     persistence_threshold: int = 100_000  # ZeRO-3: parameters of fewer elements stay whole on every rank
     bucket_elements: int = 50_000_000  # elements reduced, or gathered, at a time
     prefetch_elements: int = 50_000_000  # ZeRO-3: elements fetched ahead of use
+    live_elements: int = 1_000_000_000  # ZeRO-3: elements of gathered weights that stay for their next use
     leaf_types: tuple[type[nn.Module], ...] = ()  # ZeRO-3: modules of these types are gathered as a whole
     overlap_communication: bool = False  # with the backward pass; needs CUDA streams to gain anything
 
@@ -73,6 +74,9 @@ def deepspeed_json(options: EngineOptions, world_size: int, *, fused_adam: bool 
         config["zero_optimization"] |= {
             "stage3_param_persistence_threshold": options.persistence_threshold,
             "stage3_prefetch_bucket_size": options.prefetch_elements,
+            # The one bounds what is gathered ahead, the other what is kept when it was used.
+            "stage3_max_live_parameters": options.live_elements,
+            "stage3_max_reuse_distance": options.live_elements,
         }
     if half:
         config["communication_data_type"] = "fp32"
