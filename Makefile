@@ -21,7 +21,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch tests/
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test bench autoencoder-table ablation check format clean
+.PHONY: help install quickstart test bench text-model autoencoder-table ablation check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -45,6 +45,9 @@ quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in a
 
 test: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+
+text-model: $(STAMP) ## train a model that follows text in 45 minutes of CPU and write docs/text_model.md
+	$(BIN)/python -m benchmarks.text_model $(ARGS)
 
 autoencoder-table: $(STAMP) ## train KL-f4 and VQ-f4 with and without the GAN and write docs/autoencoder_table.md (30 minutes)
 	$(BIN)/python -m benchmarks.autoencoder_table $(ARGS)

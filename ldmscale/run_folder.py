@@ -30,7 +30,7 @@ FREE_KEYS = (
     "data.allow_pipe", "data.storage.", "train.global_batch", "first_stage.path",
     "diffusion.loss_bins",
     "text_encoder.path", "unet.checkpointing", "text_encoder.checkpointing", "autoencoder.checkpointing",
-    "validation.", "codebook.usage_window_steps", "codebook.alarm_usage",
+    "validation.", "generation.", "codebook.usage_window_steps", "codebook.alarm_usage",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from ldmscale.checks.stages import (
     check_compile,
     check_denoising_validation,
     check_first_stage,
+    check_generation,
     check_latents,
     check_model,
     check_objective,
@@ -88,6 +89,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_first_stage(config.first_stage.path),
             *check_same_autoencoder(config),
             *check_denoising_validation(config),
+            *check_generation(config),
             *check_preview(
                 config.preview, config.diffusion.timesteps, config.first_stage, config.autoencoder.kind
             ),

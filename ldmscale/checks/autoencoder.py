@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from ldmscale.config import AutoencoderJob, EvaluateConfig, EvaluateJob, OptimConfig, TrainConfig
+from ldmscale.config import AutoencoderJob, EvaluateJob, OptimConfig, TrainConfig
 
 LARGEST_SCALED_RATE = (
     5e-3  # the published rule gives 1e-5 to 1e-3: above, a whole rate was given as one sample's
@@ -95,21 +95,22 @@ def check_evaluation(config: EvaluateJob) -> list[str]:
         chosen.perceptual_weights_sha256,
         chosen.perceptual_heads,
     )
-    return faults + _check_features(chosen) + _check_ssim(config.data.image_size)
+    faults += check_features("evaluate", chosen.features, chosen.features_weights)
+    return faults + _check_ssim(config.data.image_size)
 
 
-def _check_features(chosen: EvaluateConfig) -> list[str]:
-    weights = chosen.features_weights
-    if chosen.features == "efficientnet_lite0":
-        return _check_lite0("evaluate.features", "evaluate.features_weights", weights)
-    if chosen.features == "inception_fid":
+def check_features(section: str, name: str, weights: str | None) -> list[str]:
+    """The network whose features `section` asks for."""
+    if name == "efficientnet_lite0":
+        return _check_lite0(f"{section}.features", f"{section}.features_weights", weights)
+    if name == "inception_fid":
         if weights is None:
             return [
-                "evaluate.features_weights is not set: inception_fid needs pt_inception-2015-12-05-6726825d.pth, a release file of "
-                "pytorch-fid; give its path, or evaluate.features=efficientnet_lite0 or none"
+                f"{section}.features_weights is not set: inception_fid needs pt_inception-2015-12-05-6726825d.pth, a release "
+                f"file of pytorch-fid; give its path, or {section}.features=efficientnet_lite0"
             ]
         if not weights.startswith(HUB) and not Path(weights).is_file():
-            return [f"evaluate.features_weights={weights}: there is no such file; give its path"]
+            return [f"{section}.features_weights={weights}: there is no such file; give its path"]
     return []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ldmscale.checks.autoencoder import check_features
 from ldmscale.checks.data import check_image_size
 from ldmscale.config import (
     DiffusionConfig,
@@ -220,6 +221,36 @@ def check_denoising_validation(config: DiffusionJob) -> list[str]:
             "trained on, or validation.every_steps=0"
         ]
     return []
+
+
+def check_generation(config: DiffusionJob) -> list[str]:
+    chosen = config.generation
+    if not chosen.every_steps:
+        return []
+    faults = [
+        f"{key} is not set, but generation.every_steps asks for figures of drawn images{why}: give {what}, or "
+        "generation.every_steps=0"
+        for key, value, why, what in (
+            (
+                "data.heldout_shards",
+                config.data.heldout_shards,
+                " beside held-out ones",
+                "shards that are not trained on",
+            ),
+            (
+                "first_stage.path",
+                config.first_stage.path,
+                ", which the autoencoder decodes",
+                "the folder of its run",
+            ),
+        )
+        if value is None
+    ]
+    if not 1 <= chosen.sampler_steps < config.diffusion.timesteps:
+        faults.append(
+            f"generation.sampler_steps={chosen.sampler_steps}: expected 1 to {config.diffusion.timesteps - 1}"
+        )
+    return faults + check_features("generation", chosen.features, chosen.features_weights)
 
 
 def check_preview(

@@ -46,6 +46,7 @@ from ldmscale.config.safety import SafetyConfig
 from ldmscale.config.training import (
     CheckpointConfig,
     EmaConfig,
+    GenerationConfig,
     OptimConfig,
     PreviewConfig,
     TrainConfig,
@@ -76,6 +77,7 @@ __all__ = [
     "ExportJob",
     "FirstStageConfig",
     "FrozenTextConfig",
+    "GenerationConfig",
     "HeadsConfig",
     "ImportJob",
     "IndexJob",

@@ -35,6 +35,7 @@ from ldmscale.config.training import (
     CheckpointConfig,
     DenoisingValidationConfig,
     EmaConfig,
+    GenerationConfig,
     OptimConfig,
     PreviewConfig,
     TrainConfig,
@@ -114,6 +115,7 @@ class DiffusionJob:
     safety: SafetyConfig = SafetyConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     validation: DenoisingValidationConfig = DenoisingValidationConfig()
+    generation: GenerationConfig = GenerationConfig()
     # What the U-Net is told; of the first three at most one. None of them: unconditional.
     text_encoder: Annotated[TextEncoderConfig | FrozenTextConfig, Field(discriminator="kind")] | None = None
     class_embedder: ClassEmbedderConfig | None = None

@@ -111,6 +111,22 @@ class DenoisingValidationConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class GenerationConfig:
+    """Figures of images that are drawn while training, one for each held-out sample, by the averaged weights."""
+
+    every_steps: NotNegative = 0  # 0: never
+    samples: Annotated[int, Field(ge=2)] = 256  # the first so many of data.heldout_shards
+    rank_batch: Positive = 8
+    sampler_steps: int = 50
+    guidance: float = 5.0
+    seed: int = 0
+    # whose features the Frechet distance is of, and is named after
+    features: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    features_weights: str | None = None  # null: the installed package's
+    features_weights_sha256: str | None = None  # null: of the published file
+
+
+@dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """When the training state is saved and how much of it is kept."""
 

@@ -50,6 +50,23 @@ def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
     return float((m1 - m2).square().sum() + torch.trace(c1) + torch.trace(c2) - 2 * cross)
 
 
+def frechet_distance_of_features(first: Tensor, second: Tensor) -> float:
+    """The same from the features themselves, [N,width] and [M,width], in float64: far faster where they are few.
+
+    With centred features A and B, C1 = A'A/(N-1) and C2 = B'B/(M-1), the singular values of C1^(1/2) C2^(1/2) are those
+    of A B' / ((N-1)(M-1))^(1/2), a matrix of N x M.
+
+    Raises ValueError for fewer than two rows.
+    """
+    if min(len(first), len(second)) < 2:
+        raise ValueError(f"{len(first)} and {len(second)} samples: a covariance needs two at least")
+    means = first.double().mean(0), second.double().mean(0)
+    a = (first.double() - means[0]) / (len(first) - 1) ** 0.5
+    b = (second.double() - means[1]) / (len(second) - 1) ** 0.5
+    cross = torch.linalg.svdvals(a @ b.t()).sum()
+    return float((means[0] - means[1]).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
+
+
 def _root(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((covariance + covariance.t()) / 2)
     least = values.max().clamp(min=0) * len(values) * torch.finfo(values.dtype).eps

@@ -38,7 +38,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.jobs.classes import settle_classes, settle_layout
     from ldmscale.jobs.engines import averages_of, engine_options, rate_curve
     from ldmscale.jobs.first_stage import open_first_stage, preview_conditions, preview_of_samples
-    from ldmscale.jobs.loaders import held_out, picture_batch
+    from ldmscale.jobs.loaders import generation_figures, held_out, picture_batch
     from ldmscale.jobs.open_index import shapes_of
     from ldmscale.jobs.open_run import already_finished, open_run
     from ldmscale.jobs.spatial import embeddings_reader, map_reader, spatial_reader
@@ -113,6 +113,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         ranks,
         run.device,
         held_out(run, config, reader),
+        generation_figures(run, config, reader, first_stage),
     )
     rates = {"denoiser": rate_curve(config.optim, config.train)}
     flops = None

@@ -11,8 +11,12 @@ from ldmscale.data.ledger import Ledger
 from ldmscale.data.loader import Batch, Loader, MakeItem
 from ldmscale.data.shards import local_path
 from ldmscale.errors import DataError
+from ldmscale.frozen import open_features
 from ldmscale.jobs.open_index import open_index
 from ldmscale.jobs.open_run import Run
+from ldmscale.stages.drawing import SamplerOptions
+from ldmscale.stages.first_stage import FirstStage
+from ldmscale.stages.generation import FeatureNetwork, GenerationFigures
 from ldmscale.stages.validation import HeldOut
 
 
@@ -57,9 +61,36 @@ def held_out(run: Run, config: DiffusionJob, reader: MakeItem) -> HeldOut | None
     chosen = config.validation
     if not chosen.every_steps:
         return None
+    batches, samples = _held_out_batches(run, config, reader, chosen.samples, config.train.rank_micro_batch)
+    return HeldOut(batches, samples, chosen.timestep_bins)
+
+
+def generation_figures(
+    run: Run, config: DiffusionJob, reader: MakeItem, first_stage: FirstStage
+) -> GenerationFigures | None:
+    """What the figures of drawn images need on this rank; None where they are not asked for. Collective."""
+    chosen = config.generation
+    if not chosen.every_steps:
+        return None
+    network = open_features(
+        chosen.features, chosen.features_weights, chosen.features_weights_sha256, run.device,
+        key="generation.features",
+    )  # fmt: skip
+    assert network is not None
+    run.note("generation_features", {"name": chosen.features, "sha256": network.sha256})
+    batches, samples = _held_out_batches(run, config, reader, chosen.samples, chosen.rank_batch)
+    sampler = SamplerOptions(chosen.sampler_steps, chosen.guidance, prediction=config.diffusion.prediction)
+    named = FeatureNetwork(chosen.features, network.width, network)
+    return GenerationFigures(batches, samples, named, sampler, chosen.seed, first_stage)
+
+
+def _held_out_batches(
+    run: Run, config: DiffusionJob, reader: MakeItem, wanted: int, size: int
+) -> tuple[list[Batch], int]:
+    """This rank's micro-batches of `size`, as many as every rank has, and how many of their positions are no padding."""
     assert config.data.heldout_shards is not None
     index = open_index(config.data.heldout_shards, config.data, run.ranks)
-    samples, size = min(chosen.samples, index.total), config.train.rank_micro_batch
+    samples = min(wanted, index.total)
     passes = -(-samples // (size * run.ranks.size))
     loader = Loader(
         index, _held_out_reader(config, index.shards[0], reader), seed=0, rank=run.ranks.rank, world=run.ranks.size,
@@ -67,7 +98,7 @@ def held_out(run: Run, config: DiffusionJob, reader: MakeItem) -> HeldOut | None
     )  # fmt: skip
     batches = [next(loader) for _ in range(passes)]
     loader.close()
-    return HeldOut(batches, samples, chosen.timestep_bins)
+    return batches, samples
 
 
 def _held_out_reader(config: DiffusionJob, shard: str, reader: MakeItem) -> MakeItem:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ldmscale.checkpoint import CheckpointManager, Retention
-from ldmscale.config import CheckpointConfig, SafetyConfig, TrainingJob
+from ldmscale.config import CheckpointConfig, DiffusionJob, SafetyConfig, TrainingJob
 from ldmscale.data.budget import Budget
 from ldmscale.data.loader import MakeItem
 from ldmscale.distributed.collectives import barrier
@@ -73,6 +73,7 @@ def train(
             ephemeral_every_steps=config.checkpoint.ephemeral_every_steps,
             picture_every_steps=config.preview.every_steps,
             validate_every_steps=config.validation.every_steps,
+            generate_every_steps=config.generation.every_steps if isinstance(config, DiffusionJob) else 0,
             average_every_steps=config.ema.store_every_steps,
             garbage_every_steps=config.train.garbage_every_steps,
             dry_run=config.safety.dry_run is True,

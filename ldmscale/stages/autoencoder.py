@@ -126,6 +126,9 @@ class AutoencoderStage:
                 lambda images: engine.network(images.to(engine.compute_dtype), None)[0]
             )
 
+    def generate(self) -> dict[str, float]:
+        return {}
+
     def finish(self) -> dict[str, float]:
         """Measure the scale of latents: nothing later has to guess it (pain 13)."""
         meter = None

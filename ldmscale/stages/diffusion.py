@@ -22,6 +22,7 @@ from ldmscale.stages import draws
 from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.drawing import SamplerOptions, draw_latents, starting_noise
 from ldmscale.stages.first_stage import FirstStage
+from ldmscale.stages.generation import GenerationFigures
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
 from ldmscale.stages.pictures import to_uint8
 from ldmscale.stages.validation import HeldOut, held_out_loss
@@ -57,8 +58,9 @@ class DiffusionStage:
         ranks: Ranks,
         device: torch.device,
         held_out: HeldOut | None = None,
+        generation: GenerationFigures | None = None,
     ) -> None:
-        self.held_out = held_out
+        self.held_out, self.generation = held_out, generation
         self.engines = {"denoiser": denoiser}
         self.averages: Averages = {"denoiser": averages}
         self.first_stage, self.schedule, self.objective = first_stage, schedule, objective
@@ -154,6 +156,15 @@ class DiffusionStage:
             self.objective.prediction,
             self.device,
         )
+
+    def generate(self) -> dict[str, float]:
+        if self.generation is None:
+            return {}
+        engine = self.engines["denoiser"]
+        with engine.averaged_weights(main_average(self.averages, "denoiser")):
+            return self.generation.measure(
+                self._denoiser, self.schedule, self.latent_shape, engine.compute_dtype
+            )
 
     def finish(self) -> dict[str, float]:
         return {}

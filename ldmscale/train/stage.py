@@ -47,6 +47,10 @@ class Stage(Protocol):
         """Figures of held-out samples by the present (averaged) weights, the same on all ranks; none without such samples."""
         ...
 
+    def generate(self) -> dict[str, float]:
+        """Figures of images drawn by the present (averaged) weights, the same on all ranks; none where nothing is drawn."""
+        ...
+
     def answer(self, batch: Batch) -> Tensor:
         """What the main network's raw weights make of a batch, without gradients and dropout; leaves no trace."""
         ...

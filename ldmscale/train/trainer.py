@@ -46,6 +46,7 @@ class Schedule:
     ephemeral_every_steps: int
     picture_every_steps: int
     validate_every_steps: int
+    generate_every_steps: int
     average_every_steps: int  # power-function averages are stored
     garbage_every_steps: int
     dry_run: bool = False  # one forward and backward that leaves nothing behind, before the first step
@@ -159,7 +160,9 @@ class Trainer:
                 if self._due(self.schedule.picture_every_steps) and not stopping:
                     self._draw()
                 if self._due(self.schedule.validate_every_steps) and not stopping:
-                    self._validate()
+                    self._measure("validation", self.stage.validate)
+                if self._due(self.schedule.generate_every_steps) and not stopping:
+                    self._measure("generation", self.stage.generate)
                 if self._due(self.schedule.average_every_steps):
                     self._store_averages()
                 if self._due(self.schedule.garbage_every_steps):
@@ -204,7 +207,9 @@ class Trainer:
         if self.schedule.picture_every_steps and not self._due(self.schedule.picture_every_steps):
             self._draw()
         if self.schedule.validate_every_steps and not self._due(self.schedule.validate_every_steps):
-            self._validate()
+            self._measure("validation", self.stage.validate)
+        if self.schedule.generate_every_steps and not self._due(self.schedule.generate_every_steps):
+            self._measure("generation", self.stage.generate)
         self.finished_step = self.step
         self._save()
         self.checkpoints.finish(must_hold=True, uploads=True)
@@ -295,10 +300,10 @@ class Trainer:
             for picture in self.stage.pictures():
                 self.tracker.images(self.step, picture.name, picture.pixels, picture.captions)
 
-    def _validate(self) -> None:
-        with self._aside("validation"):
-            if found := self.stage.validate():
-                values = {f"validation/{name}": value for name, value in found.items()}
+    def _measure(self, name: str, measure: Callable[[], dict[str, float]]) -> None:
+        with self._aside(name):
+            if found := measure():
+                values = {f"{name}/{key}": value for key, value in found.items()}
                 self._measured |= values
                 self.tracker.log(self.step, {"images_seen": self.position, **values})
 

@@ -18,7 +18,14 @@ from PIL import Image
 from processes import running
 
 import ldmscale as library
-from ldmscale.stages.first_stage import digest
+from ldmscale.data.items import LatentItem
+from ldmscale.data.latents import LatentManifest
+from ldmscale.data.loader import Loader
+from ldmscale.data.mixture import Mixture, WeightedShards
+from ldmscale.evaluation.frechet import FeatureSums, frechet_distance
+from ldmscale.frozen import open_features
+from ldmscale.stages.first_stage import FirstStage, digest
+from ldmscale.stages.validation import SEED
 
 pytestmark = pytest.mark.distributed
 
@@ -31,12 +38,21 @@ DIFFUSION = [
     "preview.sampler_steps=2", "preview.images=3", "checkpoint.save_every_steps=3", "train.max_steps=6",
     # Everything that the objective may draw besides noise and timestep, so that ranks and resumes must agree on it.
     "diffusion=v", "diffusion.weighting=min_snr", "diffusion.offset_noise=0.1", "diffusion.input_perturbation=0.1",
+    # On two ranks four micro-batches a step, each computed twice; the run on one rank has one, and keeps its activations.
+    "train.rank_micro_batch=1", "unet.checkpointing=full", "text_encoder.checkpointing=full",
 ]  # fmt: skip
+WHOLE = ["zero=0", "train.rank_micro_batch=8", "unet.checkpointing=off", "text_encoder.checkpointing=off"]
 
 
 # 10 of its 24 samples: neither a multiple of the ranks' batches on two ranks nor on one
 VALIDATED = ["data.heldout_shards='latents/00001.tar'", "validation.every_steps=3", "validation.samples=10",
              "validation.timestep_bins=3"]  # fmt: skip
+GENERATED = [
+    "generation.every_steps=6",
+    "generation.samples=7",
+    "generation.rank_batch=2",
+    "generation.sampler_steps=2",
+]
 
 
 def losses(run: Path) -> list[float]:
@@ -63,7 +79,15 @@ def place(tmp_path_factory, ldmscale) -> Path:
     ]
     finished(ldmscale(*latents, "latents.path=latents", "latents.dtype=fp32", cwd=folder, ranks=2))
     finished(
-        ldmscale(*DIFFUSION, "run.dir=straight", *VALIDATED, "preview.every_steps=6", cwd=folder, ranks=2)
+        ldmscale(
+            *DIFFUSION,
+            "run.dir=straight",
+            *VALIDATED,
+            *GENERATED,
+            "preview.every_steps=6",
+            cwd=folder,
+            ranks=2,
+        )
     )
     return folder
 
@@ -106,8 +130,12 @@ def test_interrupted_and_resumed_equals_straight(place, ldmscale):
     """The straight run began with a dry run, the resumed one does without: it leaves nothing behind."""
     first = ["run.dir=resumed", "train.max_steps=3", "preview.every_steps=0", "safety.dry_run=false"]
     finished(ldmscale(*DIFFUSION, *first, cwd=place, ranks=2))
-    done = finished(ldmscale(*DIFFUSION, "run.dir=resumed", "preview.every_steps=0", cwd=place, ranks=2))
+    on_images = ["data.heldout_shards='ae/data/00001.tar'", *VALIDATED[1:]]
+    second = ["run.dir=resumed", "preview.every_steps=0", *on_images]
+    done = finished(ldmscale(*DIFFUSION, *second, cwd=place, ranks=2))
     assert "resumed from" in done.stderr
+    # Held-out images that are encoded give what the latents made of them gave.
+    assert validations(place / "resumed")[-1] == pytest.approx(validations(place / "straight")[-1], rel=2e-5)
     assert losses(place / "resumed") == losses(place / "straight")
     ours, theirs = (library.load(place / name).denoiser.state_dict() for name in ("resumed", "straight"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -115,13 +143,13 @@ def test_interrupted_and_resumed_equals_straight(place, ldmscale):
 
 @pytest.fixture(scope="module")
 def one(place, ldmscale) -> Path:
-    """The straight run once more, by one rank without ZeRO."""
-    alone = ["run.dir=one", "zero=0", "train.rank_micro_batch=4", "preview.every_steps=0"]
-    finished(ldmscale(*DIFFUSION, *VALIDATED, *alone, cwd=place, ranks=1))
+    """The straight run once more, by one rank without ZeRO, accumulation and checkpointing."""
+    alone = ["run.dir=one", *WHOLE, "preview.every_steps=0"]
+    finished(ldmscale(*DIFFUSION, *VALIDATED, *GENERATED, *alone, cwd=place, ranks=1))
     return place / "one"
 
 
-def test_one_rank_without_zero_follows_two_ranks_with_zero_3(place, one):
+def test_one_rank_without_zero_accumulation_and_checkpointing_follows_two_ranks_with_all_three(place, one):
     assert losses(one) == pytest.approx(losses(place / "straight"), rel=2e-6)
     # The losses by ranges of the timesteps, too: samples weigh alike, however they were shared out.
     alone, two = (
@@ -152,6 +180,42 @@ def test_the_validation_loss_is_the_same_on_any_number_of_ranks_and_told_by_weig
     assert last["validation/raw/loss"] != last["validation/ema/loss"]
     bins = [last[f"validation/raw/bin_{k}"] for k in (1, 2, 3)]
     assert min(bins) < last["validation/raw/loss"] < max(bins)
+
+
+def generated(run: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (found,) = ({k: v for k, v in line.items() if k.startswith("generation/")} for line in lines if any(
+        key.startswith("generation/") for key in line))  # fmt: skip
+    return found
+
+
+def test_figures_of_drawn_images_are_the_same_on_any_number_of_ranks_and_those_of_the_finished_model(
+    place, one
+):
+    """Drawn once more by the loaded model, image by image, and measured by the covariances themselves."""
+    two = generated(place / "straight")
+    assert generated(one) == pytest.approx(two, rel=1e-4)
+    parts = library.load(place / "straight")
+    manifest = LatentManifest.load(place / "latents")
+    reader = LatentItem(manifest.format, "txt", parts.tokenizer)
+    index = Mixture.open([WeightedShards(str(place / "latents" / "00001.tar"))])
+    batch = next(Loader(index, reader, seed=0, rank=0, world=1, global_batch=7, rank_micro_batch=7))
+    features = open_features("efficientnet_lite0", None, None, torch.device("cpu"), key="")
+    first_stage = FirstStage(parts.autoencoder, parts.scale, torch.device("cpu"))
+    real = features(first_stage.images(first_stage.batch_latents(batch, SEED)).clamp(-1, 1))
+    images = [library.sample(parts, [c], steps=2, seeds=[n]) for n, c in enumerate(batch["caption"])]
+    drawn = features(torch.cat(images).clamp(-1, 1))
+    gaussians = []
+    for rows in (real.double(), drawn.double()):
+        sums = FeatureSums(rows.shape[1], torch.device("cpu"))
+        sums.add(rows)
+        gaussians.append(sums.gaussian())
+    distance = two["generation/frechet_distance_efficientnet_lite0"]
+    assert distance == pytest.approx(frechet_distance(*gaussians), rel=1e-4) and distance > 1
+    nearest = [int((real - row).norm(dim=1).argmin()) for row in drawn]
+    assert two["generation/own_nearest_share"] == pytest.approx(
+        sum(a == b for a, b in enumerate(nearest)) / 7
+    )
 
 
 def test_precomputed_latents_give_the_losses_of_online_encoding(place, ldmscale):

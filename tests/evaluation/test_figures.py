@@ -19,7 +19,7 @@ def test_samples_equal_to_their_images_follow_perfectly():
     real = torch.rand(12, 3, 4, 4) * 2 - 1
     classes = ["a"] * 8 + ["b"] * 4
     found = prompt_following(real[[0, 9, 11]], [0, 9, 11], real, classes, nearest=3)
-    assert (found.class_share, found.own_share) == (1.0, 1.0)
+    assert (found.class_share, found.own_share, found.first_share) == (1.0, 1.0, 1.0)
     assert found.nearest_index == (0, 9, 11)
     assert found.class_chance == pytest.approx((8 + 4 + 4) / 12 / 3)
     assert found.own_chance == pytest.approx(3 / 12)
@@ -38,7 +38,7 @@ def test_samples_that_ignore_their_prompt_score_at_chance():
 def test_the_own_image_counts_within_the_nearest_only():
     real = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 3, 2, 2) / 6
     found = prompt_following(real[[0]], [2], real, list("xxyyzz"), nearest=3)
-    assert (found.own_share, found.class_share) == (1.0, 0.0)
+    assert (found.own_share, found.class_share, found.first_share) == (1.0, 0.0, 0.0)
     assert prompt_following(real[[0]], [3], real, list("xxyyzz"), nearest=3).own_share == 0.0
 
 

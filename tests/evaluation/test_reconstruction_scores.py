@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldmscale.evaluation.frechet import FeatureSums, frechet_distance
+from ldmscale.evaluation.frechet import FeatureSums, frechet_distance, frechet_distance_of_features
 from ldmscale.evaluation.held_out import HeldOut, NumberedBatch, shares
 from ldmscale.evaluation.reconstruction import psnr, ssim
 
@@ -69,6 +69,12 @@ def test_the_frechet_distance_is_that_of_the_eigenvalues_of_the_product(count):
     # The eigenvalues of a singular product are rounding, and their roots are not: the independent way is the worse one.
     assert frechet_distance(*found) == pytest.approx(expected, rel=1e-9 if count == 200 else 1e-4)
     assert frechet_distance(found[0], found[0]) == pytest.approx(0.0, abs=1e-8 * np.trace(c1))
+    # The short way, from the features, also with sets of unequal size.
+    assert frechet_distance_of_features(a, b) == pytest.approx(frechet_distance(*found), rel=1e-9)
+    fewer = b[: count // 2]
+    assert frechet_distance_of_features(a, fewer) == pytest.approx(
+        frechet_distance(found[0], gaussian(fewer)), rel=1e-9
+    )
 
 
 def test_the_frechet_distance_of_known_gaussians():
