@@ -29,7 +29,7 @@ FREE_KEYS = (
     "data.shards", "data.heldout_shards", "data.workers", "data.max_bad_share", "data.max_bad_in_a_row",
     "data.allow_pipe", "data.storage.", "train.global_batch", "first_stage.path",
     "diffusion.loss_bins",
-    "text_encoder.path", "unet.checkpointing", "text_encoder.checkpointing", "autoencoder.checkpointing",
+    "text_encoder.path", "text_encoder.precompute", "unet.checkpointing", "text_encoder.checkpointing", "autoencoder.checkpointing",
     "validation.", "generation.", "codebook.usage_window_steps", "codebook.alarm_usage",
 )  # fmt: skip
 
@@ -47,6 +47,7 @@ class RunFolder:
         self.skipped_steps = self.path / "skipped_steps.jsonl"
         self.ledger = self.path / "data_ledger.jsonl"
         self.tokenizer = self.path / "tokenizer"
+        self.text_embeddings = self.path / "text_embeddings"
         self.classes = self.path / "classes.json"
         self.lease = self.path / "lease"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ldmscale.config.values import STRICT, NotNegative, Positive, Share
@@ -94,6 +95,10 @@ class FrozenTextConfig:
     width: Positive  # of its vectors: config.json's hidden_size (CLIP) or d_model (T5)
     max_tokens: Positive  # of a caption, which is filled up or cut
     dtype: Literal["fp32", "bf16"] = "fp32"  # that it computes in, whatever train.precision is
+    # Encode every caption once, before the first step, into the run's text_embeddings/, and train without the encoder:
+    # for sets whose distinct captions take little room (4 x max_tokens x width bytes each)
+    precompute: bool = False
+    precompute_max_gib: Annotated[float, Field(gt=0)] = 16.0
 
 
 @dataclass(frozen=True, config=STRICT)

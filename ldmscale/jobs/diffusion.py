@@ -70,7 +70,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     attention = choose_attention(wanted_attention(config.train), head_channels, run.device)
     run.note("attention", attention.plain())
     first_stage, latent_shape, stored = open_first_stage(config, run)
-    frozen_text = open_frozen_text(run, config)
+    frozen_text = open_frozen_text(run, config, tokenizer)
     torch.manual_seed(config.seed)
     null = None if tokenizer is None else torch.from_numpy(tokenizer.encode([""])[0])
     if layout is not None:

@@ -14,6 +14,7 @@ from ldmscale.distributed.collectives import from_main_rank
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.frozen_text import open_text_encoder
 from ldmscale.jobs.open_run import Run
+from ldmscale.jobs.stored_text import stored_text
 from ldmscale.models.frozen_text import FrozenTextEncoder
 
 log = logging.getLogger(__name__)
@@ -48,14 +49,22 @@ def settle_tokenizer(
     return tokenizer
 
 
-def open_frozen_text(run: Run, config: DiffusionJob) -> FrozenTextEncoder | None:
+def open_frozen_text(
+    run: Run, config: DiffusionJob, tokenizer: Tokenizer | EncoderTokenizer | None
+) -> FrozenTextEncoder | None:
     """The frozen text encoder on this rank's device, noted in run.json; None where the model has none. Collective.
 
-    Rank 0 opens it first: where it comes from the model hub, the others find it in the local copy.
+    Rank 0 opens it first: where it comes from the model hub, the others find it in the local copy. With
+    text_encoder.precompute rank 0 alone has it, for as long as it encodes the captions.
     """
     text = config.text_encoder
     if not isinstance(text, FrozenTextConfig):
         return None
+    if text.precompute:
+        assert isinstance(tokenizer, EncoderTokenizer)
+        stored = stored_text(run, config, text, tokenizer)
+        run.note("text_encoder", {"path": text.path, "digest": stored.digest()})
+        return stored
     opened: list[FrozenTextEncoder] = []
     from_main_rank(lambda: opened.append(open_text_encoder(text)))
     encoder = opened[0] if opened else open_text_encoder(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,3 +46,29 @@ class FrozenTextEncoder(nn.Module):
             raise ValueError(f"the captions have {length} tokens, this text encoder takes {self.max_tokens}")
         hidden: Tensor = self.network(input_ids=token_ids).last_hidden_state  # [B, L, D]
         return hidden.float()
+
+
+class StoredTextEncoder(FrozenTextEncoder):
+    """The same for captions that were encoded before: their vectors are looked up, and the encoder itself is not there.
+
+    Args:
+        tokens: int64 [N, L], distinct rows.
+        vectors: float32 [N, L, D], what the encoder makes of them; may be mapped from a file.
+        digest: of the encoder that made them.
+    """
+
+    def __init__(self, tokens: np.ndarray, vectors: np.ndarray, digest: str) -> None:
+        nn.Module.__init__(self)
+        self.max_tokens, self.width = vectors.shape[1:]
+        self._places = {row.tobytes(): place for place, row in enumerate(tokens)}
+        self._vectors, self._digest = vectors, digest
+
+    def digest(self) -> str:
+        """Of the encoder that made the vectors."""
+        return self._digest
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids [B, L] int64 -> float32 [B, L, D] on their device. Raises KeyError for a row that is not stored."""
+        rows = np.ascontiguousarray(token_ids.cpu().numpy())
+        places = [self._places[row.tobytes()] for row in rows]
+        return torch.from_numpy(self._vectors[places]).to(token_ids.device)

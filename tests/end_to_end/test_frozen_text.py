@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import text_folders
 import torch
@@ -77,6 +78,32 @@ def test_a_resumed_run_on_two_ranks_under_zero_3_is_the_straight_one_on_one_rank
     # The rate is high, so that few steps show a condition: it widens the rounding of other batches with each step.
     assert losses(place / "alone") == pytest.approx(losses(place / "run_clip"), rel=5e-5)
     assert (place / "run_clip" / "samples" / "step_00000004.png").exists()
+
+
+def test_captions_that_are_encoded_once_give_the_losses_of_those_that_are_encoded_each_step(place, ldmscale):
+    """On two ranks, stopped half-way with one prompt more; the trained model then reads any caption."""
+    stored = [*CLIP, "run.dir=stored", "text_encoder.precompute=true"]
+    finished(ldmscale(*stored, "train.max_steps=2", "preview.every_steps=0", cwd=place, ranks=2))
+    folder = place / "stored" / "text_embeddings"
+    before = np.load(folder / "tokens.npy")
+    more = ["train.max_steps=4", "preview.prompts=[a purple hexagon]"]
+    done = finished(ldmscale(*stored, *more, cwd=place, ranks=2))
+    assert "encoded 1 distinct captions" in done.stderr
+    assert losses(place / "stored") == pytest.approx(losses(place / "run_clip"), rel=5e-5)
+    tokens, vectors = np.load(folder / "tokens.npy"), np.load(folder / "vectors.npy")
+    assert np.array_equal(tokens[:-1], before) and len({row.tobytes() for row in tokens}) == len(tokens)
+    theirs = CLIPTextModel.from_pretrained(place / "clip").eval()
+    with torch.no_grad():
+        context = theirs(input_ids=torch.from_numpy(tokens)).last_hidden_state
+    assert float((context - torch.from_numpy(vectors)).abs().max()) < 1e-5
+    parts = library.load(place / "stored")
+    assert torch.equal(parts.text_encoder(torch.from_numpy(tokens)), context)
+    # Another encoder does not add to what this one made, and what takes too much room is told.
+    other = ["text_encoder.path=reseeded", "train.max_steps=5", "preview.prompts=[a green one]"]
+    text_folders.make("clip", place / "reseeded", seed=1)
+    assert "was made with the text encoder" in finished(ldmscale(*stored, *other, cwd=place), 2).stderr
+    small = ["text_encoder.precompute_max_gib=1e-6", "run.dir=tight"]
+    assert "give text_encoder.precompute=false" in finished(ldmscale(*stored, *small, cwd=place), 2).stderr
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5"])
