@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ldmscale.distributed.collectives import any_true
+from ldmscale.train.allocator import give_back_freed_memory
 from ldmscale.train.connection import connect, disconnect, quieten
 from ldmscale.train.ema import ShardedEma, exchange
 from ldmscale.train.engine_options import EngineOptions, deepspeed_json
@@ -89,6 +90,7 @@ def _cast_shards(network: nn.Module, dtype: torch.dtype) -> None:
         if shard is not None:
             shard.data = shard.data.to(dtype)
             parameter.data = parameter.data.to(dtype)
+    give_back_freed_memory()  # the fp32 shards, before masters and gradients are made
 
 
 def _sharded(
@@ -107,6 +109,7 @@ def _sharded(
             model=network, model_parameters=groups, config=config, dist_init_required=False
         )
     quieten()
+    give_back_freed_memory()  # the shards that DeepSpeed has put into one piece
     return engine
 
 

@@ -30,3 +30,27 @@ def test_a_step_faults_no_page_in_that_the_step_before_had() -> None:
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr
+
+
+GIVEN_BACK = """
+import torch
+from ldmscale.train.allocator import give_back_freed_memory, keep_freed_memory
+
+def resident_mib():
+    return int(open("/proc/self/status").read().partition("VmRSS:")[2].split()[0]) / 1024
+
+assert keep_freed_memory()
+shards = [torch.ones(1 << 18) for _ in range(200)]  # 1 MiB each, as a network's are
+last = torch.ones(1 << 18)  # above them on the heap, so that it cannot shrink from its end
+full = resident_mib()
+del shards
+kept = resident_mib()
+assert give_back_freed_memory()
+assert full - kept < 20 and full - resident_mib() > 180, (full, kept, resident_mib())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is set on Linux only")
+def test_what_was_freed_for_good_goes_back_to_the_system_when_told() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
