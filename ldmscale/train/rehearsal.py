@@ -70,7 +70,8 @@ def _told(stage: Stage, step: int) -> str:
         parts.append(
             f"{name}: weights {held.weights / _GIB:.2f} / {theory.weights / _GIB:.2f}, "
             f"gradients {held.gradients / _GIB:.2f} / {theory.gradients / _GIB:.2f}, "
-            f"masters and moments {held.states / _GIB:.2f} / {theory.states / _GIB:.2f}"
+            f"masters and moments {held.states / _GIB:.2f} / {theory.states / _GIB:.2f}, "
+            f"together {held.total / _GIB:.2f} / {theory.total / _GIB:.2f}"
         )
     peaks = ", ".join(f"{name} {value:.2f}" for name, value in memory_peaks(_device(stage)).items())
     return f"rank {rank}: {'; '.join(parts)}; {peaks}"
