@@ -87,17 +87,20 @@ def _run(config: QuickstartJob, folder: Path) -> int:
         ),
     ]  # fmt: skip
     seconds: dict[str, float] = {}
-    cpu_seconds: dict[str, float] = {}
+    spent_file = folder / "cpu_seconds.json"  # of interrupted starts, too
+    cpu_seconds: dict[str, float] = json.loads(spent_file.read_text()) if spent_file.exists() else {}
     for title, arguments in stages:
         log.info("%s on %d ranks", title, ranks)
         start, spent = time.perf_counter(), _cpu_seconds()
-        if status := launch(arguments, ranks):
+        status = launch(arguments, ranks)
+        cpu_seconds[arguments[0]] = cpu_seconds.get(arguments[0], 0.0) + _cpu_seconds() - spent
+        spent_file.write_text(json.dumps(cpu_seconds) + "\n")
+        if status:
             log.error(
                 "%s ended with status %d; the same command goes on from the last checkpoint", title, status
             )
             return status
         seconds[arguments[0]] = time.perf_counter() - start
-        cpu_seconds[arguments[0]] = _cpu_seconds() - spent
     log.info("5/5 samples and scores")
     start, spent = time.perf_counter(), _cpu_seconds()
     from ldmscale.jobs.quickstart_score import score
@@ -109,7 +112,7 @@ def _run(config: QuickstartJob, folder: Path) -> int:
     cpu_seconds["scores"] = _cpu_seconds() - spent
     summary |= {
         "seconds": {**seconds, "total": time.perf_counter() - began},
-        "cpu_seconds": cpu_seconds,  # of all ranks and threads, in this start
+        "cpu_seconds": cpu_seconds,  # of all ranks and threads
         "ranks": ranks,
         "source": source.source,
     }
