@@ -121,8 +121,8 @@ class GenerationConfig:
     guidance: float = 5.0
     seed: int = 0
     # whose features the Frechet distance is of, and is named after
-    features: Literal["efficientnet_lite0"] = "efficientnet_lite0"
-    features_weights: str | None = None  # null: the installed package's
+    features: Literal["efficientnet_lite0", "inception_fid"] = "efficientnet_lite0"
+    features_weights: str | None = None  # null: the installed package's; inception_fid needs its file
     features_weights_sha256: str | None = None  # null: of the published file
 
 

@@ -80,7 +80,7 @@ def generation_figures(
     run.note("generation_features", {"name": chosen.features, "sha256": network.sha256})
     batches, samples = _held_out_batches(run, config, reader, chosen.samples, chosen.rank_batch)
     sampler = SamplerOptions(chosen.sampler_steps, chosen.guidance, prediction=config.diffusion.prediction)
-    named = FeatureNetwork(chosen.features, network.width, network)
+    named = FeatureNetwork(network.distance, network.width, network)
     return GenerationFigures(batches, samples, named, sampler, chosen.seed, first_stage)
 
 

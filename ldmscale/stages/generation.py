@@ -31,7 +31,7 @@ from ldmscale.train.stage import Batch
 class FeatureNetwork:
     """Describes images by vectors: `of` takes float [B,3,H,W] in [-1,1] and gives [B,width]."""
 
-    name: str
+    distance: str  # what a Frechet distance of them is called
     width: int
     of: Callable[[Tensor], Tensor]
 
@@ -67,7 +67,7 @@ class GenerationFigures:
             for batch, conditions in zip(self.batches, told, strict=True)
         )
         denoiser.train()
-        found = {f"frechet_distance_{self.network.name}": frechet_distance_of_features(self._real, drawn)}
+        found = {self.network.distance: frechet_distance_of_features(self._real, drawn)}
         if any(part is not None for part in told[0]):
             nearest = torch.cdist(drawn, self._real).argmin(dim=1)  # [N]
             own = nearest == torch.arange(self.samples, device=nearest.device)
