@@ -28,7 +28,8 @@ TRAIN = [
 ]  # fmt: skip
 UNTOLD = ["text_encoder=null", "unet.context_dim=null"]
 TASKS = {
-    "superres": [  # told by captions as well
+    "superres": [
+        *UNTOLD,
         "spatial=superres",
         "unet.in_channels=7",
         "spatial.degradation=blind",
