@@ -27,7 +27,11 @@ def configs(group: str, kind: type) -> dict:
 
 
 UNETS = {n: c for n, c in configs("unet", UNetConfig).items() if c.norm_groups == 32}
-AUTOENCODERS = {n: c for n, c in configs("autoencoder", AutoencoderConfig).items() if c.norm_groups == 32}
+AUTOENCODERS = {
+    n: c
+    for n, c in configs("autoencoder", AutoencoderConfig).items()
+    if c.norm_groups == 32 and c.kind != "pixels"
+}
 TEXTS = configs("text_encoder", TextEncoderConfig)
 
 
