@@ -28,8 +28,7 @@ TRAIN = [
 ]  # fmt: skip
 UNTOLD = ["text_encoder=null", "unet.context_dim=null"]
 TASKS = {
-    "superres": [
-        *UNTOLD,
+    "superres": [  # told by captions as well
         "spatial=superres",
         "unet.in_channels=7",
         "spatial.degradation=blind",
