@@ -14,6 +14,7 @@ from torch import nn
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.discriminator import PatchDiscriminator
+from ldmscale.models.pixels import PixelAutoencoder
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
 
@@ -63,6 +64,8 @@ def read(group: str, name: str) -> dict[str, Any]:
 
 def build(group: str, keys: dict[str, Any]) -> nn.Module:
     """The network of a file, which holds constructor arguments and what only other rooms read."""
+    if group == "pixels":
+        return PixelAutoencoder()  # has no sizes: the file fills in what autoencoders must have
     keys = {key: value for key, value in keys.items() if key not in ("kind", "tokenizer")}
     return CLASSES[group](**keys)
 
