@@ -166,7 +166,9 @@ def test_files_of_any_size_are_drawn_from_alike_on_any_number_of_ranks(place, ta
     assert [file.name for file in drawn] == ["000000_a_0.png", "000001_b_0.png"]
     for file in drawn:
         pixels, name = read(file), file.name.split("_")[1]
-        assert np.array_equal(pixels, read(folder / f"{task}_one" / file.name))
+        other = read(folder / f"{task}_one" / file.name)
+        # Images of one size share a batch on one rank, and its kernels round otherwise than those of a batch of one.
+        assert np.abs(pixels.astype(int) - other.astype(int)).max() <= 1
         if task in ("layout", "embeddings"):
             assert pixels.shape == (32, 32, 3)
             continue
