@@ -17,7 +17,7 @@ import logging
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,9 +227,9 @@ class Judge:
     """
 
     def __init__(self, images: Tensor) -> None:
-        features = open_features(JUDGE, None, None, torch.device("cpu"), key="judge")
-        assert features is not None
-        features.side = JUDGE_SIDE
+        opened = open_features(JUDGE, None, None, torch.device("cpu"), key="judge")
+        assert opened is not None
+        features = replace(opened, side=JUDGE_SIDE)
         self.images, self._features = images, features
         found = described(features, images).double()
         _, _, rows = torch.linalg.svd(found - found.mean(0), full_matrices=False)
