@@ -1,6 +1,7 @@
 """`ldmscale wandb-sync`: a run is sent again from its metrics.jsonl."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from wandb_file import read_wandb_file
 
 
 def test_a_run_is_sent_as_its_metrics_file_tells_it(ldmscale, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        # A W&B that ran in this process names its service here, and children would write through it.
+        monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "runs" / "old"
     (run / "samples").mkdir(parents=True)
