@@ -39,12 +39,13 @@ def rank(folder: Path, width: int, layers: int, batch: int, steps: int, zero: in
     beside: list[float] = []  # steps while a save is being written
     stalls: list[float] = []
     for step in range(1, steps + 1):
+        written = any(manager.busy)  # also where the last file is there before the step ends
         began = time.perf_counter()
         engine.backward(engine(x).square().mean())
         engine.step()
         _, saving, _ = any_true_of(False, *manager.busy)
         manager.advance(saving)
-        (beside if saving else plain).append(time.perf_counter() - began)
+        (beside if saving or written else plain).append(time.perf_counter() - began)
         if step % EVERY == 0:
             began = time.perf_counter()
             manager.finish()
