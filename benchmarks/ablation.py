@@ -27,13 +27,12 @@ from torch import Tensor
 from benchmarks.curves import Curve, draw_panels
 from ldmscale import load, sample
 from ldmscale.config import DiffusionJob
-from ldmscale.data.decode import decode_image, image_member
 from ldmscale.data.index import ShardIndex
-from ldmscale.data.samples import SampleReader
 from ldmscale.data.sources import prepare
 from ldmscale.evaluation.frechet import FeatureSums, frechet_distance
 from ldmscale.evaluation.reconstruction import reconstruct
 from ldmscale.frozen import Features, open_features
+from ldmscale.jobs.quickstart_score import read_images
 from ldmscale.launcher import launch
 from ldmscale.models.pixels import FirstStageNetwork
 from ldmscale.planning.costs import training_flops
@@ -110,7 +109,7 @@ def main() -> int:
         command = training(model, folder, steps[model.name], given.points, given.ranks)
         if status := launch(command, given.ranks):
             return status
-    judge = Judge(real_images(list(shards.train)))
+    judge = Judge(read_images(shards.train, [], SIZE).pixels)
     rows = [row(model, folder, steps[model.name], judge, given) for model in MODELS]
     given.docs.mkdir(parents=True, exist_ok=True)
     (given.docs / "ablation_table.md").write_text(table(rows, given, len(judge.images)), encoding="utf-8")
@@ -206,18 +205,6 @@ def step_seconds(run: Path) -> dict[int, float]:
 def seconds_until(run: Path, step: int) -> float:
     """By the median of what steps took, so that it does not count when the machine was busy with something else."""
     return step * statistics.median(step_seconds(run).values())
-
-
-def real_images(shards: list[str]) -> Tensor:
-    """float [N,3,SIZE,SIZE] in [-1,1], as the models were trained on them."""
-    index = ShardIndex.open(shards)
-    reader, found = SampleReader(index), []
-    for shard, count in enumerate(index.counts.tolist()):
-        for number in range(count):
-            image = decode_image(image_member(reader.read(shard, number).members)[1], size=SIZE)
-            found.append(torch.from_numpy(image).float() / 127.5 - 1)
-    reader.close()
-    return torch.stack(found)
 
 
 class Judge:

@@ -253,9 +253,8 @@ class CheckpointManager:
         if self.remote is not None and self.rank == 0:
             try:
                 self.remote.claim(str(self.folder.absolute().parent))
-            except (
-                Exception
-            ) as error:  # each store's library has its own; it is tried again at the first upload
+            except Exception as error:  # each store's library has its own
+                # It is tried again at the first upload.
                 log.error("%s cannot be claimed for this start (%r)", self.remote.url, error)
         search = Search(self.folder, self.remote, self.rank, self.world_size, self.attempt)
         found = search.newest(accept)

@@ -127,12 +127,10 @@ def check_objective(diffusion: DiffusionConfig) -> list[str]:
 
 def check_latents(config: DiffusionJob) -> list[str]:
     faults = []
-    with_images = {
-        "embeddings": config.embeddings is not None,
-        f"spatial.kind={config.spatial.kind}" if config.spatial is not None else "": config.spatial
-        is not None,
-    }
-    for condition in [name for name, asked in with_images.items() if asked]:
+    with_images = [] if config.embeddings is None else ["embeddings"]
+    if config.spatial is not None:
+        with_images.append(f"spatial.kind={config.spatial.kind}")
+    for condition in with_images:
         if config.data.kind == "latents":
             faults.append(
                 f"{condition} goes with the images, and data.kind=latents has none: give data=shards, data.image_size= and the "

@@ -74,9 +74,8 @@ def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[s
     if not (frozen.code / "ldmscale" / "conf").is_dir():  # a checkout has it beside the package
         shutil.copytree(config_folder(), frozen.code / "conf", ignore=ignore)
     (frozen.code / "start.py").write_text(_START)
-    revision = (
-        git_revision()
-    )  # the manifests of its checkpoints shall say it, though no checkout is there any more
+    # The manifests of its checkpoints shall say it, though no checkout is there any more.
+    revision = git_revision()
     (frozen.code / "ldmscale" / REVISION).write_text(f"{revision or ''}\n")
     _write_json(
         frozen.record,

@@ -28,7 +28,5 @@ class EvaluateConfig:
     perceptual_min_side: int = 64
     # whose features the Frechet distance is of, and is named after
     features: Literal["efficientnet_lite0", "inception_fid", "none"] = "none"
-    features_weights: str | None = (
-        None  # null: the installed package's; inception_fid: the file of pytorch-fid
-    )
+    features_weights: str | None = None  # null: the installed package's; inception_fid: its file
     features_weights_sha256: str | None = None  # null: of the published file

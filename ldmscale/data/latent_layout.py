@@ -129,9 +129,8 @@ def layout_of(data: bytes, item: LatentItem) -> Layout | None:
     for length in range(_LONGEST_NAME):
         for k, ending in enumerate(extensions):
             endings[length, k, length : length + len(ending)] = list(ending[:_LONGEST_NAME])
-    endings = endings[
-        :, :, :_LONGEST_NAME
-    ]  # of names too long for the key nothing matches: they have other headers
+    # Of names too long for the key nothing matches: they have other headers.
+    endings = endings[:, :, :_LONGEST_NAME]
     together = np.stack(headers)
     # What a header's bytes add up to beside the first member's name and the digits of the size.
     fixed = np.ones(BLOCK, dtype=bool)

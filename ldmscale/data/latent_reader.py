@@ -130,7 +130,7 @@ class LatentReader:
         found = matching(layout, self._buffer[:count].reshape(count, -1, BLOCK), sizes)
         if not (good & found.good).any():
             self._learn(good, sizes)
-            return found.good & False
+            return np.zeros(count, dtype=bool)
         good &= found.good
         if begins is None:
             self._copy(latents, chosen, found.at, good)

@@ -25,31 +25,35 @@ def settle_classes(run: Run, data: DataConfig, classes: ClassEmbedderConfig) -> 
     Raises ConfigError where there are more names than classes.
     """
 
-    def settle() -> None:
-        if not run.folder.classes.exists():
-            made = class_labels(data.label, "class_embedder", classes, lambda: _found(run, labels))
-            made.save(run.folder.classes)
-
     def labels(members: Mapping[str, bytes]) -> Iterable[int | str]:
         return [raw_label(members, data.label)]
 
-    from_main_rank(settle)
-    return ClassLabels.load(run.folder.classes)
+    return _settled(run, data.label, "class_embedder", classes, labels)
 
 
 def settle_layout(run: Run, data: DataConfig, layout: LayoutConfig, text: TextEncoderConfig) -> LayoutTokens:
     """What makes tokens of boxes; its classes are in the run folder, as `settle_classes` leaves them. Collective."""
 
-    def settle() -> None:
-        if not run.folder.classes.exists():
-            made = class_labels(data.boxes, "layout", layout, lambda: _found(run, labels))
-            made.save(run.folder.classes)
-
     def labels(members: Mapping[str, bytes]) -> Iterable[int | str]:
         return [box.label for box in raw_boxes(members, data.boxes)]
 
+    settled = _settled(run, data.boxes, "layout", layout, labels)
+    return LayoutTokens(settled, text.max_tokens, text.vocab_size)
+
+
+def _settled(
+    run: Run,
+    source: str,
+    section: str,
+    config: ClassEmbedderConfig | LayoutConfig,
+    labels: Callable[[Mapping[str, bytes]], Iterable[int | str]],
+) -> ClassLabels:
+    def settle() -> None:
+        if not run.folder.classes.exists():
+            class_labels(source, section, config, lambda: _found(run, labels)).save(run.folder.classes)
+
     from_main_rank(settle)
-    return LayoutTokens(ClassLabels.load(run.folder.classes), text.max_tokens, text.vocab_size)
+    return ClassLabels.load(run.folder.classes)
 
 
 def class_labels(

@@ -47,14 +47,13 @@ def open_first_stage(
     """
     chosen = config.first_stage
     parts = Parts()
-    if config.autoencoder.kind == "pixels":
-        parts = Parts(autoencoder=build_first_stage(config.autoencoder))
-    elif chosen.path is not None:
+    if config.autoencoder.kind != "pixels" and chosen.path is not None:
         if is_foreign(Path(chosen.path)):
             _check_foreign(Path(chosen.path), config)
         parts = load(chosen.path, chosen.average)
     manifest = _manifest(run.shards) if config.data.kind == "latents" else None
     if config.autoencoder.kind == "pixels":
+        parts = Parts(autoencoder=build_first_stage(config.autoencoder))
         # Images lie in [-1, 1] already.
         width = config.autoencoder.latent_width
         scale = LatentScale(torch.zeros(width), torch.ones(width))

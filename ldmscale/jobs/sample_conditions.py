@@ -85,9 +85,8 @@ class Told:
         self._parts, self._files, self._per_prompt = parts, condition_files(given), per_prompt
         device = next(parts.denoiser.parameters()).device
         self._first_stage = FirstStage(parts.autoencoder, parts.scale, device, tile_pixels)
-        self._latest: dict[
-            Path, _Read
-        ] = {}  # of the batch that is drawn: encoding a large picture takes a while
+        # Of the batch that is drawn: encoding a large picture takes a while.
+        self._latest: dict[Path, _Read] = {}
 
     def of_one_size(self, wanted: Sequence[Wanted], most: int) -> list[list[Wanted]]:
         """The images in their order, in batches of at most `most` that are of one size."""

@@ -17,14 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmscale.models.layers import dropout_layer
-from ldmscale.models.lean import narrow_attention
 
 Backend = Literal["sdpa", "xformers", "plain"]
 
 _backend: Backend = "sdpa"
-
-# fp32 numbers of a vector register; where it is narrower nothing was measured
-_REGISTER = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
 
 
 def set_backend(backend: Backend) -> None:
@@ -61,8 +57,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend | None = None) -
     if chosen == "xformers":
         ops = importlib.import_module("xformers.ops")  # a dictionary look-up after the first time
         return cast(Tensor, ops.memory_efficient_attention(q, k, v))  # [B, L, H, D]
-    if chosen == "sdpa" and _too_narrow(q):
-        return narrow_attention(q, k, v, _REGISTER)  # [B, L, H, D]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, L or M, D]
     if chosen == "plain":
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, L, M]
@@ -70,14 +64,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend | None = None) -
     else:
         out = F.scaled_dot_product_attention(q, k, v)  # [B, H, L, D]
     return out.transpose(1, 2)  # [B, L, H, D]
-
-
-def _too_narrow(q: Tensor) -> bool:
-    """Whether SDPA's kernel for CPUs, whose matrix products have the size of a head as one side, gets less than a register.
-
-    Heads of 8 filled up with zeros to 16 take 0.6 of the time, forward and backward.
-    """
-    return q.shape[-1] < _REGISTER and q.device.type == "cpu" and q.dtype == torch.float32
 
 
 @dataclass(frozen=True)

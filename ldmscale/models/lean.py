@@ -38,25 +38,6 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return result
 
 
-def narrow_attention(q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
-    """Attention on a CPU by heads that are filled up with zeros to `width`; the zeros are not kept.
-
-    q [B, L, H, D], k and v [B, M, H, D], D < width -> [B, L, H, D]: softmax(q k^T / sqrt(D)) v.
-    """
-    if torch.compiler.is_compiling():
-        size = q.shape[-1]
-        q, k, v = _filled(q, width), _filled(k, width), _filled(v, width)
-        out = F.scaled_dot_product_attention(q, k, v, scale=size**-0.5)  # [B, H, L, width]
-        return out.transpose(1, 2)[..., :size]
-    result: Tensor = _NarrowAttention.apply(q, k, v, width)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _filled(x: Tensor, width: int) -> Tensor:
-    """[B, L, H, D] -> [B, H, L, width]."""
-    return F.pad(x, (0, width - x.shape[-1])).transpose(1, 2)
-
-
 def _dense(x: Tensor, like: Tensor) -> Tensor:
     """Contiguous in the layout that group norm's kernels take: on CPUs channels-last stays so."""
     return x.contiguous(memory_format=_layout(like))
@@ -122,25 +103,3 @@ class _GegluLinear(torch.autograd.Function):
         torch.mul(inner, activated, out=for_value)
         torch.ops.aten.gelu_backward.grad_input(inner.mul_(value), gate, grad_input=for_gate)
         return out, for_weight, for_bias
-
-
-class _NarrowAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, width: int) -> Tensor:
-        ctx.width, size = width, q.shape[-1]
-        wide = (_filled(x, width) for x in (q, k, v))
-        filled, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, scale=size**-0.5)
-        out: Tensor = filled.transpose(1, 2)[..., :size].contiguous()  # [B, L, H, D]
-        ctx.save_for_backward(q, k, v, out, sums)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, sums = ctx.saved_tensors
-        size = grad.shape[-1]
-        wide = (_filled(x, ctx.width) for x in (grad, *kept))  # [B, H, L or M, width]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *wide, sums, 0.0, False, scale=size**-0.5
-        )
-        return (*(g.transpose(1, 2)[..., :size] for g in grads), None)

@@ -137,9 +137,8 @@ class AutoencoderStage:
                 encoded = self.autoencoder.encode(self._images(batch).to(engine.compute_dtype))
                 mean, logvar = encoded.spread()
                 meter = meter or ScaleMeter(mean.shape[1])
-                counts = batch["counts"].to(
-                    mean.device
-                )  # [B]; the last batch may hold more than was asked for
+                # [B]; the last batch may hold more than was asked for
+                counts = batch["counts"].to(mean.device)
                 meter.add(mean[counts], None if logvar is None else logvar[counts])
         assert meter is not None, "the scale is measured over at least one batch"
         self.latent_statistics = meter.measured()

@@ -9,7 +9,7 @@ from parity import draw
 from torch import Tensor
 
 from ldmscale.models.layers import Upsample
-from ldmscale.models.lean import geglu_linear, narrow_attention, norm_silu
+from ldmscale.models.lean import geglu_linear, norm_silu
 from ldmscale.models.transformer import GatedFeedForward
 
 
@@ -83,25 +83,6 @@ def test_dropout_falls_between_geglu_and_its_linear_layer() -> None:
     torch.testing.assert_close(whole, plain_geglu(feedforward.proj_in(x))[..., :8])
     shares = feedforward.train()(x) / whole
     assert set(shares.detach().round(decimals=4).flatten().tolist()) == {0.0, 2.0}
-
-
-@pytest.mark.parametrize("keys", [40, 7])
-def test_attention_of_filled_up_heads_is_attention_and_keeps_no_zeros(keys: int) -> None:
-    """In fp32, which the kernel is for: compared with softmax and products in fp64."""
-    shapes = ((2, 40, 3, 5), (2, keys, 3, 5), (2, keys, 3, 5))
-    exact = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
-    upstream = draw(2, 40, 3, 5, seed=9)
-    q, k, v = (x.clone().requires_grad_(True) for x in exact)
-    scores = torch.einsum("blhd,bmhd->bhlm", q, k) / 5**0.5
-    expected = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v)
-    expected_gradients = torch.autograd.grad(expected, (q, k, v), upstream)
-    given = [x.float().requires_grad_(True) for x in exact]
-    found = narrow_attention(*given, 16)
-    gradients = torch.autograd.grad(found, given, upstream.float(), retain_graph=True)
-    for f, e in zip((found, *gradients), (expected, *expected_gradients), strict=True):
-        assert f.shape == e.shape and (f - e).abs().max() < 2e-6 * e.abs().max()
-    own = sum(x.nbytes for x in (*given, found))
-    assert kept_bytes(found) == own + 2 * 3 * 40 * 4  # and one sum a row
 
 
 def test_differentiating_twice_is_refused_and_not_silently_wrong() -> None:
