@@ -35,6 +35,6 @@ def test_a_folder_of_images_goes_through_the_whole_pipeline(tmp_path, ldmscale):
     assert summary["prompt_following"]["seen"]["class_chance"] == pytest.approx(0.5, abs=0.01)
     assert np.isfinite(summary["reconstruction"]["psnr_db"])
     assert set(summary["cpu_seconds"]) == {"autoencoder", "latents", "diffusion", "scores"}
-    assert all(seconds > 1 for seconds in summary["cpu_seconds"].values())
+    assert all(seconds > 0 for seconds in summary["cpu_seconds"].values())
     again = ldmscale(*command, cwd=tmp_path)
     assert again.returncode == 0 and "has finished" in again.stderr and "PSNR" in again.stderr
