@@ -15,17 +15,21 @@ from ldmscale.config import ClusterConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-# Ends as the first line of `plan` says, taking that line away: a number at once, "stop" with 75 once it hears TERM or USR1.
+# Ends as the first word of its plan says, taking that word away: a number at once, "stop" with 75 once it hears TERM or USR1,
+# "late" with 75 once it hears TERM: its save takes longer than it has from USR1 on.
 RANK = """
-import pathlib, signal, sys, time
-plan = pathlib.Path(__file__).with_name("plan")
+import os, pathlib, signal, sys, time
+plan = pathlib.Path(__file__).with_name("plan" + os.environ.get("SLURM_ARRAY_TASK_ID", ""))
 first, *rest = plan.read_text().split()
 plan.write_text(" ".join(rest))
-print("begun:", first, flush=True)
-if first != "stop":
+if first not in ("stop", "late"):
+    print("begun:", first, flush=True)
     sys.exit(int(first))
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda *_: sys.exit(75))
+if first == "late":
+    signal.signal(signal.SIGUSR1, lambda *_: print("saving", flush=True))
+print("begun:", first, flush=True)
 for _ in range(6000):
     time.sleep(0.1)
 """
@@ -34,21 +38,23 @@ for _ in range(6000):
 class Job:
     """The rendered script of a frozen folder, in the queue."""
 
-    def __init__(self, cluster: Cluster, folder: Path, plan: str, **facts: object) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, *plans: str, **facts: object) -> None:
+        """`plans`: one, or one for each task of an array."""
         self.cluster, self.folder = cluster, folder
         frozen = Frozen(folder / "submissions" / "0001")
         frozen.code.mkdir(parents=True)
         (folder / "logs").mkdir()
         (frozen.code / "start.py").write_text(RANK)
-        (frozen.code / "plan").write_text(plan)
+        for task, plan in enumerate(plans):
+            (frozen.code / (f"plan{task}" if len(plans) > 1 else "plan")).write_text(plan)
+        facts |= {"array": len(plans)} if len(plans) > 1 else {}
         asked = ClusterConfig(nodes=1, tasks_per_node=1, time="60", python=sys.executable, **facts)  # type: ignore[arg-type]
         frozen.script.write_text(render(frozen, "diffusion", "trial", folder / "logs", folder, asked))
         self.number = cluster.ask("sbatch", "--parsable", str(frozen.script))
 
     @property
     def output(self) -> str:
-        file = self.folder / "logs" / f"slurm_{self.number}.out"
-        return file.read_text() if file.exists() else ""
+        return "".join(file.read_text() for file in sorted((self.folder / "logs").glob("slurm_*.out")))
 
     def says(self, text: str, times: int = 1) -> None:
         until(lambda: self.output.count(text) >= times, 150, f"{text!r} in: {self.output}")
@@ -77,6 +83,33 @@ def test_a_job_that_was_stopped_comes_back_and_one_that_was_cancelled_does_not(
     until(lambda: cluster.state(job.number) == "CANCELLED", 150, job.output)
     time.sleep(4.0)
     assert cluster.state(job.number) == "CANCELLED" and cluster.job(job.number)["Restarts"] == "2", job.output
+
+
+def test_a_job_that_is_cancelled_after_the_warning_stays_so(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, "late stop")
+    job.says("begun: late")
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
+    job.says("saving")
+    cluster.ask("scancel", job.number)
+    job.says("cancelled: not queued again")
+    job.ends("CANCELLED", "75:0", restarts=0)
+
+
+def test_a_task_of_an_array_that_was_stopped_comes_back_alone(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, "stop stop", "stop stop")
+    job.says("begun: stop", 2)
+    # The task that has the number of the whole array as its own.
+    (task,) = (task for task in "01" if cluster.job(f"{job.number}_{task}")["JobId"] == job.number)
+    cluster.ask("scancel", "--batch", "--signal=USR1", f"{job.number}_{task}")
+    job.says("begun: stop", 3)
+    restarts = {other: cluster.job(f"{job.number}_{other}")["Restarts"] for other in "01"}
+    states = {cluster.state(f"{job.number}_{other}") for other in "01"}
+    cluster.ask("scancel", job.number)
+    for other in "01":
+        cluster.wait(f"{job.number}_{other}", ["CANCELLED"], 150)
+    assert restarts[task] == "1" and sorted(restarts.values()) == ["0", "1"] and states == {"RUNNING"}, (
+        job.output
+    )
 
 
 def test_failures_are_tried_again_as_long_as_there_is_progress_and_what_cannot_work_is_not(
