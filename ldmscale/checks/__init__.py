@@ -115,7 +115,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_evaluation(config),
         ]
     if isinstance(config, IndexJob):
-        return check_shards(config.data, needs=None)
+        return check_shards(config.data, needs=None, absent=True)
     if isinstance(config, SubmitJob):
         return check_cluster(config.cluster)
     if isinstance(config, WandbSyncJob):

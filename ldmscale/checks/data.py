@@ -16,7 +16,8 @@ from ldmscale.errors import ConfigError, DataError
 SYNTHETIC = "synthetic"
 
 
-def check_shards(data: DataConfig, needs: str | None) -> list[str]:
+def check_shards(data: DataConfig, needs: str | None, *, absent: bool = False) -> list[str]:
+    """`absent`: shards that are not there are the job's to tell."""
     faults = []
     if needs and data.kind != needs:
         faults.append(f"data.kind={data.kind}: this job reads {needs}; give data=shards and data.shards=...")
@@ -42,7 +43,7 @@ def check_shards(data: DataConfig, needs: str | None) -> list[str]:
         if patterns == SYNTHETIC:
             continue
         try:
-            expand(patterns, allow_pipe=data.allow_pipe, storage=storage)
+            expand(patterns, allow_pipe=data.allow_pipe, storage=storage, absent=absent)
         except DataError as error:
             name = "data.heldout_shards" if patterns is data.heldout_shards else "data.shards"
             faults += [f"{name}: {fault}" for fault in error.faults]

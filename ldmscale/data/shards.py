@@ -32,7 +32,11 @@ _LISTED_FAULTS = 20
 
 
 def expand(
-    patterns: str | Sequence[str], *, allow_pipe: bool = False, storage: Storage | None = None
+    patterns: str | Sequence[str],
+    *,
+    allow_pipe: bool = False,
+    storage: Storage | None = None,
+    absent: bool = False,
 ) -> list[str]:
     """Expands patterns to the list of shards, in the order given (matches of a glob are sorted).
 
@@ -41,6 +45,7 @@ def expand(
             these as an fsspec URL (`s3://bucket/{000..999}.tar`). A folder stands for the tar files in it.
         allow_pipe: let `pipe:COMMAND` stand; nothing is run here (see `run_pipes`).
         storage: how stores are reached that must list what a pattern matches.
+        absent: let local files stand that are not there, for an index to name with all else that is damaged.
 
     Raises:
         DataError: with every fault: no match, file missing (local files only; remote ones are looked up by
@@ -55,7 +60,7 @@ def expand(
         )
     for pattern in given:
         for name in _braces(pattern, faults):
-            found.extend(_matches(name, allow_pipe, storage or Storage(), faults))
+            found.extend(_matches(name, allow_pipe, storage or Storage(), absent, faults))
     seen: set[str] = set()
     for url in found:
         if url in seen:
@@ -82,7 +87,7 @@ def _braces(pattern: str, faults: list[str]) -> list[str]:
         return []
 
 
-def _matches(name: str, allow_pipe: bool, storage: Storage, faults: list[str]) -> list[str]:
+def _matches(name: str, allow_pipe: bool, storage: Storage, absent: bool, faults: list[str]) -> list[str]:
     if name.startswith("pipe:"):
         if not allow_pipe:
             faults.append(
@@ -106,7 +111,7 @@ def _matches(name: str, allow_pipe: bool, storage: Storage, faults: list[str]) -
                     "shell leaves it alone"
                 )
             return matches
-        if not os.path.exists(path):
+        if not absent and not os.path.exists(path):
             faults.append(f"shard {path} does not exist; check data.shards")
             return []
         return [path]

@@ -39,7 +39,9 @@ def main(overrides: Sequence[str]) -> int:
     sets = sets_of(data.shards)
     shards = list(
         dict.fromkeys(
-            url for each in sets for url in expand(each.shards, allow_pipe=data.allow_pipe, storage=storage)
+            url
+            for each in sets
+            for url in expand(each.shards, allow_pipe=data.allow_pipe, storage=storage, absent=True)
         )
     )
 
@@ -70,18 +72,22 @@ def main(overrides: Sequence[str]) -> int:
         close_world()
     if not ranks.is_main:
         return 0
-    if report.samples and report.selected != 0:
-        Mixture.open(sets, allow_pipe=data.allow_pipe, selection=selection, storage=storage)
     found = report.to_json()
     for damage in found.pop("damage")[:SHOWN]:
         log.warning("%(kind)s: %(shard)s %(key)s: %(detail)s", damage)
     log.info("%s", json.dumps(found, indent=2))
+    gone = report.damage_counts.keys() & {"missing_shard", "unreadable_shard"}
+    if report.samples and report.selected != 0 and not gone:  # training wants all of them
+        Mixture.open(sets, allow_pipe=data.allow_pipe, selection=selection, storage=storage)
     if report.damaged:
         log.error(
-            "%d damages in %d shards: training skips such samples and writes them to data_ledger.jsonl; make the "
-            "shards anew, or live with it",
+            "%d damages in %d shards: training %s; make the shards anew, or %s",
             report.damaged,
             report.shards,
+            "refuses a set of which a shard is missing or unreadable"
+            if gone
+            else "skips such samples and writes them to data_ledger.jsonl",
+            "leave those out of data.shards" if gone else "live with it",
         )
         return 2
     if report.selected == 0:

@@ -90,12 +90,16 @@ def test_all_ten_are_named_and_what_is_whole_is_found(
     assert {("names.tar", "link.png"), ("names.tar", "device.png")} <= set(found)
     index = ShardIndex.open(paths)
     assert index.total == report.samples == 12  # what can be read at all; the rest is for the ledger
-    done = ldmscale("index", f"data.shards={tmp_path / 'set'}", "data.check=decode", cwd=tmp_path)
+    # A shard of the pattern that is not there, and a link to nowhere, hide nothing of the rest.
+    (tmp_path / "set" / "astray.tar").symlink_to("nowhere.tar")
+    asked = f"data.shards=[{tmp_path / 'set'},{tmp_path / 'gone.tar'}]"
+    done = ldmscale("index", asked, "data.check=decode", cwd=tmp_path)
     assert done.returncode == 2
     said = done.stdout + done.stderr
+    planted |= {("astray.tar", ""): "missing_shard", ("gone.tar", ""): "missing_shard"}
     missing = [
         (shard, key, kind)
         for (shard, key), kind in planted.items()
         if not (shard in said and key in said and kind in said)
     ]
-    assert missing == []
+    assert missing == [] and "14 damages in 6 shards" in said, said
