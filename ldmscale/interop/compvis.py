@@ -245,6 +245,9 @@ def unwritable(model: Model) -> list[str]:
         faults.append(f"diffusion.prediction={model.diffusion.prediction}: CompVis knows eps and x0")
     if model.diffusion is not None and model.diffusion.zero_terminal_snr:
         faults.append("diffusion.zero_terminal_snr=true: CompVis' schedules keep some signal")
+    readers = [n for n in ("text_encoder", "class_embedder", "spatial_rescaler") if n in model.parts]
+    if len(readers) > 1:
+        faults.append(f"{' and '.join(readers)}: CompVis' models have one network that reads the condition")
     if "unet" not in model.parts and (alone := sorted(set(model.parts) - {"autoencoder"})):
         faults.append(f"{', '.join(alone)} without a U-Net: CompVis' checkpoints have none alone")
     return faults

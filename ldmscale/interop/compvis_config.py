@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ldmscale.config import ClassEmbedderConfig, DiffusionConfig, SpatialConfig
+from ldmscale.config import ClassEmbedderConfig, DiffusionConfig, SpatialConfig, UNetConfig
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.errors import DataError
 from ldmscale.interop.model import Model
@@ -192,10 +192,25 @@ def written(model: Model) -> dict[str, Any]:
     }
     if inner:
         params["first_stage_config"] = inner
+    params |= _condition(model, unet)
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}} | _of_our_own(
+        model
+    )
+
+
+def _condition(model: Model, unet: UNetConfig) -> dict[str, Any]:
+    """What LatentDiffusion is told of the condition: what reads it, under which key of a batch, and how it enters.
+
+    Without `conditioning_key` it would join any condition to the latent, and without `cond_stage_config` it does not start.
+    """
+    joined = unet.in_channels != unet.out_channels
+    stage: str | dict[str, Any] = "__is_unconditional__"
+    key = "image"  # of a batch: published names, some of which LatentDiffusion looks for
     if (text := model.text_encoder) is not None:
         fixed = (text.heads, text.head_channels) == (8, 64) and text.feedforward_mult == 4
         unknown = "text_encoder.heads" in model.unknown
-        params["cond_stage_config"] = {
+        key = "caption"
+        stage = {
             "target": "ldm.modules.encoders.modules.BERTEmbedder",
             "params": {
                 "n_embed": text.width,
@@ -206,29 +221,41 @@ def written(model: Model) -> dict[str, Any]:
                 **({} if fixed or unknown else {"heads": text.heads, "dim_head": text.head_channels}),
             },
         }
-    if "class_embedder" in model.parts:
+    elif "class_embedder" in model.parts:
         rows, width = model.parts["class_embedder"].weights["embedding.weight"].shape
-        params["cond_stage_config"] = {
+        key = "class_label"
+        stage = {
             "target": "ldm.modules.encoders.modules.ClassEmbedder",
-            "params": {"n_classes": rows, "embed_dim": width},
+            "params": {"n_classes": rows, "embed_dim": width, "key": key},
         }
-    if (spatial := model.parts.get("spatial_rescaler")) is not None:
+    elif (spatial := model.parts.get("spatial_rescaler")) is not None:
         assert isinstance(spatial.config, SpatialConfig)
-        params["cond_stage_config"] = {
+        known = "spatial_rescaler.halvings" not in model.unknown
+        key = "segmentation"
+        stage = {
             "target": "ldm.modules.encoders.modules.SpatialRescaler",
             "params": {
-                **(
-                    {}
-                    if "spatial_rescaler.halvings" in model.unknown
-                    else {"n_stages": spatial.config.halvings}
-                ),
+                **({"n_stages": spatial.config.halvings} if known else {}),
                 "in_channels": spatial.config.map_classes,
                 "out_channels": spatial.config.channels,
             },
         }
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}} | _of_our_own(
-        model
-    )
+    elif joined and unet.in_channels == 2 * unet.out_channels + 1:
+        stage, key = "__is_first_stage__", "masked_image"
+    elif joined:
+        stage, key = {"target": "torch.nn.Identity"}, "LR_image"
+    elif unet.context_dim is not None:
+        stage, key = {"target": "torch.nn.Identity"}, "embeddings"
+    entered = [
+        name for name, given in (("concat", joined), ("crossattn", unet.context_dim is not None)) if given
+    ]
+    found: dict[str, Any] = {"cond_stage_key": key}
+    # Of a reader that was kept and not read, such as CLIP, nothing is known here: the class stops without it.
+    if not any(name.startswith("cond_stage_model.") for name in model.kept) or stage == "__is_first_stage__":
+        found["cond_stage_config"] = stage
+    if entered:
+        found["conditioning_key"] = "hybrid" if len(entered) == 2 else entered[0]
+    return found
 
 
 def _of_our_own(model: Model) -> dict[str, Any]:

@@ -355,7 +355,7 @@ def _pipeline(model: Model) -> tuple[str | None, str]:
         )
     elif text is not None and text.max_tokens != PIPELINE_TOKENS:
         reason = f"LDMTextToImagePipeline has captions of {PIPELINE_TOKENS} tokens and this model of {text.max_tokens}"
-    elif text is not None:
+    elif text is not None and unet.in_channels == unet.out_channels:
         return TEXT_PIPELINE, ""
     elif unet.context_dim is None and unet.in_channels == unet.out_channels and unet.num_classes is None:
         return "LDMPipeline", ""

@@ -36,7 +36,11 @@ def schedule_config(values: Mapping[str, Any]) -> DiffusionConfig:
 
 
 def schedule_values(config: DiffusionConfig) -> dict[str, Any]:
-    """scheduler_config.json of a DDIMScheduler that visits the steps of CompVis' (and our) DDIM."""
+    """scheduler_config.json of a DDIMScheduler that visits the steps of our DDIM, which are CompVis'.
+
+    Without signal at the last timestep both begin there and end at a clean image (`diffusion.spacing.path_of`).
+    """
+    leading = not config.zero_terminal_snr
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": config.timesteps,
@@ -45,9 +49,9 @@ def schedule_values(config: DiffusionConfig) -> dict[str, Any]:
         "beta_end": config.beta_end,
         "prediction_type": next(k for k, v in PREDICTIONS.items() if v == config.prediction),
         "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "set_alpha_to_one": not leading,
+        "steps_offset": 1 if leading else 0,
+        "timestep_spacing": "leading" if leading else "trailing",
         "thresholding": False,
         "rescale_betas_zero_snr": config.zero_terminal_snr,
     }

@@ -36,6 +36,11 @@ def write(model: Model, dst: Path, form: str, ema: bool, overwrite: bool) -> Non
         return
     state = compvis.to_state(model)
     settings = yaml.safe_dump(compvis_config.written(model), sort_keys=False)
+    if model.tokenizer is not None:
+        log.warning(
+            "not written, since CompVis' checkpoints have no place for it: the tokenizer (BERTEmbedder takes bert-base-uncased); "
+            "an import of the result needs tokenizer=%s", model.tokenizer,
+        )  # fmt: skip
     if dst.suffix in FILES:
         appearing_file(dst.with_suffix(".yaml"), overwrite, lambda path: _write_text(path, settings))
         appearing_file(dst, overwrite, lambda path: _write_checkpoint(model, state, path))

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, TEXT, Family, compvis_state, first_stage, model_of, unet
+from families import FAMILIES, TEXT, Family, bert_words, compvis_state, first_stage, model_of, unet
 from safetensors.torch import load_file, save_file
 
 from ldmscale import load
 from ldmscale.cli import main
-from ldmscale.config import DiffusionConfig
+from ldmscale.config import DiffusionConfig, SpatialConfig
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop.diffusers_folder import write_folder
 from ldmscale.interop.writing import write
@@ -176,6 +176,11 @@ UNEXPRESSIBLE = {
     "learned null there": ("diffusers", scaled(FAMILIES["text2img"], learned_null=True), "null_condition=learned"),
     "learned null": ("compvis", scaled(FAMILIES["text2img"], learned_null=True), "null_condition=learned"),
     "velocity": ("compvis", scaled(FAMILIES["class_table"], diffusion=DiffusionConfig(prediction="v")), "prediction=v"),
+    "two readers": (
+        "compvis",
+        scaled(Family(unet(in_channels=7, heads=8, context_dim=32), first_stage(), TEXT, None, SpatialConfig("map", 3, 12, 2))),
+        "text_encoder and spatial_rescaler",
+    ),
     "groups": ("compvis", scaled(Family(None, first_stage(norm_groups=16))), "autoencoder.norm_groups=16"),
     "groups of a U-Net": ("compvis", scaled(Family(unet(heads=2, context_dim=24, norm_groups=8))), "unet.norm_groups=8"),
     "fractions": ("compvis", scaled(Family(None, first_stage(channel_mult=(1, 1.5), norm_groups=16))), "channel_mult=[1, 1.5]"),
@@ -200,6 +205,19 @@ def test_no_pipeline_is_promised_for_a_model_whose_scale_or_schedule_is_unknown(
         and (tmp_path / "out" / "unet" / "config.json").exists()
     )
     assert {"scale": "scale_factor=N", "diffusion": "diffusion=NAME"}[unknown] in caplog.text
+
+
+def test_a_tokenizer_that_a_checkpoint_has_no_place_for_is_told(tmp_path, caplog):
+    model = scaled(FAMILIES["text2img"], tokenizer=bert_words(tmp_path / "words"))
+    write(model, tmp_path / "out.ckpt", "compvis", ema=True, overwrite=False)
+    assert f"tokenizer={tmp_path / 'words'}" in caplog.text
+
+
+def test_no_pipeline_is_promised_for_a_model_that_joins_an_image_to_its_latent(tmp_path, caplog):
+    model = scaled(Family(unet(in_channels=7, heads=8, context_dim=32), first_stage(), TEXT))
+    write(model, tmp_path / "out", "diffusers", ema=True, overwrite=False)
+    assert not (tmp_path / "out" / "model_index.json").exists() and (tmp_path / "out" / "bert").is_dir()
+    assert "no pipeline for its condition" in caplog.text
 
 
 def test_the_rest_of_such_a_model_can_be_chosen(tmp_path):
