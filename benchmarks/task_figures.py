@@ -37,9 +37,12 @@ from ldmscale.data.layouts import Box
 from ldmscale.data.loader import Loader
 from ldmscale.data.mixture import Mixture, WeightedShards
 from ldmscale.data.sprites import PALETTE, nearest_colours
-from ldmscale.evaluation.prompt_following import prompt_following
+from ldmscale.evaluation.prompt_following import PromptFollowing, prompt_following
+from ldmscale.evaluation.reconstruction import reconstruct
+from ldmscale.jobs.quickstart_score import RealImages, read_images
 from ldmscale.jobs.spatial import map_reader, spatial_reader
 from ldmscale.models.conditions import Conditions
+from ldmscale.models.pixels import FirstStageNetwork
 from ldmscale.run_folder import RunFolder
 from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.first_stage import FirstStage
@@ -62,7 +65,7 @@ class Drawn:
     Attributes:
         images: float [N,3,S,S] in [-1,1]. real: of the same samples. decoded: those as the first stage reconstructs them.
         batch: what the readers told of the samples, as tensors [N, ...] or lists.
-        parts: the model. first_stage: as it was trained behind.
+        parts: the model. autoencoder: its own. first_stage: that with the scale that it was trained behind.
         source: folder of the quickstart.
         again: drawings for the same conditions by other noise; its number is the first seed.
     """
@@ -72,6 +75,7 @@ class Drawn:
     decoded: Tensor
     batch: dict[str, Any]
     parts: Parts
+    autoencoder: FirstStageNetwork
     first_stage: FirstStage
     source: Path
     again: Callable[[int], Tensor]
@@ -86,7 +90,7 @@ def measure(task: str, run: Path, source: Path, images: int, steps: int) -> dict
     shards = shards_of(task, source, "train" if task in WITH_LATENTS else "heldout")
     batch = _samples(shards, _reader(config, parts), images)
     real = batch["image"].float() / 127.5 - 1
-    decoded = first_stage.images(first_stage.batch_latents(batch, 0)).clamp(-1, 1)
+    decoded = reconstruct(parts.autoencoder, real)
     count = len(real)
     told = batch_conditions(batch, first_stage) if task != "unconditional_small" else Conditions()
     guidance = config.preview.guidance
@@ -95,7 +99,7 @@ def measure(task: str, run: Path, source: Path, images: int, steps: int) -> dict
         rows = [slice(start, start + BATCH) for start in range(0, count, BATCH)]
         return torch.cat([_drawn(parts, told, part, count, first_seed, steps, guidance) for part in rows])
 
-    found = Drawn(draw(0), real, decoded, batch, parts, first_stage, source, draw)
+    found = Drawn(draw(0), real, decoded, batch, parts, parts.autoencoder, first_stage, source, draw)
     figures = FIGURES[task](found)
     write_png(run / "task.png", _sheet(task, found))
     return {
@@ -120,7 +124,7 @@ def _drawn(
 
 
 def unconditional(found: Drawn) -> Figures:
-    real = _all_real(found.source, found.first_stage)["decoded"]
+    real = reconstruct(found.autoencoder, _every(found.source).pixels)
     assert found.parts.latent_shape is not None
     draws = torch.randn(
         len(found.images), *found.parts.latent_shape, generator=torch.Generator().manual_seed(1)
@@ -136,16 +140,12 @@ def unconditional(found: Drawn) -> Figures:
 
 
 def classes(found: Drawn) -> Figures:
-    every = _all_real(found.source, found.first_stage)
-    own = [every["keys"].index(key) for key in found.batch["key"]]
-    followed = prompt_following(found.images, own, every["decoded"], every["classes"])
+    followed = _followed(found)
     return {"class of the nearest": {"model": followed.class_share, "chance": followed.class_chance}}
 
 
 def captions(found: Drawn) -> Figures:
-    every = _all_real(found.source, found.first_stage)
-    own = [every["keys"].index(key) for key in found.batch["key"]]
-    followed = prompt_following(found.images, own, every["decoded"], every["classes"])
+    followed = _followed(found)
     return {
         "class of the nearest": {"model": followed.class_share, "chance": followed.class_chance},
         "own picture among 5": {"model": followed.own_share, "chance": followed.own_chance},
@@ -251,29 +251,18 @@ def _samples(shards: str, reader: ImageItem, most: int) -> dict[str, Any]:
     return batch
 
 
-def _all_real(source: Path, first_stage: FirstStage) -> dict[str, Any]:
-    """Every sprite, trained on or not, as the first stage reconstructs it, with key and class."""
-    from ldmscale.data.labels import raw_label
-    from ldmscale.data.samples import SampleReader
+def _every(source: Path) -> RealImages:
+    """Every sprite, trained on or not."""
+    shards = [sorted(map(str, (source / "data").glob(f"{part}-*.tar"))) for part in ("train", "heldout")]
+    return read_images(shards[0], shards[1], SIZE)
 
-    index = Mixture.open(
-        [WeightedShards(str(source / "data" / f"{part}-*.tar")) for part in ("train", "heldout")]
-    )
-    reader, item = SampleReader(index), ImageItem(SIZE, 0)
-    found: dict[str, Any] = {"keys": [], "classes": [], "images": []}
-    for shard, count in enumerate(index.counts.tolist()):
-        for number in range(count):
-            one = reader.read(shard, number)
-            found["images"].append(item(one, 0)["image"])
-            found["keys"].append(one.key)
-            found["classes"].append(str(raw_label(one.members, "json:class")))
-    reader.close()
-    pixels = torch.from_numpy(np.stack(found.pop("images")))
-    batches = [{"image": part, "position": torch.arange(len(part))} for part in pixels.split(64)]
-    found["decoded"] = torch.cat(
-        [first_stage.images(first_stage.batch_latents(batch, 0)).clamp(-1, 1) for batch in batches]
-    )
-    return found
+
+def _followed(found: Drawn) -> PromptFollowing:
+    """Whether pictures are nearest to those that were asked for, among all as the first stage reconstructs them."""
+    every = _every(found.source)
+    own = [every.keys.index(key) for key in found.batch["key"]]
+    decoded = reconstruct(found.autoencoder, every.pixels)
+    return prompt_following(found.images, own, decoded, every.classes)
 
 
 def _among(images: Tensor, real: Tensor, own: bool = False) -> float:

@@ -35,6 +35,7 @@ class RealImages:
     """Images with their captions and classes; the first `trained` were trained on, the others held out."""
 
     pixels: Tensor  # float [N,3,S,S] in [-1,1]
+    keys: list[str]
     captions: list[str]
     classes: list[str]
     trained: int
@@ -98,7 +99,10 @@ def draw(parts: Parts, captions: Sequence[str], seeds: Sequence[int], steps: int
 
 def read_images(train: Sequence[str], heldout: Sequence[str], image_size: int) -> RealImages:
     """All images of the shards, at `image_size`; those that cannot be read are left out."""
-    pixels, captions, classes = [], [], []
+    pixels: list[np.ndarray] = []
+    keys: list[str] = []
+    captions: list[str] = []
+    classes: list[str] = []
     trained = 0
     for part, shards in enumerate((train, heldout)):
         index = ShardIndex.open(list(shards))
@@ -106,18 +110,19 @@ def read_images(train: Sequence[str], heldout: Sequence[str], image_size: int) -
         for shard, count in enumerate(index.counts.tolist()):
             for number in range(count):
                 try:
-                    members = reader.read(shard, number).members
-                    image = decode_image(image_member(members)[1], size=image_size)
+                    found = reader.read(shard, number)
+                    image = decode_image(image_member(found.members)[1], size=image_size)
                 except DataError as error:
                     log.warning("not scored: %s", error)
                     continue
                 pixels.append(image)
-                captions.append(caption_of(members))
-                classes.append(caption_of(members, "json:class"))
+                keys.append(found.key)
+                captions.append(caption_of(found.members))
+                classes.append(caption_of(found.members, "json:class"))
         reader.close()
         trained = len(captions) if part == 0 else trained
     images = torch.from_numpy(np.stack(pixels)).float() / 127.5 - 1
-    return RealImages(images, captions, classes, trained)
+    return RealImages(images, keys, captions, classes, trained)
 
 
 def _plain(found: PromptFollowing) -> dict[str, Any]:
