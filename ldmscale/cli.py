@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -54,6 +55,8 @@ def _run(job: str, arguments: list[str]) -> int:
     from ldmscale.errors import ConfigError, DataError, LdmscaleError, StoppedEarlyError
 
     try:
+        if faults := _expanded_by_the_shell(arguments):
+            return _tell(faults)
         # These read their own command line: a job's name follows, or the file of a resolved configuration.
         if (job == "submit" and arguments[:1] != ["--cfg"]) or arguments[:1] == ["--frozen"]:
             return _job_function(job)(arguments)
@@ -72,6 +75,27 @@ def _run(job: str, arguments: list[str]) -> int:
         return FAILED
     except KeyboardInterrupt:
         return 130
+
+
+def _expanded_by_the_shell(arguments: Sequence[str]) -> list[str]:
+    """Shards one word each, as a shell makes them of `data.shards=/data/{0..9}.tar` without quotes.
+
+    The last word would win, and a run would read a tenth of its data.
+    """
+    words = [argument.lstrip("+").partition("=") for argument in arguments]
+    plain = [
+        word[0].endswith("shards") and re.fullmatch(r"[^*?\[{]+\.tar", word[2]) is not None for word in words
+    ]
+    keys = [
+        before[0]
+        for before, after, *both in zip(words, words[1:], plain, plain[1:], strict=False)
+        if all(both) and before[0] == after[0] and before[2] != after[2]
+    ]
+    return [
+        f"{key} is given {keys.count(key) + 1} times: quote the pattern ('{key}=/data/{{000..999}}.tar'), or the shell "
+        "makes a word of each shard; several sets are a list ('[a.tar,b.tar]')"
+        for key in dict.fromkeys(keys)
+    ]
 
 
 def _job_function(job: str) -> Callable[[Sequence[str]], int]:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldmscale.config import JOBS
 from ldmscale.errors import ConfigError
+from ldmscale.plain_values import plain
 
 
 def config_folder() -> Path:
@@ -37,7 +38,8 @@ def settle_overrides(job: str, overrides: Sequence[str]) -> list[str]:
     `zero=3`: names of a group's files must be strings. `experiment=smoke`: an experiment that several jobs know under
     one name has a file for each of them, smoke_<job>.yaml. `unet.dropout=0.1`: a key that the typed configuration has
     may be given although the composed files leave it at its default. `data.filter=a > 1`: a condition is text, though
-    Hydra has meanings of its own for `>` and brackets. `text_encoder=null`: Hydra knows a group that is
+    Hydra has meanings of its own for `>` and brackets. `data.shards={000..999}.tar`: so is any other value of a known
+    key that Hydra cannot read (`plain_values`). `text_encoder=null`: Hydra knows a group that is
     not chosen by `~text_encoder` only.
     """
 
@@ -64,6 +66,9 @@ def settle_overrides(job: str, overrides: Sequence[str]) -> list[str]:
     settled = [re.sub(r"^experiment=(\w+)$", own, override) for override in settled]
     settled = [re.sub(r"^(\w+)=null$", without, override) for override in settled]
     known = set(typed_keys(JOBS[job]))
+    settled = [
+        plain(override) if override.split("=")[0].lstrip("+") in known else override for override in settled
+    ]
     return [
         "++" + override if "." in override.split("=")[0] and override.split("=")[0] in known else override
         for override in settled
@@ -142,7 +147,7 @@ def _override_fault(override: str, error: Exception, keys: Sequence[str], groups
         near = difflib.get_close_matches(key, [*keys, *groups], n=2, cutoff=0.6)
         hint = f"did you mean {' or '.join(near)}?" if near else "see the keys with --cfg job"
         return f"{key} is unknown: {hint}"
-    return f"{override}: {_first_lines(error)}"
+    return f"{override.lstrip('+')}: {_first_lines(error)}"
 
 
 def _dotted(values: Any, path: str = "") -> list[str]:

@@ -56,6 +56,15 @@ def test_a_bad_configuration_is_refused_without_importing_torch(tmp_path):
     assert "did you mean train.max_steps" in done.stderr
 
 
+def test_a_pattern_that_the_shell_expanded_is_refused_and_one_that_was_quoted_is_read(capsys, tmp_path):
+    assert main(["index", *(f"data.shards={tmp_path}/{number}.tar" for number in range(3))]) == 2
+    assert "data.shards is given 3 times" in capsys.readouterr().err
+    assert (
+        main(["latents", "first_stage.path=a", "latents.path=b", f"data.shards={tmp_path}/{{0..2}}.tar"]) == 2
+    )
+    assert f"shard {tmp_path}/2.tar does not exist" in capsys.readouterr().err
+
+
 def test_an_unknown_job_names_the_nearest_one(capsys):
     assert main(["difusion"]) == 2
     assert "did you mean diffusion?" in capsys.readouterr().err
