@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,10 @@ def train(task: str, run: Path, source: Path, ranks: int, overrides: list[str]) 
 
 
 def train_seconds(run: Path) -> float:
-    """Seconds spent in training steps, by metrics.jsonl: no start, no pictures, no checkpoints."""
+    """Seconds of all training steps at the run's median pace: no start, no pictures, no checkpoints, no other's load."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds, last = 0.0, 0
-    for line in lines:
-        if "time/step_seconds" in line:
-            seconds += (line["step"] - last) * line["time/step_seconds"]
-            last = line["step"]
-    return seconds
+    taken = {line["step"]: line["time/step_seconds"] for line in lines if "time/step_seconds" in line}
+    return max(taken, default=0) * statistics.median(taken.values()) if taken else 0.0
 
 
 def table(runs: Path) -> str:

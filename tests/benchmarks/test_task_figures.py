@@ -66,7 +66,7 @@ def test_the_table_is_of_what_was_measured(tmp_path: Path) -> None:
     (run / "task.json").write_text(json.dumps(record))
     rows = table(tmp_path).splitlines()
     assert rows[2:] == ["| `class_small` | class of the nearest | 0.88 | 0.20 | - | 220, 181 |"]
-    lines = [{"step": 20, "time/step_seconds": 0.5}, {"step": 25}, {"step": 40, "time/step_seconds": 1.0}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert train_seconds(run) == 30.0
+    lines = [{"step": at, "time/step_seconds": taken} for at, taken in ((20, 0.5), (40, 9.0), (60, 0.6))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 65}]))
+    assert train_seconds(run) == pytest.approx(60 * 0.6)  # the pause in the middle does not count
     assert shards_of("layout_small", Path("q"), "train") == "q/data/scenes-train-*.tar"
