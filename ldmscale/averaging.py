@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldmscale.checkpoint import Reader
 from ldmscale.checkpoint.folders import complete_checkpoints
-from ldmscale.errors import CheckpointError
+from ldmscale.errors import CheckpointError, ConfigError
 from ldmscale.run_folder import RunFolder
 from ldmscale.train.ema import MAIN
 from ldmscale.train.power_profile import WIDEST, Profile, coefficients
@@ -35,7 +35,7 @@ def chosen_weights(reader: Reader, network: str, ema: bool | str) -> dict[str, T
             stored ones where it was not tracked itself.
 
     Raises:
-        CheckpointError: there is no such average, and it cannot be made.
+        ConfigError: there is no such average. CheckpointError: it cannot be made, for want of stored ones.
     """
     kinds = reader.kinds(network)
     if isinstance(ema, bool):
@@ -45,7 +45,7 @@ def chosen_weights(reader: Reader, network: str, ema: bool | str) -> dict[str, T
     wanted = _POWER.fullmatch(ema)
     if wanted is None or not 0 < float(wanted[1]) <= WIDEST:
         kept = ", ".join(kind for kind in kinds if kind.startswith(("ema", "power_")))
-        raise CheckpointError(
+        raise ConfigError(
             f"{reader.folder} has no average {ema!r} of {network}, only {kept or 'none'}; "
             f"power_WIDTH makes one of any width up to {WIDEST:.3f} from stored power-function averages"
         )

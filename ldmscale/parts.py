@@ -58,6 +58,7 @@ class Parts:
     prediction: str = "eps"
     spatial: str | None = None  # what is joined to the latent: "map", "image" or "masked"
     spatial_dropout: float | None = None  # how often the model was trained without it; None: not known
+    caption_dropout: float | None = None  # and how often with the null condition in place of its context
     latent_statistics: dict[str, Any] | None = None  # measured at the end of the autoencoder's training
     autoencoder_average: str | None = None  # which average the autoencoder's weights are; None: the raw ones
 
@@ -93,6 +94,7 @@ def build(experiment: str, overrides: Sequence[str] = (), device: str = "meta") 
             prediction=config.diffusion.prediction,
             spatial=None if config.spatial is None else config.spatial.kind,
             spatial_dropout=config.diffusion.spatial_dropout,
+            caption_dropout=config.diffusion.caption_dropout,
         )
 
 
@@ -193,6 +195,7 @@ def _load_diffusion(
         prediction=config.diffusion.prediction,
         spatial=None if config.spatial is None else config.spatial.kind,
         spatial_dropout=config.diffusion.spatial_dropout,
+        caption_dropout=config.diffusion.caption_dropout,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +25,8 @@ from ldmscale.stages.drawing import (
     starting_noise,
     steps_of_strength,
 )
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -82,7 +86,6 @@ def sample(
     Raises:
         ConfigError: the model has no part that sampling needs, or arguments that do not fit it or each other.
     """
-    wanted = ["denoiser", "autoencoder", "schedule", "scale", "latent_shape"]
     if conditions is None and parts.layout is not None:
         raise ConfigError(
             "the model reads layouts, and prompts tell none: give conditions=Conditions(token_ids=...) of parts.layout.encode"
@@ -91,12 +94,8 @@ def sample(
         raise ConfigError(
             "the model reads embeddings, and prompts tell none: give conditions=Conditions(embeddings=...)"
         )
-    if parts.text_encoder is not None and conditions is None:
-        wanted.append("tokenizer")
-    if missing := [name for name in wanted if getattr(parts, name) is None]:
-        raise ConfigError(
-            f"the model has no {', '.join(missing)}: sampling needs a diffusion run with its first stage"
-        )
+    if missing := missing_parts(parts, prompted=conditions is None):
+        raise ConfigError(missing)
     assert parts.denoiser and parts.autoencoder
     assert parts.schedule and parts.scale and parts.latent_shape
     weight = next(parts.denoiser.parameters())
@@ -115,8 +114,13 @@ def sample(
     for name, given in (("seeds", seeds), ("negative_prompts", negatives)):
         if given is not None and len(given) != len(prompts):
             faults.append(f"{name} has {len(given)} entries for {len(prompts)} prompts: give one for each")
-    if negatives is not None and any(negatives) and (parts.tokenizer is None or parts.text_encoder is None):
-        faults.append("negative_prompts: the model reads no captions; give none")
+    if negatives is not None and any(negatives):
+        if parts.tokenizer is None or parts.text_encoder is None:
+            faults.append("negative_prompts: the model reads no captions; give none")
+        elif guidance == spatial_guidance == 1:
+            faults.append(
+                "negative_prompts with guidance=1: nothing moves away from them; give guidance=5, or none"
+            )
     if image is not None:
         try:
             steps_of_strength(steps, strength)
@@ -124,6 +128,16 @@ def sample(
             faults.append(str(error))
     if faults:
         raise ConfigError(faults)
+    if (
+        parts.denoiser.has_null
+        and parts.caption_dropout == 0
+        and guidance != 1
+        and not (negatives and all(negatives))
+    ):
+        _warn_once(
+            f"guidance={guidance:g} moves away from the null condition, which this model never saw in training "
+            "(diffusion.caption_dropout=0): such images are seldom good; give guidance=1, or negative prompts that mean something"
+        )
     if conditions is None:
         conditions = conditions_of(parts, prompts)
     conditions = conditions.to(weight.device)
@@ -180,6 +194,32 @@ def _prompt_conditions(parts: Parts, prompts: Sequence[str]) -> Conditions:
         return Conditions(labels=torch.tensor([classes.number(prompt) for prompt in prompts]))
     except DataError as error:
         raise ConfigError([f"prompts: {fault}" for fault in error.faults]) from error
+
+
+def missing_parts(parts: Parts, prompted: bool = True) -> list[str]:
+    """What a model lacks to be drawn from (by prompts, or by conditions that are given), each with its remedy."""
+    remedies = {
+        "denoiser": "give a diffusion model with all that reads its condition",
+        "autoencoder": "train with first_stage.path=FOLDER, or import it with its first stage",
+        "schedule": "import it with diffusion=NAME, or config= of its yaml",
+        "scale": "import it with scale_factor=N, or config= of its yaml",
+        "latent_shape": "import it with latent_size=N, the height and width of its latents",
+    }
+    if prompted and parts.text_encoder is not None:
+        remedies["tokenizer"] = "import it with tokenizer=NAME_OR_FOLDER"
+        if parts.tokenizer is None:
+            del remedies["denoiser"]  # for want of the null condition, which is the empty caption
+    return [
+        f"the model has no {name.replace('_', ' ')}: {remedy}"
+        for name, remedy in remedies.items()
+        if getattr(parts, name) is None
+    ]
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """A set is drawn in many calls: the same is said once a process."""
+    log.warning(text)
 
 
 def size_step(parts: Parts) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageOps
+
 from ldmscale.checks.data import check_local
 from ldmscale.checks.stages import check_model
 from ldmscale.config import SampleConfig
@@ -46,6 +48,7 @@ def check_sample(sample: SampleConfig) -> list[str]:
         *_check_size(sample, model),
         *_check_condition(sample, model),
         *_check_spatial_guidance(sample, model),
+        *_check_negatives(sample, model),
     ]
 
 
@@ -99,6 +102,12 @@ def _check_guidance(sample: SampleConfig) -> list[str]:
     return faults
 
 
+def _check_negatives(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
+    if not sample.negative_prompts or (model.get("text_encoder") and model.get("layout") is None):
+        return []
+    return ["sample.negative_prompts is set, but the model reads no captions: remove it"]
+
+
 def _check_spatial_guidance(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
     """Guidance needs the prediction of a model that does not see the condition."""
     given = f"sample.spatial_guidance={sample.spatial_guidance}"
@@ -120,6 +129,8 @@ def _check_pictures(sample: SampleConfig) -> list[str]:
         for name, path in (("image", sample.image), ("mask", sample.mask))
         if path is not None and not Path(path).is_file()
     ]
+    if not faults and sample.image is not None:
+        faults += _check_shapes(sample.image, sample.mask)
     if sample.mask is not None and sample.image is None:
         faults.append(
             "sample.mask is set without sample.image: give the picture that is redrawn where it is white"
@@ -134,6 +145,27 @@ def _check_pictures(sample: SampleConfig) -> list[str]:
                 f"sample.strength={sample.strength} of sample.steps={sample.steps} is less than one step: give "
                 f"sample.strength={1 / sample.steps:.3g} or more"
             )
+    return faults
+
+
+def _check_shapes(image: str, mask: str | None) -> list[str]:
+    """Both are scaled and cut to what is drawn: of unlike shapes a mask would lie elsewhere."""
+    faults: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    for key, path in (("image", image), ("mask", mask)):
+        if path is None:
+            continue
+        try:
+            with Image.open(path) as opened:
+                sizes.append(ImageOps.exif_transpose(opened).size)
+        except OSError as error:
+            faults.append(f"sample.{key}={path} cannot be read as a picture: {error}")
+    if len(sizes) == 2 and sizes[0][0] * sizes[1][1] != sizes[0][1] * sizes[1][0]:
+        (width, height), (across, down) = sizes
+        faults.append(
+            f"sample.mask={mask} has {across}x{down} pixels and sample.image={image} {width}x{height}: give a mask of the same "
+            "shape"
+        )
     return faults
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.values import STRICT, NotNegative, Positive, Share
+from ldmscale.config.values import STRICT, NotNegative, Positive, Prompt, Share
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -16,7 +16,7 @@ class SampleConfig:
 
     model: str  # run folder
     # A prompt, a list, a file of one prompt a line, or "-" for standard input; null: the names of `condition`
-    prompts: str | tuple[str, ...] | None
+    prompts: Prompt | tuple[Prompt, ...] | None
     out: str | None  # folder for PNGs and the grid; the samples/drawn of the model unless given
     # A folder, a file or a list of files, each the condition of one prompt (jobs/sample_conditions.py)
     condition: str | tuple[str, ...] | None = None
@@ -31,7 +31,7 @@ class SampleConfig:
     # Share of the guided prediction that gets back the conditional one's spread (Lin et al. 2023)
     guidance_rescale: Share = 0.0
     # What guidance moves away from: one for all, or a list or file of one for each prompt; null: the null condition
-    negative_prompts: str | tuple[str, ...] | None = None
+    negative_prompts: Prompt | tuple[Prompt, ...] | None = None
     height: Positive | None = None  # of the images in pixels; null: as trained
     width: Positive | None = None
     image: str | None = None  # a file to start from (image-to-image), or to keep in part

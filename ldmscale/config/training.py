@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.values import STRICT, NotNegative, Positive, Share
+from ldmscale.config.values import STRICT, NotNegative, Positive, Prompt, Share
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -94,7 +94,9 @@ class PreviewConfig:
     """Pictures drawn while training, by all ranks together."""
 
     every_steps: NotNegative = 5000  # 0: never
-    prompts: tuple[str, ...] = ()  # diffusion; none: captions of the held-out shards, or of the first samples
+    prompts: tuple[
+        Prompt, ...
+    ] = ()  # diffusion; none: captions of the held-out shards, or of the first samples
     images: Positive = 8  # how many pictures (reconstructions, or prompts where none are given)
     sampler_steps: int = 50
     guidance: float = 5.0

@@ -94,6 +94,7 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
             shapes_of(data), data.decoder, classes, spatial_reader(config), map_reader(config),
             layout, embeddings_reader(config.embeddings),
         )  # fmt: skip
+    _warn_of_untrained_null(config)
     preview = config.preview
     told = None
     if preview.every_steps and (config.spatial is not None or config.embeddings is not None):
@@ -120,3 +121,17 @@ def _run(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     if run.device.type == "cuda":  # on a CPU nobody asks, and counting takes a second
         flops = training_flops(config, latent_shape)
     return train(run, config, stage, reader, rates, stop, flops_per_image=flops)
+
+
+def _warn_of_untrained_null(config: DiffusionJob) -> None:
+    """Guidance moves away from the null condition: where no condition is dropped, nothing has trained that."""
+    reads = (config.text_encoder, config.class_embedder, config.embeddings)
+    if config.diffusion.caption_dropout > 0 or all(reader is None for reader in reads):
+        return
+    for key, drawn in (("preview", config.preview), ("generation", config.generation)):
+        if drawn.every_steps and drawn.guidance != 1:
+            log.warning(
+                "%s.guidance=%g moves away from a null condition that is never trained (diffusion.caption_dropout=0): give "
+                "%s.guidance=1, or diffusion.caption_dropout=0.1",
+                key, drawn.guidance, key,
+            )  # fmt: skip

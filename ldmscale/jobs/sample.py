@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,14 @@ from typing import TYPE_CHECKING
 from ldmscale import __version__
 from ldmscale.config import SampleConfig, SampleJob
 from ldmscale.distributed.environment import Ranks
-from ldmscale.errors import ConfigError
+from ldmscale.errors import ConfigError, LdmscaleError
+from ldmscale.jobs.sample_prompts import (
+    faults_of_classes,
+    prompts_of_conditions,
+    read_negatives,
+    read_prompts,
+    run_of,
+)
 from ldmscale.jobs.start import configured
 
 if TYPE_CHECKING:
@@ -39,6 +45,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> int:
     from ldmscale.distributed.world import close_world, open_world
     from ldmscale.jobs.sample_set import SampleFolder
     from ldmscale.parts import load
+    from ldmscale.sampling import missing_parts
     from ldmscale.tracking.logs import set_up_logging
 
     # The ranks meet when all have drawn their share, which may be hours after the first.
@@ -53,84 +60,29 @@ def _run(config: SampleConfig, ranks: Ranks) -> int:
         "%d images for %d prompts, %d of them to be drawn", len(wanted), len(prompts.texts), len(missing)
     )
     if missing:
-        parts = load(
-            config.model, config.ema, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-        )
-        for part in (parts.denoiser, parts.text_encoder, parts.autoencoder):
-            if part is not None:
-                part.to(world.device)
-        _warn_of_late_start(parts, config)
-        _warn_of_no_guidance(parts, config)
-        mine = [wanted[number] for number in missing[ranks.rank :: ranks.size]]
-        _draw(parts, mine, len(missing), config, folder, ranks)
+        try:
+            parts = load(
+                config.model, config.ema, {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+            )
+            for part in (parts.denoiser, parts.text_encoder, parts.autoencoder):
+                if part is not None:
+                    part.to(world.device)
+            if faults := missing_parts(parts, prompted=parts.layout is None):
+                raise ConfigError(faults)
+            _warn_of_late_start(parts, config)
+            _warn_of_no_guidance(parts, config)
+            mine = [wanted[number] for number in missing[ranks.rank :: ranks.size]]
+            _draw(parts, mine, len(missing), config, folder, ranks)
+        except LdmscaleError:
+            if ranks.is_main:
+                folder.abandon()
+            raise
     barrier()
     if ranks.is_main:
         folder.write_grid(wanted, config.images_per_prompt if config.images_per_prompt > 1 else None)
         log.info("images and grid.png are in %s", folder.path)
     close_world()
     return 0
-
-
-def read_prompts(given: str | tuple[str, ...]) -> list[str]:
-    """A list as it is; "-" reads standard input, the name of a file its lines; anything else is one prompt.
-
-    Raises ConfigError where there is no prompt.
-    """
-    prompts = [prompt for prompt in _lines(given) if prompt]
-    if not prompts:
-        raise ConfigError(
-            "sample.prompts names no prompt: give 'sample.prompts=[a red dragon]', a file, or - for standard input"
-        )
-    return prompts
-
-
-def prompts_of_conditions(config: SampleConfig) -> list[str]:
-    """One prompt for each file of a condition: those that are given, one for all, or else the names of the files.
-
-    Raises ConfigError where there are not as many.
-    """
-    from ldmscale.jobs.sample_conditions import condition_files
-
-    assert config.condition is not None
-    names = [file.stem for file in condition_files(config.condition)]
-    if config.prompts is None:
-        return names
-    texts = read_prompts(config.prompts)
-    texts = texts * len(names) if len(texts) == 1 else texts
-    if len(texts) != len(names):
-        raise ConfigError(
-            f"sample.prompts has {len(texts)} entries for {len(names)} files of sample.condition: give one for each, one for "
-            "all, or none"
-        )
-    return texts
-
-
-def read_negatives(given: str | tuple[str, ...] | None, count: int) -> list[str]:
-    """One negative prompt for each of `count` prompts: a list or the lines of a file one for each, else one for all.
-
-    Raises ConfigError where there are not as many.
-    """
-    if given is None:
-        return [""] * count
-    if isinstance(given, str) and (given == "-" or not Path(given).is_file()):
-        return [given] * count
-    negatives = _lines(given)
-    if len(negatives) != count:
-        raise ConfigError(
-            f"sample.negative_prompts has {len(negatives)} entries for {count} prompts: give one for each (an empty line is "
-            "the null condition), or one text for all"
-        )
-    return negatives
-
-
-def _lines(given: str | tuple[str, ...]) -> list[str]:
-    if not isinstance(given, str):
-        return [text.strip() for text in given]
-    if given == "-":
-        return [line.strip() for line in sys.stdin]
-    if len(given) < 255 and Path(given).is_file():
-        return [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines()]
-    return [given]
 
 
 def parameters(config: SampleConfig) -> dict[str, str]:
@@ -173,16 +125,21 @@ def _weights(model: Path) -> str:
 
 def _settle(config: SampleConfig, made_by: dict[str, str]) -> tuple[Prompts, Path, list[int]]:
     """Prompts, folder and what is missing in it."""
+    from ldmscale.jobs.sample_conditions import faults_of_files
     from ldmscale.jobs.sample_set import Prompts, SampleFolder, free_folder
 
     texts = (
         prompts_of_conditions(config) if config.condition is not None else read_prompts(config.prompts or "")
     )
     prompts = Prompts(texts, read_negatives(config.negative_prompts, len(texts)))
+    faults, run = faults_of_classes(Path(config.model), texts), run_of(Path(config.model))
+    if config.condition is not None and run is not None:
+        faults += faults_of_files(config.condition, run.config().get("spatial"))
+    if faults:
+        raise ConfigError(faults)
     if config.out is None:
-        model = Path(config.model)
-        run = model.parent.parent if (model / "COMPLETE").is_file() else model
-        folder = free_folder(run / "samples", made_by, prompts)
+        beside = Path(config.model) if run is None else run.path
+        folder = free_folder(beside / "samples", made_by, prompts)
     else:
         folder = SampleFolder(Path(config.out), made_by)
         folder.settle(prompts)

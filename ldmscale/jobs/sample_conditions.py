@@ -12,9 +12,10 @@ was added is cut off again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,18 @@ def condition_files(given: str | tuple[str, ...]) -> list[Path]:
             f"sample.condition={given} has no file that ends with {', '.join((*EXTENSIONS, *ARRAYS))}"
         )
     return found
+
+
+def faults_of_files(given: str | tuple[str, ...], spatial: Mapping[str, Any] | None) -> list[str]:
+    """Pictures without the mask that a model with this `spatial` setting wants beside each; nothing is read."""
+    if spatial is None or spatial["kind"] != "masked":
+        return []
+    alone = [file for file in condition_files(given) if _mask_of(file) is None]
+    more = f" ({len(alone)} such files)" if len(alone) > 1 else ""
+    return [
+        f"sample.condition: {file} has no {file.stem}{MASK}.png beside it, white in the hole{more}"
+        for file in alone[:1]
+    ]
 
 
 def conditions_digest(given: str | tuple[str, ...]) -> str:

@@ -91,6 +91,11 @@ class SampleFolder:
             text = json.dumps({"made_by": self.made_by, "prompts": given}, indent=1, ensure_ascii=False)
             write_file(self.record, text.encode("utf-8"))
 
+    def abandon(self) -> None:
+        """Leave a folder in which nothing could be drawn for another try, with other prompts or parameters."""
+        if next(self.path.glob("*.png"), None) is None:
+            self.record.unlink(missing_ok=True)
+
     def missing(self, images: Iterable[Wanted]) -> list[int]:
         """Numbers of the images that are not there whole."""
         there = {entry.name for entry in os.scandir(self.path) if entry.name.endswith(".png")}
@@ -132,10 +137,21 @@ class SampleFolder:
                 faults.append(
                     f"the model's newest checkpoint is {new}, but {self.path} was drawn by {old}: give another sample.out"
                 )
-            else:
+            elif key == "condition" and old and new:
                 faults.append(
-                    f"sample.{key}={new or 'null'}, but {self.path} was drawn with {old or 'null'}: give "
-                    f"sample.{key}={old or 'null'} to go on with that set, or another sample.out"
+                    f"sample.condition: its files are not those that {self.path} was drawn from: give those of then to go on "
+                    "with that set, or another sample.out"
+                )
+            else:
+                # A picture is told with a digest behind its name.
+                value = (
+                    "the file of then"
+                    if key in ("image", "mask") and old
+                    else f"sample.{key}={old or 'null'}"
+                )
+                faults.append(
+                    f"sample.{key}={new or 'null'}, but {self.path} was drawn with {old or 'null'}: give {value} to go on with "
+                    "that set, or another sample.out"
                 )
         return faults
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from ldmscale.checks import check
 from ldmscale.checks.drawing import check_sample
@@ -77,6 +78,31 @@ def test_a_checkpoint_and_a_model_of_another_format_will_do(run, tmp_path_factor
 def test_what_does_not_fit_names_its_remedy(run, overrides, remedy):
     told = faults(run("diffusion"), *overrides)
     assert any(remedy in fault for fault in told), told
+
+
+def test_pictures_that_cannot_be_used_are_told_before_anything_is_loaded(run, tmp_path_factory):
+    model, folder = run("diffusion"), tmp_path_factory.mktemp("pictures")
+    for name, size in (("photo", (70, 40)), ("half", (35, 20)), ("square", (40, 40))):
+        Image.new("L", size).save(folder / f"{name}.png")
+    (folder / "text.png").write_text("no picture")
+    image = f"sample.image={folder}/photo.png"
+    assert faults(model, image, f"sample.mask={folder}/half.png") == []
+    assert any(
+        "40x40 pixels and" in fault for fault in faults(model, image, f"sample.mask={folder}/square.png")
+    )
+    assert any(
+        "cannot be read as a picture" in fault for fault in faults(model, f"sample.image={folder}/text.png")
+    )
+
+
+def test_negative_prompts_are_refused_by_models_that_read_no_captions(run):
+    model = run("diffusion", "text_encoder=null", "unet.context_dim=null")
+    assert any("reads no captions" in fault for fault in faults(model, "sample.negative_prompts=x"))
+
+
+def test_prompts_may_be_numbers_for_classes_are(run):
+    values = compose_job("sample", [f"sample.model={run('diffusion')}", "sample.prompts=[207,tank]"])
+    assert read(JOBS["sample"], values).sample.prompts == ("207", "tank")
 
 
 def test_a_run_of_another_job_is_refused(run):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ldmscale.errors import ConfigError
-from ldmscale.jobs.sample import read_negatives, read_prompts
+from ldmscale.jobs.sample_prompts import read_negatives, read_prompts
 from ldmscale.jobs.sample_set import Prompts, SampleFolder, free_folder, listing_digest
 
 MADE_BY = {
@@ -103,6 +103,16 @@ def test_a_folder_of_unknown_pictures_is_refused(tmp_path):
         SampleFolder(tmp_path, MADE_BY).settle(PROMPTS)
 
 
+def test_a_set_that_could_not_begin_leaves_its_folder_to_another_try(tmp_path):
+    SampleFolder(tmp_path / "set", MADE_BY).settle(PROMPTS)
+    SampleFolder(tmp_path / "set", MADE_BY).abandon()
+    SampleFolder(tmp_path / "set", MADE_BY | {"steps": "20"}).settle(Prompts(["else"], [""]))
+    drawn(tmp_path / "other")
+    SampleFolder(tmp_path / "other", MADE_BY).abandon()  # there are pictures: nothing is forgotten
+    with pytest.raises(ConfigError, match=r"sample.steps=20"):
+        SampleFolder(tmp_path / "other", MADE_BY | {"steps": "20"}).settle(PROMPTS)
+
+
 def test_without_a_folder_given_a_set_finds_its_own_again(tmp_path):
     assert free_folder(tmp_path, MADE_BY, PROMPTS).path.name == "drawn"
     assert free_folder(tmp_path, MADE_BY | {"steps": "20"}, PROMPTS).path.name == "drawn_2"
@@ -163,5 +173,15 @@ def test_prompts_come_from_lists_files_and_single_texts(tmp_path):
         read_prompts(("",))
     assert read_negatives(None, 2) == ["", ""] and read_negatives("blurred", 2) == ["blurred"] * 2
     assert read_negatives(str(tmp_path / "prompts.txt"), 3) == ["one", "", "two"]
+    # A text that can only be the name of a file is not drawn.
+    for given, told in (
+        (str(tmp_path / "promts.txt"), "there is no file .*promts.txt"),
+        (f"{tmp_path}/", "no file"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            read_prompts(given)
+    (tmp_path / "latin.txt").write_bytes("Drache, grün\n".encode("latin1"))
+    with pytest.raises(ConfigError, match="give text in UTF-8"):
+        read_prompts(str(tmp_path / "latin.txt"))
     with pytest.raises(ConfigError, match="2 entries for 3 prompts"):
         read_negatives(("a", "b"), 3)

@@ -270,6 +270,26 @@ def test_guidance_on_a_condition_that_was_never_dropped_is_refused(parts, told_t
         )
 
 
+def test_guidance_away_from_a_null_condition_that_was_never_trained_is_said_once(parts, caplog):
+    def said(**how) -> int:
+        caplog.clear()
+        sample(how.pop("parts", never), PROMPTS[:2], steps=1, **how)
+        return caplog.text.count("caption_dropout=0")
+
+    never = replace(parts, caption_dropout=0.0)
+    assert said(guidance=1.0) == 0 and said(guidance=2.5, negative_prompts="blue") == 0
+    assert said(guidance=2.5, parts=replace(parts, caption_dropout=None)) == 0  # another format does not say
+    assert said(guidance=2.5, parts=replace(parts, caption_dropout=0.1)) == 0
+    assert said(guidance=2.5, negative_prompts=["blue", ""]) == 1 and said(guidance=2.5) == 0
+
+
+def test_what_a_model_lacks_is_named_with_its_remedy(parts):
+    with pytest.raises(ConfigError) as error:
+        sample(replace(parts, tokenizer=None, denoiser=None, scale=None), PROMPTS)
+    told = error.value.faults
+    assert len(told) == 2 and "scale_factor=N" in told[0] and "tokenizer=NAME_OR_FOLDER" in told[1]
+
+
 def test_all_that_does_not_fit_is_told_at_once(parts):
     with pytest.raises(ConfigError) as error:
         sample(
