@@ -94,9 +94,8 @@ class PreviewConfig:
     """Pictures drawn while training, by all ranks together."""
 
     every_steps: NotNegative = 5000  # 0: never
-    prompts: tuple[
-        Prompt, ...
-    ] = ()  # diffusion; none: captions of the held-out shards, or of the first samples
+    # Diffusion; none: captions of the held-out shards, or of the first samples
+    prompts: tuple[Prompt, ...] = ()
     images: Positive = 8  # how many pictures (reconstructions, or prompts where none are given)
     sampler_steps: int = 50
     guidance: float = 5.0
