@@ -141,6 +141,11 @@ def is_foreign(path: Path) -> bool:
     return any(file for pattern in patterns for file in path.glob(pattern))
 
 
+def latents_folder(path: str) -> Path:
+    """Where logs, ledger and submissions of a set of latents lie: in it; of one in a store, here, in runs/latents/."""
+    return Path("runs", "latents", path.split("://", 1)[1].strip("/")) if "://" in path else Path(path)
+
+
 def _completed(values: dict[str, Any]) -> dict[str, Any]:
     """With defaults for the settings that the version which began the run did not have yet."""
     job = JOBS.get(str(values.get("job")))

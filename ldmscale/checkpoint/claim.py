@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from ldmscale.distributed.conditional import create
 from ldmscale.distributed.lease import LeaseLostError
 
 _NAME = re.compile(r"(\d{8})\.json")
@@ -38,20 +39,16 @@ class Claim:
         about |= {"since": time.strftime("%Y-%m-%d %H:%M:%S"), "token": secrets.token_hex(8)}
         content = json.dumps(about).encode()
         filesystem.makedirs(folder, exist_ok=True)
-        refused: Exception | None = None
         refusals = 0  # of a number that nobody has
         for _ in range(_TRIES):
             self.number = max(self._numbers(), default=0) + 1
             try:
-                filesystem.pipe_file(self._place(self.number), content, mode="create")
-            except Exception as error:  # "it exists" is told by each store's library in its own way
-                refused = error
-            found = self._content(self.number)
-            if found == content:  # the answer may have been lost after the deed
-                break
-            refusals += found is None
-            if refused is not None and refusals > _REFUSALS:
-                raise refused
+                if create(filesystem, self._place(self.number), content):
+                    break
+            except Exception:
+                refusals += 1
+                if refusals > _REFUSALS:
+                    raise
             time.sleep(random.uniform(0.05, 0.4))  # another start is at it
         else:
             raise OSError(f"{folder}: other starts were faster {_TRIES} times")
@@ -69,12 +66,6 @@ class Claim:
                 f"{told['host']}, since {told['since']}, of {told['run']}): this one uploads nothing more and ends. Two "
                 "runs must not share a checkpoint.url"
             )
-
-    def _content(self, number: int) -> bytes | None:
-        try:
-            return bytes(self._fs.cat_file(self._place(number)))
-        except FileNotFoundError:
-            return None
 
     def _numbers(self) -> list[int]:
         self._fs.invalidate_cache()

@@ -13,7 +13,14 @@ from ldmscale.checks.autoencoder import (
     check_validation,
 )
 from ldmscale.checks.cluster import check_cluster, check_doctor, check_replay
-from ldmscale.checks.data import check_fixed_view, check_image_size, check_local, check_shards, check_source
+from ldmscale.checks.data import (
+    check_fixed_view,
+    check_image_size,
+    check_local,
+    check_shards,
+    check_source,
+    check_writable,
+)
 from ldmscale.checks.drawing import check_sample
 from ldmscale.checks.interop import check_export, check_import
 from ldmscale.checks.networks import check_autoencoder, check_conditions, check_unet
@@ -99,7 +106,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_shards(config.data, needs="images"),
             *check_first_stage(config.first_stage.path),
             *check_fixed_view(config.data),
-            *check_local("latents.path", config.latents.path),
+            *check_writable("latents.path", config.latents.path),
         ]
     if isinstance(config, SampleJob):
         return check_sample(config.sample)

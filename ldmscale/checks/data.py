@@ -126,6 +126,18 @@ def check_local(key: str, path: str) -> list[str]:
     return []
 
 
+def check_writable(key: str, path: str) -> list[str]:
+    """A folder, or a bucket of a store in which one process alone can create an object."""
+    if "://" not in path:
+        return []
+    protocol, _, rest = path.partition("://")
+    if protocol not in ("s3", "s3a", "gs", "gcs") or not rest.strip("/"):
+        return [f"{key}={path}: give a folder without ://, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"]
+    if any(sign in rest for sign in "*?[]{}"):
+        return [f"{key}={path}: a place that is written has no signs of a pattern (* ? [ ] {{ }})"]
+    return []
+
+
 def check_source(config: QuickstartJob) -> list[str]:
     if config.data.root is not None and not Path(config.data.root).exists():
         return [f"data.root={config.data.root}: there is nothing there; give a folder of images"]

@@ -166,10 +166,6 @@ def check_latents(config: DiffusionJob) -> list[str]:
         faults.append(
             "data.crop=random: latents are one crop of an image; give data.crop=center, or data=shards to encode online"
         )
-    if config.data.kind == "latents" and "://" in str(config.data.shards):
-        faults.append(
-            f"data.shards={config.data.shards}: latents are read from local and shared folders only, so far"
-        )
     return faults
 
 

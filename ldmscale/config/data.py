@@ -86,7 +86,7 @@ class EncoderConfig:
 class LatentsConfig:
     """How shards of images become shards of latents."""
 
-    path: str  # folder that receives them
+    path: str  # folder that receives them, or s3://BUCKET/PREFIX
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     kind: Literal["moments", "sample"] = (
         "moments"  # of a KL autoencoder: its posterior, or one draw from it for ever

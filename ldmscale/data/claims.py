@@ -1,13 +1,11 @@
-"""Which shard to make next, agreed on by processes that know nothing of each other but a folder.
+"""Which shard to make next, agreed on by processes that know nothing of each other but a folder, or a URL.
 
-Each shard has a lease of its own, in FOLDER/.claims/NAME. A claim of a process that died on this host is taken over at
+Each shard has a lease of its own, in FOLDER/.claims/. A claim of a process that died on this host is taken over at
 once, of one on another host when its time is over without a sign of life.
 """
 
 from __future__ import annotations
 
-import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,11 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ldmscale.distributed.lease import Lease, take_if_free
+from ldmscale.data.latent_store import LatentPlace, place_of
+from ldmscale.data.store_leases import StoreLease
+from ldmscale.distributed.lease import Lease
 
-log = logging.getLogger(__name__)
-
-_FOLDER, _SET = ".claims", "set"
+_SET = "set"
 _POLL_SECONDS = 0.25
 
 
@@ -28,15 +26,16 @@ class Claim:
     """A shard that this process alone makes, as long as it holds the lease."""
 
     number: int
-    path: Path
-    lease: Lease
+    name: str
+    place: LatentPlace
+    lease: Lease | StoreLease
 
 
 class Claims:
     """The shards of a set that are not known to be finished.
 
     Args:
-        folder: of the set; on a file system that all processes share.
+        folder: of the set; on a file system that all processes share, or in an object store.
         names: file names of all shards.
         finished: whether a shard, by its number, is finished. May raise; asked again before a claim counts.
         timeout_seconds: without a sign of life, after which a claim of another host is void.
@@ -45,14 +44,14 @@ class Claims:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | LatentPlace,
         names: Sequence[str],
         finished: Callable[[int], bool],
         *,
         timeout_seconds: float = 120.0,
         first: int = 0,
     ) -> None:
-        self.folder, self.names = folder, names
+        self.place, self.names = place_of(folder), names
         self._finished, self._timeout = finished, timeout_seconds
         self._left = deque(range(len(names)))
         self._left.rotate(-first)
@@ -67,11 +66,7 @@ class Claims:
             if self._finished(number):
                 continue
             self._left.append(number)
-            claims = self.folder / _FOLDER / Path(self.names[number]).stem
-            try:
-                lease = take_if_free(claims, timeout_seconds=self._timeout, on_lost=partial(on_lost, number))
-            except FileNotFoundError:  # the last one is tidying up
-                continue
+            lease = self.place.claim(self.names[number], self._timeout, partial(on_lost, number))
             if lease is None:
                 continue
             if self._finished(number):  # between the question and the claim
@@ -81,10 +76,10 @@ class Claims:
             return self._settled(number, lease)
         return None
 
-    def _settled(self, number: int, lease: Lease) -> Claim:
+    def _settled(self, number: int, lease: Lease | StoreLease) -> Claim:
         # The set is changing: a manifest that is there is true only as long as nobody makes a shard.
-        (self.folder / "manifest.json").unlink(missing_ok=True)
-        return Claim(number, self.folder / self.names[number], lease)
+        self.place.withdraw_manifest()
+        return Claim(number, self.names[number], self.place, lease)
 
     def all_finished(self) -> bool:
         """Whether there is nothing left to make, by anyone."""
@@ -95,7 +90,7 @@ class Claims:
     def once(self, done: Callable[[], bool], do: Callable[[], None]) -> None:
         """Has one process `do` what follows the last shard; returns when it is `done`."""
         while not done():
-            lease = take_if_free(self.folder / _FOLDER / _SET, timeout_seconds=self._timeout)
+            lease = self.place.claim(_SET, self._timeout, lambda: None)
             if lease is None:
                 time.sleep(_POLL_SECONDS)
                 continue
@@ -104,6 +99,4 @@ class Claims:
                     do()
             finally:
                 lease.release()
-            for claims in (self.folder / _FOLDER).iterdir():
-                if claims.name != _SET:
-                    shutil.rmtree(claims, ignore_errors=True)
+            self.place.forget_claims(but=_SET)

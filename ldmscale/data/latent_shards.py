@@ -4,9 +4,7 @@
     FOLDER/00000.json      the shard's counts, checksum, source and sums
     FOLDER/manifest.json   the set: format, scale over all samples, list of shards
 
-The json is the commit. It is linked into place, which succeeds for one process only; before, the tar stands beside it
-under a name made of its checksum, from where anyone may move it to its own. So no process, however late it wakes, can
-replace a finished shard or mix two, and a death at any moment leaves a shard that is finished or not there.
+How a shard is committed is told where it is written: `latent_folder`, and `latent_store` for s3:// and gs://.
 """
 
 from __future__ import annotations
@@ -16,9 +14,8 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +24,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ldmscale.data.decode import LATENT
-from ldmscale.data.files import write_file
+from ldmscale.data.latent_folder import record_name
+from ldmscale.data.latent_store import LatentPlace, place_of
 from ldmscale.data.latents import (
     FLIPPED,
     FORMAT,
@@ -47,7 +45,7 @@ class LatentShardWriter:
     """Writes one shard, which appears under its name when the `with` block ends without an error.
 
     Args:
-        folder: of the set.
+        folder: of the set, or its URL.
         name: file name of the shard, such as "00000.tar".
         format: of the set.
         source: what it is made of.
@@ -56,13 +54,13 @@ class LatentShardWriter:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | LatentPlace,
         name: str,
         format: LatentFormat,
         source: Source | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.path = Path(folder) / name
+        self.place, self.name = place_of(folder), name
         self.format = format
         self.samples = 0
         self.skipped = 0  # the caller counts source samples that it could not use
@@ -74,12 +72,9 @@ class LatentShardWriter:
     def __enter__(self) -> LatentShardWriter:
         import webdataset  # imports torch
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_draft_prefix(self.path), suffix=".part", dir=self.path.parent)
-        self._draft = Path(name)
         with ExitStack() as stack:
-            stack.callback(self._draft.unlink, missing_ok=True)
-            self._stream = _Hashed(stack.enter_context(os.fdopen(handle, "wb")))
+            self._draft, stream = stack.enter_context(self.place.draft(self.name))
+            self._stream = _Hashed(stream)
             # Fixed times: the same latents make the same bytes, whoever writes them and when.
             self._tar = stack.enter_context(webdataset.TarWriter(self._stream, mtime=0, encoder=False))
             self._files = stack.pop_all()
@@ -166,7 +161,7 @@ class LatentShardWriter:
                 "channel_sum": self._sum.tolist(),
                 "channel_squares": self._squares.tolist(),
             }
-            _publish(self._draft, self.path, record, self._check)
+            self.place.publish(self._draft, self.name, record, self._check)
 
 
 class _Hashed:
@@ -189,73 +184,16 @@ class _Hashed:
         os.fchmod(self._stream.fileno(), 0o644)
 
 
-def _publish(draft: Path, path: Path, record: dict[str, Any], check: Callable[[], None]) -> None:
-    """Commits a shard, or throws it away if another process has finished it meanwhile."""
-    named = _named(path, record)
-    check()
-    try:
-        os.replace(draft, named)
-    except FileNotFoundError:
-        if _settled(path) is None:
-            raise
-        return  # who finished it has tidied up
-    handle, name = tempfile.mkstemp(prefix=_draft_prefix(path), suffix=".json.part", dir=path.parent)
-    text = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(json.dumps(record, indent=1).encode("utf-8"))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(text, 0o644)
-        if not _link(text, _record_path(path)):
-            if _settled(path) is not None:
-                named.unlink(missing_ok=True)
-                return
-            check()  # a record whose tar somebody has lost or cut: make the shard anew
-            os.replace(named, path)
-            os.replace(text, _record_path(path))
-        _settled(path)
-    finally:
-        text.unlink(missing_ok=True)
-    for other in path.parent.glob(f"{_draft_prefix(path)}*.part"):
-        other.unlink(missing_ok=True)  # of those who were killed, or come too late
-
-
-def _link(text: Path, record: Path) -> bool:
-    """Gives a file its second name; False if that is taken."""
-    try:
-        os.link(text, record)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links: the lease alone must do
-        if record.exists():
-            return False
-        os.replace(text, record)
-    return True
-
-
-def _settled(path: Path) -> dict[str, Any] | None:
-    """The record of a finished shard; None if it is not finished. Ends what a killed process had committed."""
-    record = _shard_record(path)
-    if record is None:
-        return None
-    with suppress(FileNotFoundError):
-        os.replace(_named(path, record), path)
-    try:
-        whole = path.stat().st_size == record["bytes"]
-    except OSError:
-        return None
-    return record if whole else None
-
-
-def is_finished(folder: str | Path, name: str, format: LatentFormat, source: Source | None = None) -> bool:
+def is_finished(
+    folder: str | Path | LatentPlace, name: str, format: LatentFormat, source: Source | None = None
+) -> bool:
     """Whether the set has this shard already.
 
     Raises:
         DataError: if it has it in another format (by another autoencoder, say), or of another source.
     """
-    path = Path(folder) / name
-    record = _settled(path)
+    place = place_of(folder)
+    path, record = f"{place}/{name}", place.settled(name)
     if record is None:
         return False
     if record["version"] != FORMAT or LatentFormat(**record["format"]) != format:
@@ -267,12 +205,14 @@ def is_finished(folder: str | Path, name: str, format: LatentFormat, source: Sou
     if source is not None and was is not None and was != source:
         raise DataError(
             f"{path} was made of other images ({_difference(was, dict(source))}); give another folder, or delete "
-            f"{_record_path(path)} to have this shard made again"
+            f"{place}/{record_name(name)} to have this shard made again"
         )
     return True
 
 
-def finish_set(folder: str | Path, names: Iterable[str], format: LatentFormat) -> LatentManifest:
+def finish_set(
+    folder: str | Path | LatentPlace, names: Iterable[str], format: LatentFormat
+) -> LatentManifest:
     """Writes manifest.json from the records of all shards.
 
     Sums are added in the shards' order, so the same shards give the same bytes, whoever made them.
@@ -280,20 +220,19 @@ def finish_set(folder: str | Path, names: Iterable[str], format: LatentFormat) -
     Raises:
         DataError: naming shards that are not finished, or if there is no sample at all.
     """
-    shards = tuple(names)
-    missing = [name for name in shards if not is_finished(folder, name, format)]
+    shards, place = tuple(names), place_of(folder)
+    place.look_anew()
+    missing = [name for name in shards if not is_finished(place, name, format)]
     if missing:
         raise DataError(
-            f"{len(missing)} latent shards in {folder} are not finished (first: {missing[0]}); run "
+            f"{len(missing)} latent shards in {place} are not finished (first: {missing[0]}); run "
             "`ldmscale latents` again"
         )
-    records = [
-        record for record in (_shard_record(Path(folder) / name) for name in shards) if record is not None
-    ]
+    records = [record for name in shards if (record := place.settled(name)) is not None]
     samples = sum(record["samples"] for record in records)
     if samples == 0:
         raise DataError(
-            f"no sample of the source could be encoded into {folder}; look at its data_ledger.jsonl"
+            f"no sample of the source could be encoded into {place}; look at the data_ledger.jsonl"
         )
     mean = _total(records, "channel_sum") / samples
     second = _total(records, "channel_squares") / samples
@@ -315,9 +254,7 @@ def finish_set(folder: str | Path, names: Iterable[str], format: LatentFormat) -
         {"version": FORMAT, **asdict(manifest), "shard_records": dict(zip(shards, details, strict=True))},
         indent=1,
     )
-    write_file(Path(folder) / "manifest.json", text.encode("utf-8"))
-    for draft in Path(folder).glob(".*.tar.*.part"):
-        draft.unlink(missing_ok=True)  # of those who were killed
+    place.write_manifest(text.encode("utf-8"))
     return manifest
 
 
@@ -330,26 +267,6 @@ def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _record_path(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
-def _draft_prefix(path: Path) -> str:
-    return f".{path.name}."
-
-
-def _named(path: Path, record: Mapping[str, Any]) -> Path:
-    return path.with_name(f"{_draft_prefix(path)}{record['sha256']}.part")
-
-
-def _shard_record(path: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads(_record_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:

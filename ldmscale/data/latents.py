@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from ldmscale.data.decode import LATENT, decode_array
+from ldmscale.data.shards import is_local
+from ldmscale.data.storage import AbsentError, Storage
 from ldmscale.errors import DataError
 
 FORMAT = "ldmscale-latents-1"
@@ -90,16 +92,20 @@ class LatentManifest:
     channel_std: tuple[float, ...]
 
     @classmethod
-    def load(cls, folder: str | Path) -> LatentManifest:
-        """Reads the manifest of a set.
+    def load(cls, folder: str | Path, storage: Storage | None = None) -> LatentManifest:
+        """Reads the manifest of a set, in a folder or behind a URL.
 
         Raises:
             DataError: if the folder holds no finished set, or one of another version of the format.
+            StoreError: if its store cannot be reached.
         """
-        path = Path(folder) / "manifest.json"
+        path = f"{folder}/manifest.json"
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            if is_local(path):
+                record = json.loads(Path(path).read_text(encoding="utf-8"))
+            else:
+                record = json.loads((storage or Storage()).content(path))
+        except (FileNotFoundError, AbsentError):
             raise DataError(
                 f"{folder} has no manifest.json: no finished set of latents; run `ldmscale latents` to its "
                 "end"

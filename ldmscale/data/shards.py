@@ -241,19 +241,19 @@ def _listing(folder: str, storage: Storage) -> dict[str, ShardState]:
         found = storage.listing(folder)
     except DataError:  # an absent folder, or a store that does not let us list: asked object by object
         return {}
-    return {shard_name(entry["name"]): _state_of(entry) for entry in found if entry["type"] == "file"}
+    return {shard_name(entry["name"]): state_of(entry) for entry in found if entry["type"] == "file"}
 
 
 def _remote_state(url: str, storage: Storage) -> ShardState | str:
     try:
-        return _state_of(storage.info(url))
+        return state_of(storage.info(url))
     except StoreError:
         raise
     except DataError:
         return "no such object"
 
 
-def _state_of(entry: dict[str, Any]) -> ShardState:
+def state_of(entry: dict[str, Any]) -> ShardState:
     version = (
         entry.get("ETag")
         or entry.get("etag")

@@ -32,6 +32,10 @@ class StoreError(DataError):
     """A store that cannot be reached or refuses us. No sample's own fault: another one in its place would hide it."""
 
 
+class AbsentError(DataError):
+    """There is no such object."""
+
+
 class Short(Exception):
     """Fewer bytes came than were asked for."""
 
@@ -77,7 +81,7 @@ class Storage:
         fs, path = self.locate(url)
 
         def once() -> bytes:
-            data = bytes(self._bounded(fs, "cat_file", path, start=start, end=end))
+            data = bytes(self.bounded(fs, "cat_file", path, start=start, end=end))
             if len(data) != end - start:
                 raise Short(f"{len(data)} of {end - start} bytes came")
             return data
@@ -87,8 +91,17 @@ class Storage:
     def info(self, url: str) -> dict[str, Any]:
         """What the store says of an object: size, ETag ... Raises as `read`."""
         fs, path = self.locate(url)
-        found: dict[str, Any] = self.persist(lambda: self._bounded(fs, "info", path), url)
+        found: dict[str, Any] = self.persist(lambda: self.bounded(fs, "info", path), url)
         return found
+
+    def content(self, url: str) -> bytes:
+        """All bytes of a small object. Raises as `read`, and AbsentError where there is none."""
+        return bytes(self.ask("cat_file", url))
+
+    def ask(self, method: str, url: str, *arguments: Any, tries: float = 1.0, **options: Any) -> Any:
+        """What a method of the filesystem says of an object; `tries`: how many tries' time it may take. Raises as `read`."""
+        fs, path = self.locate(url)
+        return self.persist(lambda: self.bounded(fs, method, path, *arguments, tries=tries, **options), url)
 
     def listing(self, folder: str) -> list[dict[str, Any]]:
         """What lies in a folder. Raises as `read`."""
@@ -96,7 +109,7 @@ class Storage:
 
         def once() -> list[dict[str, Any]]:
             fs.invalidate_cache()
-            return list(self._bounded(fs, "ls", path, tries=_LISTING_TRIES, detail=True))
+            return list(self.bounded(fs, "ls", path, tries=_LISTING_TRIES, detail=True))
 
         return self.persist(once, folder)
 
@@ -109,7 +122,7 @@ class Storage:
             try:
                 return work()
             except FileNotFoundError as error:
-                raise DataError(f"{what}: there is no such object (any more)") from error
+                raise AbsentError(f"{what}: there is no such object (any more)") from error
             except PermissionError as error:
                 raise StoreError(
                     f"{what}: the store refuses access ({error}); check its credentials (each backend's own "
@@ -132,7 +145,8 @@ class Storage:
             time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT)
 
-    def _bounded(self, fs: Any, name: str, *arguments: Any, tries: float = 1.0, **options: Any) -> Any:
+    def bounded(self, fs: Any, name: str, *arguments: Any, tries: float = 1.0, **options: Any) -> Any:
+        """One try of a method of a filesystem, for as long as so many tries may take."""
         if isinstance(fs, AsyncFileSystem):
             coroutine = getattr(fs, f"_{name}")
             return sync(fs.loop, coroutine, *arguments, timeout=self.request_seconds * tries, **options)

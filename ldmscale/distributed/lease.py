@@ -66,6 +66,18 @@ class Holder:
         return self.released or self.dead or self.age_seconds > timeout_seconds
 
 
+def this_process(number: int) -> Holder:
+    """This process as the holder with a number, from now on."""
+    return Holder(
+        number,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        processes=_process_space(),
+        started=_start_of(os.getpid()),
+    )
+
+
 class Lease:
     """A lease that this process holds, made by `take`. Its heartbeat runs in a thread until `release`."""
 
@@ -220,15 +232,7 @@ def _told(folder: Path) -> str:
 
 def _create(folder: Path, number: int) -> Path | None:
     """The lease file with this number, or None if another process made it."""
-    me = Holder(
-        number,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        since=time.strftime("%Y-%m-%d %H:%M:%S"),
-        processes=_process_space(),
-        started=_start_of(os.getpid()),
-    )
-    text = json.dumps(asdict(me))
+    text = json.dumps(asdict(this_process(number)))
     path = _path(folder, number)
     draft = folder / f".lease_{number:08d}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
     draft.write_text(text)

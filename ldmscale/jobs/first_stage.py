@@ -17,10 +17,11 @@ from ldmscale.data.labels import ClassLabels
 from ldmscale.data.latents import LatentFormat, LatentManifest
 from ldmscale.data.layouts import LayoutTokens
 from ldmscale.data.samples import SampleReader
-from ldmscale.data.shards import local_path
+from ldmscale.data.shards import is_local, local_path
+from ldmscale.data.storage import Storage
 from ldmscale.data.tokens import Tokenizer
 from ldmscale.errors import ConfigError, DataError
-from ldmscale.jobs.open_index import open_index
+from ldmscale.jobs.open_index import open_index, storage_of
 from ldmscale.jobs.open_run import Run
 from ldmscale.models.conditions import Conditions
 from ldmscale.networks import build_first_stage
@@ -51,7 +52,7 @@ def open_first_stage(
         if is_foreign(Path(chosen.path)):
             _check_foreign(Path(chosen.path), config)
         parts = load(chosen.path, chosen.average)
-    manifest = _manifest(run.shards) if config.data.kind == "latents" else None
+    manifest = _manifest(run.shards, storage_of(config.data)) if config.data.kind == "latents" else None
     if config.autoencoder.kind == "pixels":
         parts = Parts(autoencoder=build_first_stage(config.autoencoder))
         # Images lie in [-1, 1] already.
@@ -187,15 +188,13 @@ def _check_foreign(path: Path, config: DiffusionJob) -> None:
         raise DataError(faults)
 
 
-def _manifest(shards: list[str]) -> LatentManifest:
-    folders = sorted({str(Path(local_path(shard)).parent) for shard in shards})
-    manifests = [LatentManifest.load(folder) for folder in folders]
+def _manifest(shards: list[str], storage: Storage) -> LatentManifest:
+    folders = sorted({_place(shard)[0] for shard in shards})
+    manifests = [LatentManifest.load(folder, storage) for folder in folders]
     listed = {
-        str(Path(folder) / name)
-        for folder, found in zip(folders, manifests, strict=True)
-        for name in found.shards
+        (folder, name) for folder, found in zip(folders, manifests, strict=True) for name in found.shards
     }
-    if unlisted := [shard for shard in shards if local_path(shard) not in listed]:
+    if unlisted := [shard for shard in shards if _place(shard) not in listed]:
         raise DataError(
             f"{unlisted[0]} is not in the manifest.json beside it ({len(unlisted)} such shards): it is of another set; "
             "give the shards that the manifest lists, or move the others away"
@@ -207,3 +206,10 @@ def _manifest(shards: list[str]) -> LatentManifest:
                 "train on sets that one autoencoder made in one way"
             )
     return manifests[0]
+
+
+def _place(shard: str) -> tuple[str, str]:
+    """Folder or URL of a shard's set, and the shard's name."""
+    where = local_path(shard) if is_local(shard) else shard.split("?", 1)[0]
+    folder, _, name = where.rpartition("/")
+    return folder, name

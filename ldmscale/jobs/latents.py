@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from ldmscale.config import LatentsJob
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.stop import EXIT_STOPPED, StopFlag
-from ldmscale.errors import DataError
+from ldmscale.errors import ConfigError, DataError
 from ldmscale.jobs.start import configured
 
 if TYPE_CHECKING:
+    from ldmscale.data.latent_store import LatentPlace
     from ldmscale.data.latents import LatentFormat, LatentManifest
     from ldmscale.data.mixture import Mixture
+    from ldmscale.data.storage import Storage
     from ldmscale.data.tokens import Tokenizer
     from ldmscale.stages.first_stage import FirstStage
 
@@ -36,16 +38,19 @@ def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     from ldmscale.data.latents import LatentManifest
     from ldmscale.data.ledger import Ledger
     from ldmscale.data.samples import SampleReader
+    from ldmscale.data.storage import StoreError
     from ldmscale.data.tokens import Tokenizer
     from ldmscale.distributed.world import close_world, open_world
-    from ldmscale.jobs.open_index import open_index
+    from ldmscale.jobs.open_index import open_index, storage_of
+    from ldmscale.run_folder import latents_folder
     from ldmscale.stages.latents import LatentsWork, make_shards
     from ldmscale.tracking.logs import set_up_logging
 
-    world = open_world(ranks)
-    folder = Path(config.latents.path)
-    set_up_logging(folder, ranks)
     data, chosen = config.data, config.latents
+    place = _place(chosen.path, storage_of(data))
+    world = open_world(ranks)
+    folder = latents_folder(chosen.path)
+    set_up_logging(folder, ranks)
     index = open_index(data.shards, data, ranks)
     close_world()  # from here on ranks are strangers to each other, like those of other launches
     assert data.image_size is not None
@@ -74,9 +79,9 @@ def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
         data.max_bad_share,
     )
     claims = Claims(
-        folder,
+        place,
         names,
-        lambda number: is_finished(folder, names[number], stored, sources[number]),
+        lambda number: is_finished(place, names[number], stored, sources[number]),
         timeout_seconds=chosen.claim_timeout_seconds,
         first=ranks.rank * len(names) // ranks.size,
     )
@@ -86,19 +91,39 @@ def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
 
     def complete() -> bool:
         try:
-            found = LatentManifest.load(folder)
+            found = LatentManifest.load(str(place), storage_of(data))
+        except StoreError:
+            raise
         except DataError:
             return False
         return found.shards == tuple(names) and found.format == stored
 
-    claims.once(complete, lambda: _told(finish_set(folder, names, stored), folder))
+    claims.once(complete, lambda: _told(finish_set(place, names, stored), place))
     return 0
 
 
-def _told(manifest: LatentManifest, folder: Path) -> None:
+def _place(path: str, storage: Storage) -> LatentPlace:
+    """Where the set is written. Raises ConfigError for a store that cannot be written to."""
+    from ldmscale.data.latent_store import LatentStore, place_of
+    from ldmscale.data.storage import AbsentError, StoreError
+
+    place = place_of(path, storage)
+    if isinstance(place, LatentStore):
+        try:
+            place.store.check()
+        except AbsentError as error:
+            raise ConfigError(
+                f"latents.path={path}: there is no such bucket; make it, or give another"
+            ) from error
+        except StoreError as error:
+            raise ConfigError(f"latents.path={path} cannot be written: {error}") from error
+    return place
+
+
+def _told(manifest: LatentManifest, place: LatentPlace) -> None:
     log.info(
         "%d latents in %s (%d samples could not be used); scale factor %.5f",
-        manifest.samples, folder, manifest.skipped, manifest.scale_factor,
+        manifest.samples, place, manifest.skipped, manifest.scale_factor,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from ldmscale.config import JOBS, AutoencoderJob, ClusterConfig, DiffusionJob, J
 from ldmscale.distributed.environment import Ranks, in_slurm_step
 from ldmscale.errors import ConfigError
 from ldmscale.jobs.start import resolved
-from ldmscale.run_folder import RunFolder
+from ldmscale.run_folder import RunFolder, latents_folder
 from ldmscale.validate import plain, read
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def _owner(config: Any) -> Path:
     if getattr(config, "run", None) is not None and config.run.dir is not None:
         folder = Path(config.run.dir)
     elif isinstance(config, LatentsJob):
-        folder = Path(config.latents.path)
+        folder = latents_folder(config.latents.path)
     else:
         folder = Path("runs") / config.job
     return folder.absolute()

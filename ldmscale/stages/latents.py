@@ -1,7 +1,8 @@
 """Stage 2: encode shards of images into shards of latents, by any number of processes that may come and go.
 
-A thread reads ahead (or data.workers processes do), the device encodes, a thread writes behind. The bytes of a shard are
-the same whatever the batch, the processes and the workers are, on a CPU; see `Encoder`.
+A thread reads ahead (or data.workers processes do), the device encodes, a thread writes behind, and another one uploads
+what goes to a store. The bytes of a shard are the same whatever the batch, the processes and the workers are, on a CPU;
+see `Encoder`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 FREE_FAULTS = 20  # samples of a shard that may be bad before their share counts
 _BEHIND = 3  # batches that wait to be written
+_UPLOADING = 1  # shards that wait to be uploaded behind the one that is
 _POLL_SECONDS = 0.5
 _TELL_SECONDS = 60.0
 
@@ -114,18 +116,30 @@ class _Shard:
     writer: LatentShardWriter | None = None
 
     def write(self, chunk: Chunk, moments: Sequence[Tensor]) -> None:
-        """Adds a chunk; with the last one the shard appears. `moments`: of the images, and of the mirrored ones."""
+        """Adds a chunk. `moments`: of the images, and of the mirrored ones."""
         try:
             self._write(chunk, [each.cpu().numpy() for each in moments])
+        except BaseException:
+            self.lost = True  # what is half written must not appear
+            raise
+
+    def finish(self) -> None:
+        """The shard appears, unless another process has taken it over."""
+        try:
+            self.files.close()
         except LeaseLostError as error:
-            log.warning("shard %s is left to another process: %s", self.claim.path.name, error)
-            self.lost = True
+            log.warning("shard %s is left to another process: %s", self.claim.name, error)
+        else:
+            assert self.writer is not None
+            log.info("shard %s: %d samples", self.claim.name, self.writer.samples)
+        self.claim.lease.release()
 
     def _write(self, chunk: Chunk, moments: Sequence[np.ndarray]) -> None:
         number, work = self.claim.number, self.work
         if self.writer is None:
-            path, check = self.claim.path, self.claim.lease.check
-            self.writer = LatentShardWriter(path.parent, path.name, work.format, work.sources[number], check)
+            self.writer = LatentShardWriter(
+                self.claim.place, self.claim.name, work.format, work.sources[number], self.claim.lease.check
+            )
             self.files.enter_context(self.writer)
         url = work.reader.index.shards[number]
         refused = list(chunk.skipped)
@@ -147,10 +161,6 @@ class _Shard:
                 f"{self.writer.skipped} of the {count} samples of {url} cannot be used, more than "
                 f"data.max_bad_share={work.max_bad_share}; {work.ledger.path} names them"
             )
-        if chunk.span.last:
-            self.files.close()
-            self.claim.lease.release()
-            log.info("shard %s: %d samples", self.claim.path.name, self.writer.samples)
 
     def drop(self) -> None:
         """Forgets what was made of it, and leaves it to others."""
@@ -167,7 +177,7 @@ def make_shards(work: LatentsWork, claims: Claims, stopped: Callable[[], bool]) 
 
     Raises:
         DataError: if too much of a shard cannot be used, or a finished one is of another make.
-        StoreError: if the store of the images cannot be reached.
+        StoreError: if the store of the images or of the latents cannot be reached.
     """
     told = time.monotonic()
     with _Line(work, claims, stopped) as line:
@@ -192,8 +202,11 @@ class _Line:
         self._encoder = Encoder(work.first_stage, work.batch)
         self._ahead, self._behind = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "writer")
         self._pending: deque[Future[None]] = deque()
+        self._uploads = ThreadPoolExecutor(1, "uploader") if claims.place.remote else None
+        self._uploading: deque[Future[None]] = deque()
         remote = any(not is_local(url) for url in work.reader.index.shards)
-        # As in `Loader`: stores have threads of their own, which do not survive a fork.
+        # As in `Loader`: stores have threads of their own, which do not survive a fork. Workers only read: where images
+        # are local they ask no store, wherever latents go.
         context = None if not work.workers else "forkserver" if remote else "fork"
         self._loader: DataLoader[Chunk] = DataLoader(
             ChunkReader(work.reader, work.item),
@@ -214,6 +227,8 @@ class _Line:
     def __exit__(self, *_: object) -> None:
         self._ahead.shutdown()
         self._behind.shutdown()
+        if self._uploads is not None:
+            self._uploads.shutdown()
         self._drop_all()
         self._encoder.close()
         stop = getattr(getattr(self._loader, "_iterator", None), "_shutdown_workers", None)
@@ -231,7 +246,8 @@ class _Line:
             self._encode(chunk)
             done += 1
         if not self._stopped():
-            self._wait(0)
+            _wait(self._pending, 0)
+            _wait(self._uploading, 0)
         return done
 
     def spans(self) -> Iterator[Span]:
@@ -260,7 +276,7 @@ class _Line:
                 if self._work.format.flips:
                     moments.append(self._stored(chunk, chunk.images.flip(-1)))
             self._pending.append(self._behind.submit(shard.write, chunk, moments))
-            self._wait(_BEHIND)
+            _wait(self._pending, _BEHIND)
         if shard.lost or chunk.span.last:
             self._pending.append(self._behind.submit(self._end, chunk.span.claim))
 
@@ -273,11 +289,6 @@ class _Line:
         noise = draws.normal(0, places, "posterior", posterior.mean.shape[1:])
         return posterior.sample(noise.to(moments.device))
 
-    def _wait(self, most: int) -> None:
-        """Until at most so many batches are left to be written; here the writer's errors come out."""
-        while len(self._pending) > most:
-            self._pending.popleft().result()
-
     def _lose(self, number: int) -> None:
         for shard in list(self._shards.values()):
             if shard.claim.number == number:
@@ -285,8 +296,15 @@ class _Line:
 
     def _end(self, claim: int) -> None:
         shard = self._shards.pop(claim, None)
-        if shard is not None and shard.lost:
+        if shard is None:
+            return
+        if shard.lost:
             shard.drop()
+        elif self._uploads is None:
+            shard.finish()
+        else:
+            _wait(self._uploading, _UPLOADING)
+            self._uploading.append(self._uploads.submit(shard.finish))
 
     def _drop_all(self) -> None:
         while self._shards:
@@ -299,6 +317,12 @@ class _Spans:
 
     def __iter__(self) -> Iterator[Span]:
         return self._line.spans()
+
+
+def _wait(pending: deque[Future[None]], most: int) -> None:
+    """Until at most so much is left to be done; here the errors of threads come out."""
+    while len(pending) > most:
+        pending.popleft().result()
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,110 +17,47 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from latents_case import (
+    FORMAT,
+    IN_EACH,
+    SHARDS,
+    SIZE,
+    contents,
+    end_all,
+    fill,
+    joined,
+    make,
+    prepared,
+    started,
+    write_images,
+)
 
 from ldmscale.data.claims import Claims
 from ldmscale.data.index import ShardIndex
-from ldmscale.data.items import ImageItem, LatentItem
+from ldmscale.data.items import LatentItem
 from ldmscale.data.latent_shards import LatentShardWriter, finish_set, is_finished
-from ldmscale.data.latents import LatentFormat, LatentManifest, read_latent
-from ldmscale.data.ledger import Ledger, read_ledger
+from ldmscale.data.latents import LatentManifest, read_latent
+from ldmscale.data.ledger import read_ledger
 from ldmscale.data.loader import Loader
-from ldmscale.data.samples import Sample, SampleReader
-from ldmscale.data.tokens import Tokenizer, train_wordpiece
+from ldmscale.data.samples import Sample
+from ldmscale.data.tokens import Tokenizer
 from ldmscale.distributed.lease import LeaseLostError
-from ldmscale.models.autoencoder import KLAutoencoder
-from ldmscale.stages.first_stage import FirstStage, digest
+from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latent_scale import LatentScale
-from ldmscale.stages.latents import LatentsWork, make_shards
-
-SHARDS, IN_EACH, SIZE = 24, 7, 32
-FORK = multiprocessing.get_context("fork")
+from ldmscale.stages.latents import make_shards
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    draws = np.random.default_rng(0)
-    for shard in range(SHARDS):
-        with webdataset.TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0) as tar:
-            for number in range(IN_EACH):
-                picture = io.BytesIO()
-                Image.fromarray(draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(picture, "PNG")
-                key = f"{shard:02d}_{number}"
-                tar.write(
-                    {"__key__": key, "png": picture.getvalue(), "txt": f"caption {key}", "json": {"k": key}}
-                )
-    train_wordpiece([f"caption {number}" for number in range(50)], 60, folder / "tokenizer")
-    return folder
-
-
-def prepared(
-    images: Path, out: Path, batch: int = 4, workers: int = 0, broken: bool = False, **format: object
-) -> tuple[LatentsWork, Claims]:
-    index = ShardIndex.open([str(images / f"{n:05d}.tar") for n in range(SHARDS)], build_missing=True)
-    torch.manual_seed(0)
-    network = KLAutoencoder(latent_channels=4, channels=32, channel_mult=(1, 2), blocks_per_level=1)
-    if broken:
-        with torch.no_grad():
-            next(network.parameters()).fill_(float("nan"))
-    tokenizer = Tokenizer.load(images / "tokenizer", 8) if "tokenizer" in format else None
-    form = LatentFormat(digest(network), "moments", "float32", (4, SIZE // 2, SIZE // 2), {"size": SIZE})
-    form = replace(form, **{**format, **({"tokenizer": tokenizer.fingerprint} if tokenizer else {})})
-    scale = LatentScale(torch.zeros(4), torch.ones(4))
-    sources = [{"name": f"{n:05d}.tar", "size": 1} for n in range(SHARDS)]
-    work = LatentsWork(
-        SampleReader(index), ImageItem(SIZE, 0, caption_source="txt", tokenizer=tokenizer),
-        FirstStage(network, scale, torch.device("cpu")), form, sources, Ledger(out / "data_ledger.jsonl"),
-        batch, workers,
-    )  # fmt: skip
-    names = [f"{n:05d}.tar" for n in range(SHARDS)]
-    return work, Claims(
-        out, names, lambda n: is_finished(out, names[n], form, sources[n]), timeout_seconds=30.0
-    )
-
-
-def make(
-    images: Path, out: Path, batch: int = 4, workers: int = 0, threads: int = 1, **format: object
-) -> None:
-    """What a rank does, from the index to the set's manifest."""
-    torch.set_num_threads(threads)
-    out.mkdir(exist_ok=True)
-    told = logging.FileHandler(out.with_name(f"{out.name}.{os.getpid()}.log"))
-    logging.getLogger("ldmscale.stages.latents").addHandler(told)
-    logging.getLogger("ldmscale.stages.latents").setLevel(logging.INFO)
-    work, claims = prepared(images, out, batch, workers, **format)
-    assert make_shards(work, claims, lambda: False)
-    claims.once((out / "manifest.json").exists, lambda: finish_set(out, claims.names, work.format) and None)
-
-
-STARTED: list[multiprocessing.process.BaseProcess] = []
-
-
-def started(function: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
-    process = FORK.Process(target=function, args=arguments)
-    process.start()
-    STARTED.append(process)
-    return process
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def none_is_left() -> Iterator[None]:
-    """Python waits at its end for processes that a failed test left behind, a stopped one for instance."""
     yield
-    for process in STARTED:
-        process.kill()
-        process.join(60)
-
-
-def joined(*processes: multiprocessing.process.BaseProcess) -> None:
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    end_all()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +65,7 @@ def straight(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     """A set made by one process without a break, and how long that took."""
     out = tmp_path_factory.mktemp("straight") / "set"
     began = time.monotonic()
-    joined(started(make, images, out))
+    joined(started(make, images, out, out))
     return out, time.monotonic() - began
 
 
@@ -140,7 +76,7 @@ def test_twenty_killed_ranks_leave_the_set_of_a_straight_run(
     draws, kills, sets = random.Random(0), 0, 0
     while kills < 20:  # a fast machine finishes a set before the last kill: then the next one is begun
         out, sets, before = tmp_path / f"set_{sets}", sets + 1, kills
-        ranks = [started(make, images, out) for _ in range(2)]
+        ranks = [started(make, images, out, out) for _ in range(2)]
         deadline = time.monotonic() + 120
         while len(list(out.glob("0*.json"))) < 1:  # they are at work
             assert time.monotonic() < deadline, [rank.exitcode for rank in ranks]
@@ -153,7 +89,7 @@ def test_twenty_killed_ranks_leave_the_set_of_a_straight_run(
             ranks[victim].kill()
             ranks[victim].join(60)
             kills += ranks[victim].exitcode == -signal.SIGKILL
-            ranks[victim] = started(make, images, out)
+            ranks[victim] = started(make, images, out, out)
         joined(*ranks)
         assert kills > before, f"set {sets} was finished before a single kill"
         assert contents(out) == contents(expected)
@@ -163,11 +99,11 @@ def test_processes_that_know_nothing_of_each_other_share_the_work(
     images: Path, straight: tuple[Path, float], tmp_path: Path
 ) -> None:
     out = tmp_path / "set"
-    joined(*[started(make, images, out, 3) for _ in range(2)])
+    joined(*[started(make, images, out, out, 3) for _ in range(2)])
     made = [path.read_text().count(" samples") for path in tmp_path.glob("set.*.log")]
     assert sum(made) == SHARDS and min(made) > 0
     assert contents(out) == contents(straight[0])
-    joined(started(make, images, out))  # finds all finished
+    joined(started(make, images, out, out))  # finds all finished
     again = [path.read_text().count(" samples") for path in tmp_path.glob("set.*.log")]
     assert sum(again) == SHARDS and contents(out) == contents(straight[0])
 
@@ -175,7 +111,7 @@ def test_processes_that_know_nothing_of_each_other_share_the_work(
 def test_bytes_do_not_depend_on_batch_workers_and_threads(
     images: Path, straight: tuple[Path, float], tmp_path: Path
 ) -> None:
-    joined(started(make, images, tmp_path / "other", 5, 1, 2))
+    joined(started(make, images, tmp_path / "other", tmp_path / "other", 5, 1, 2))
     assert contents(tmp_path / "other") == contents(straight[0])
     manifest = LatentManifest.load(tmp_path / "other")
     assert manifest.samples == SHARDS * IN_EACH and manifest.skipped == 0
@@ -259,15 +195,8 @@ def test_a_stopped_process_leaves_its_shard_to_others(images: Path, tmp_path: Pa
     assert not list(tmp_path.glob(".0*")) and not (tmp_path / "00005.json").exists()
     again = prepared(images, tmp_path)[1]
     claim = again.next(lambda number: None)
-    assert claim is not None and not (tmp_path / claim.path.name).exists()
+    assert claim is not None and not (tmp_path / claim.name).exists()
     claim.lease.release()
-
-
-FORMAT = LatentFormat("a" * 16, "latent", "float32", (2, 3, 3), {"size": 6})
-
-
-def fill(writer: LatentShardWriter, value: float) -> None:
-    writer.write("key", np.full((2, 3, 3), value), "caption", {})
 
 
 def stalls(out: Path) -> None:
