@@ -43,7 +43,7 @@ MakeItem = Callable[[Sample, int], Item]
 
 Batch = dict[str, Any]
 
-_READ_AHEAD = 16  # images read before the first of them is decoded
+_READ_AHEAD = 16  # samples read before the first of them is decoded
 _FAULT = "fault"
 _UNREACHABLE = "store"
 
@@ -246,7 +246,13 @@ class _Samples(Dataset[Batch]):
                 return self.latents.read(run)
             if isinstance(self.fetcher.make_item, ImageItem):
                 return self._images(run, self.fetcher.make_item)
-            return _collate([self._row(run.ticket(row)) for row in range(run.samples)])
+            return _collate(
+                [
+                    self._row(part.ticket(row), None, sample)
+                    for part in run.parts(_READ_AHEAD)
+                    for row, sample in enumerate(self.fetcher.read_ahead(part))
+                ]
+            )
         except DataError as error:  # told as a value: torch would wrap the worker's traceback around it
             return {_FAULT: str(error), _UNREACHABLE: isinstance(error, StoreError)}
 
