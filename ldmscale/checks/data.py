@@ -25,7 +25,7 @@ def check_shards(data: DataConfig, needs: str | None, *, absent: bool = False) -
         faults.append(
             "data.image_size is not set: images must be resized to a square; give data.image_size=256"
         )
-    if data.caption != "txt" and not data.caption.startswith("json:"):
+    if data.caption != "txt" and not (data.caption.startswith("json:") and data.caption != "json:"):
         faults.append(f"data.caption={data.caption!r}: expected txt or json:KEY")
     if data.label != "cls" and not (data.label.startswith("json:") and data.label != "json:"):
         faults.append(f"data.label={data.label!r}: expected cls or json:KEY")
@@ -37,6 +37,11 @@ def check_shards(data: DataConfig, needs: str | None, *, absent: bool = False) -
             "data.decoder=turbo needs simplejpeg: install ldmscale[fast], or give data.decoder=pillow"
         )
     given = data.storage
+    if given.endpoint is not None and not given.endpoint.startswith(("http://", "https://")):
+        faults.append(
+            f"data.storage.endpoint={given.endpoint!r}: expected a URL, such as https://store.example.org:9000"
+        )
+        return faults
     # Whoever starts a job wants to hear of a wrong endpoint now, not after the patience of a running one.
     storage = Storage(given.options, given.endpoint, min(10.0, given.patience_seconds), given.request_seconds)
     for patterns in _patterns(data):

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
+from fsspec.exceptions import FSTimeoutError
 
 from ldmscale.data.files import cache_folder, finished_file
-from ldmscale.data.storage import Storage, StoreError
+from ldmscale.data.storage import AccessError, Storage, StoreError
 from ldmscale.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def expand(
 
     Raises:
         DataError: with every fault: no match, file missing (local files only; remote ones are looked up by
-            the index), a shard named twice, `pipe:` without leave, nothing given.
+            the index), no backend for a URL, a shard named twice, `pipe:` without leave, nothing given.
     """
     given = [patterns] if isinstance(patterns, str) else list(patterns)
     faults: list[str] = []
@@ -61,6 +62,13 @@ def expand(
     for pattern in given:
         for name in _braces(pattern, faults):
             found.extend(_matches(name, allow_pipe, storage or Storage(), absent, faults))
+    for url in {url.split("://", 1)[0]: url for url in found if not is_local(url)}.values():
+        try:
+            (storage or Storage()).locate(
+                url
+            )  # a backend that is not there is one fault, not one of each shard
+        except DataError as error:
+            faults += error.faults
     seen: set[str] = set()
     for url in found:
         if url in seen:
@@ -239,7 +247,13 @@ def _listing(folder: str, storage: Storage) -> dict[str, ShardState]:
         return {}
     try:
         found = storage.listing(folder)
-    except DataError:  # an absent folder, or a store that does not let us list: asked object by object
+    except AccessError:  # a store that does not let us list: asked object by object
+        return {}
+    except StoreError as error:
+        if isinstance(error.__cause__, FSTimeoutError):
+            return {}  # a folder of too many objects, perhaps
+        raise  # it was waited for long enough
+    except DataError:  # an absent folder
         return {}
     return {shard_name(entry["name"]): state_of(entry) for entry in found if entry["type"] == "file"}
 
@@ -249,8 +263,8 @@ def _remote_state(url: str, storage: Storage) -> ShardState | str:
         return state_of(storage.info(url))
     except StoreError:
         raise
-    except DataError:
-        return "no such object"
+    except DataError as error:
+        return str(error)
 
 
 def state_of(entry: dict[str, Any]) -> ShardState:
@@ -258,6 +272,7 @@ def state_of(entry: dict[str, Any]) -> ShardState:
         entry.get("ETag")
         or entry.get("etag")
         or entry.get("LastModified")
+        or entry.get("Last-Modified")
         or entry.get("mtime")
         or entry.get("created")
     )

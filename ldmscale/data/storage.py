@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 _FIRST_WAIT = 0.25  # seconds; doubles with each try
 _LONGEST_WAIT = 15.0
+_CREDENTIALS = (
+    "check its credentials (each backend's own environment variables and files, or data.storage.options) and "
+    "data.storage.endpoint"
+)
 _LISTING_TRIES = 3.0  # a listing of a large folder may take as long as so many reads
 
 T = TypeVar("T")
@@ -30,6 +34,10 @@ T = TypeVar("T")
 
 class StoreError(DataError):
     """A store that cannot be reached or refuses us. No sample's own fault: another one in its place would hide it."""
+
+
+class AccessError(StoreError):
+    """A store that answers, and refuses us."""
 
 
 class AbsentError(DataError):
@@ -67,7 +75,7 @@ class Storage:
             return fsspec.core.url_to_fs(url, **self._options_of(protocol))  # type: ignore[no-any-return]
         except (ImportError, ValueError) as error:
             raise DataError(
-                f"{url} cannot be read: {error}; s3 needs `pip install ldmscale[s3]`, gs `pip install gcsfs`, "
+                f"{url} cannot be read: {error}; s3 needs `pip install ldmscale[s3]`, gs `pip install ldmscale[gs]`, "
                 "http(s) `pip install aiohttp`"
             ) from error
 
@@ -122,23 +130,24 @@ class Storage:
             try:
                 return work()
             except FileNotFoundError as error:
-                raise AbsentError(f"{what}: there is no such object (any more)") from error
+                if not _passing(error.__cause__):
+                    raise AbsentError(f"{what}: there is no such object (any more)") from error
+                failure: BaseException = error.__cause__ or error
             except PermissionError as error:
-                raise StoreError(
-                    f"{what}: the store refuses access ({error}); check its credentials (each backend's own "
-                    "environment variables and files, or data.storage.options) and data.storage.endpoint"
-                ) from error
+                raise AccessError(f"{what}: the store refuses access ({error}); {_CREDENTIALS}") from error
             except DataError:
                 raise
             except Exception as error:  # every backend raises its own kinds
-                reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                failure = error
+            reason = f"{type(failure).__name__}: {failure}".rstrip(": ")
             left = deadline - time.monotonic()
             if left <= 0:
+                # Tried again all the same: the service that hands out a machine's keys has bad days as well.
+                remedy = _CREDENTIALS if "Credentials" in reason else "look at the store and the network"
                 raise StoreError(
-                    f"{what}: no success in {self.patience_seconds:g} s and {tries} tries (last: {reason}); look at the "
-                    "store and the network, and start the same command again; data.storage.patience_seconds is how "
-                    "long a run waits"
-                )
+                    f"{what}: no success in {self.patience_seconds:g} s and {tries} tries (last: {reason}); {remedy}, and "
+                    "start the same command again; data.storage.patience_seconds is how long a run waits"
+                ) from failure
             # Ranks that failed together must not come back together.
             pause = min(wait, left) * (0.5 + random.random() / 2)
             log.warning("%s: %s; trying again in %.1f s", what, reason, pause)
@@ -164,3 +173,12 @@ class Storage:
         elif protocol in ("gs", "gcs") and self.endpoint is not None:
             given["endpoint_url"] = self.endpoint
         return given
+
+
+def _passing(cause: BaseException | None) -> bool:
+    """Is it the network's doing? fsspec calls a file of a web server absent whatever went wrong, and keeps the cause."""
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 429)
+    network = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return network and not isinstance(cause, FileNotFoundError)

@@ -78,4 +78,4 @@ def test_states_tell_versions_apart_and_say_what_is_missing(five: Path) -> None:
     assert missing == "No such file or directory"
     fsspec.filesystem("memory").pipe_file("/states/a.tar", b"12345")
     present, gone = shard_states(["memory://states/a.tar", "memory://states/b.tar"])
-    assert isinstance(present, ShardState) and present.size == 5 and gone == "no such object"
+    assert isinstance(present, ShardState) and present.size == 5 and "no such object" in str(gone)
