@@ -4,7 +4,9 @@ should be.
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -49,13 +51,18 @@ with StopFlag().install() as stop:
 
     # the other rank hangs: with the short timeout it is noticed before the world's own half hour is over
     collectives.set_collective_timeout(1.0)
+    noticed = Path(sys.argv[1])
     if rank == 1:
-        time.sleep(4)
+        end = time.monotonic() + 300
+        while not noticed.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert noticed.exists()
     else:
-        began, failed = time.monotonic(), False
+        failed = False
         try:
             collectives.any_true(False)
         except RuntimeError:
             failed = True
-        assert failed and time.monotonic() - began < 3
+        assert failed
+        noticed.touch()
     close_world()

@@ -11,18 +11,18 @@ STARTER = """
 import sys
 from ldmscale.launcher import run_ranks, shared_environment
 import os
-sys.exit(run_ranks([sys.executable, sys.argv[1]], shared_environment(os.environ, 2, 0), 2))
+sys.exit(run_ranks([sys.executable, *sys.argv[1:]], shared_environment(os.environ, 2, 0), 2))
 """
 
 
 @pytest.mark.distributed
-def test_two_gloo_ranks_agree_in_every_collective():
+def test_two_gloo_ranks_agree_in_every_collective(tmp_path):
     program = Path(__file__).with_name("ranks_collectives.py")
     done = subprocess.run(
-        [sys.executable, "-c", STARTER, str(program)],
+        [sys.executable, "-c", STARTER, str(program), str(tmp_path / "noticed")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
     )

@@ -45,22 +45,29 @@ def _heartbeat(folder, rank, told, first=0.0, later=0.0):
         folder,
         Ranks(rank=rank, size=2, local_rank=rank, local_size=2),
         attempt=1,
-        every_seconds=0.05,
+        every_seconds=0.2,
         first_timeout_seconds=first,
         timeout_seconds=later,
         on_hang=told.append,
     )
 
 
+def wait_for(told):
+    deadline = time.monotonic() + 60
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def test_a_phase_that_lasts_too_long_is_told_while_the_rank_waits(tmp_path):
     told: list[str] = []
     other: list[str] = []
-    waiting, slow = _heartbeat(tmp_path, 0, told, later=0.5), _heartbeat(tmp_path, 1, other)
+    waiting, slow = _heartbeat(tmp_path, 0, told, later=1.0), _heartbeat(tmp_path, 1, other)
     for step in (0, 1):
         for rank in (waiting, slow):
             rank.enter("step", step)
     slow.enter("data", 1)
-    time.sleep(1.2)
+    wait_for(told)
+    time.sleep(0.5)
     assert len(told) == 1 and not other
     assert (
         told[0].startswith("rank 0 has been in phase step for ")
@@ -81,6 +88,6 @@ def test_before_the_first_step_the_longer_limit_holds(tmp_path):
     time.sleep(0.5)
     assert not told  # the first step compiles
     building.enter("step", 1)
-    time.sleep(0.5)
+    wait_for(told)
     assert len(told) == 1
     building.close()

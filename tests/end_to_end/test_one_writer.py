@@ -62,7 +62,7 @@ def test_a_held_run_refuses_others_and_a_stopped_process_that_wakes_up_publishes
             r"in use by process (\d+) on (\S+), since \S+ \S+, last sign of life (\d+) s ago", host.log
         )
         assert told is not None and "run.wait=true" in host.log, host.log[-3000:]
-        assert int(told[1]) == first["ranks"][0] and told[2] == socket.gethostname() and int(told[3]) <= 4
+        assert int(told[1]) == first["ranks"][0] and told[2] == socket.gethostname() and int(told[3]) < 60
         # The holder goes on undisturbed, until it is stopped in the middle of a save.
         size = metrics.stat().st_size
         wait_for(lambda: metrics.stat().st_size > size, lambda: host.log)

@@ -327,7 +327,7 @@ def test_the_command_draws_over_pictures_in_other_sizes_from_standard_input(plac
 def test_a_signal_ends_with_75_after_a_save_and_the_same_command_goes_on(place, ldmscale):
     checkout = Path(__file__).resolve().parents[2]
     command = [str(checkout / "launch" / "local.sh"), "-n", "2", "--cpu", *DIFFUSION, "run.dir=signalled"]
-    command += ["train.max_steps=500", "checkpoint.save_every_steps=0", "preview.every_steps=0"]
+    command += ["train.max_steps=100000", "checkpoint.save_every_steps=0", "preview.every_steps=0"]
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     run, began = place / "signalled", time.monotonic()
     with (
