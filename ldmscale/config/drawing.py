@@ -37,8 +37,9 @@ class SampleConfig:
     image: str | None = None  # a file to start from (image-to-image), or to keep in part
     strength: float | None = None  # share of the steps that change `image`; null: 0.75, and 1 with a mask
     mask: str | None = None  # a file, white where `image` is drawn anew (inpainting)
-    # Side of the tiles that an image with more pixels is decoded in (and encoded, where one is given); null: whole
-    decode_tile_pixels: Positive | None = None
+    # Side of the tiles that an image with more pixels is decoded in (and encoded, where one is given); null: whole. Each tile
+    # is read with some 50 to 100 pixels around it, so that smaller ones than 32 would never end
+    decode_tile_pixels: Annotated[int, Field(ge=32)] | None = None
     images_per_prompt: Positive = 1
     first_seed: NotNegative = 0
     # Every image its own seed, as sets for metrics need; else the images of each prompt begin at first_seed

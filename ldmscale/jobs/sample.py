@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ldmscale import __version__
 from ldmscale.config import SampleConfig, SampleJob
 from ldmscale.distributed.environment import Ranks
-from ldmscale.errors import ConfigError, LdmscaleError
+from ldmscale.errors import ConfigError, DataError, LdmscaleError
 from ldmscale.jobs.sample_prompts import (
     faults_of_classes,
     prompts_of_conditions,
@@ -41,7 +41,7 @@ def main(overrides: Sequence[str]) -> int:
 def _run(config: SampleConfig, ranks: Ranks) -> int:
     import torch
 
-    from ldmscale.distributed.collectives import barrier, from_main_rank
+    from ldmscale.distributed.collectives import from_main_rank
     from ldmscale.distributed.world import close_world, open_world
     from ldmscale.jobs.sample_set import SampleFolder
     from ldmscale.parts import load
@@ -59,6 +59,7 @@ def _run(config: SampleConfig, ranks: Ranks) -> int:
     log.info(
         "%d images for %d prompts, %d of them to be drawn", len(wanted), len(prompts.texts), len(missing)
     )
+    fault: LdmscaleError | None = None
     if missing:
         try:
             parts = load(
@@ -73,16 +74,33 @@ def _run(config: SampleConfig, ranks: Ranks) -> int:
             _warn_of_no_guidance(parts, config)
             mine = [wanted[number] for number in missing[ranks.rank :: ranks.size]]
             _draw(parts, mine, len(missing), config, folder, ranks)
-        except LdmscaleError:
-            if ranks.is_main:
-                folder.abandon()
-            raise
-    barrier()
+        except LdmscaleError as error:
+            fault = error
+    told = _faults_of_ranks(fault)  # the ranks meet here, also those that could not draw their share
+    if told is not None:
+        if ranks.is_main:
+            folder.abandon()
+        raise told
     if ranks.is_main:
         folder.write_grid(wanted, config.images_per_prompt if config.images_per_prompt > 1 else None)
         log.info("images and grid.png are in %s", folder.path)
     close_world()
     return 0
+
+
+def _faults_of_ranks(fault: LdmscaleError | None) -> LdmscaleError | None:
+    """What kept any rank from drawing its share, as one error that is the same on all. Collective."""
+    from ldmscale.distributed.collectives import gather_lists
+
+    own = [] if fault is None else [(isinstance(fault, (ConfigError, DataError)), str(fault).split("\n"))]
+    told = gather_lists(own)
+    if not told:
+        return None
+    texts = list(dict.fromkeys(text for _, lines in told for text in lines))
+    users = all(of_user for of_user, _ in told)
+    error = ConfigError(texts) if users else LdmscaleError("; ".join(texts))
+    error.shared = True
+    return error
 
 
 def parameters(config: SampleConfig) -> dict[str, str]:

@@ -285,5 +285,10 @@ def test_a_layout_that_cannot_be_drawn_is_refused(place, ldmscale):
     draw = ["sample", "sample.model=layout", "sample.steps=3", "sample.out=bad_drawn"]
     done = ldmscale(*draw, "sample.condition=bad.json", cwd=place.folder)
     assert done.returncode == 2 and "outside of the image" in done.stderr and "bad.json" in done.stderr
+    # The folder was not begun. On two ranks the one of the good file draws it, and both end alike.
+    both = f"sample.condition=[{place.folder}/layout_files/a.json,bad.json]"
+    done = ldmscale(*draw, both, cwd=place.folder, ranks=2)
+    assert done.returncode == 2 and "bad.json" in done.stderr and "Traceback" not in done.stderr
+    assert [file.name for file in (place.folder / "bad_drawn").glob("0*.png")] == ["000000_a_0.png"]
     refused = ldmscale("export", "src=layout", "dst=layout.ckpt", "format=compvis", cwd=place.folder)
     assert refused.returncode == 2 and "reads layouts" in refused.stderr
