@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 @torch.no_grad()
 def sample(
     parts: Parts,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     steps: int = 50,
     sampler: str = "ddim",
     guidance: float = 5.0,
@@ -56,7 +56,7 @@ def sample(
 
     Args:
         parts: a diffusion model (`load`), all parts on one device.
-        prompts: captions; of a class-conditional model names or numbers of classes; of an unconditional one as many texts
+        prompts: captions, or one; of a class-conditional model names or numbers of classes; of an unconditional one as many texts
             as images are wanted, which are not read.
         steps: of the sampler. sampler: "ddim", "ddpm", "plms", "dpmpp_2m" or "euler".
         guidance: 1 follows the caption as trained; more follows it more closely (Ho and Salimans 2022).
@@ -86,6 +86,9 @@ def sample(
     Raises:
         ConfigError: the model has no part that sampling needs, or arguments that do not fit it or each other.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ConfigError("prompts is empty: give a caption, or a list of one for each image")
     if conditions is None and parts.layout is not None:
         raise ConfigError(
             "the model reads layouts, and prompts tell none: give conditions=Conditions(token_ids=...) of parts.layout.encode"
@@ -109,6 +112,12 @@ def sample(
         *_image_faults(parts, size, len(prompts), image, mask),
         *_guidance_faults(parts, spatial_guidance),
     ]
+    factor = parts.autoencoder.downsampling
+    shape = (parts.latent_shape[0], size[0] // factor, size[1] // factor)
+    if noise is not None and tuple(noise.shape) != (len(prompts), *shape):
+        faults.append(f"noise has the shape {tuple(noise.shape)}; expected {(len(prompts), *shape)}")
+    if any(part is not None and len(part) != len(prompts) for part in conditions or ()):
+        faults.append(f"conditions are not of {len(prompts)} samples, as many as prompts: give one for each")
     negatives = _per_prompt(negative_prompts, len(prompts))
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     for name, given in (("seeds", seeds), ("negative_prompts", negatives)):
@@ -141,8 +150,6 @@ def sample(
     if conditions is None:
         conditions = conditions_of(parts, prompts)
     conditions = conditions.to(weight.device)
-    factor = parts.autoencoder.downsampling
-    shape = (parts.latent_shape[0], size[0] // factor, size[1] // factor)
     start = starting_noise(seeds, shape) if noise is None else noise
     latents = draw_latents(
         parts.denoiser,

@@ -283,6 +283,16 @@ def test_guidance_away_from_a_null_condition_that_was_never_trained_is_said_once
     assert said(guidance=2.5, negative_prompts=["blue", ""]) == 1 and said(guidance=2.5) == 0
 
 
+def test_one_prompt_is_one_image_and_what_is_given_must_be_as_many(parts):
+    assert torch.equal(sample(parts, PROMPTS[0], steps=1), sample(parts, PROMPTS[:1], steps=1))
+    with pytest.raises(ConfigError, match="prompts is empty"):
+        sample(parts, [])
+    with pytest.raises(ConfigError) as error:
+        told = conditions_of(parts, PROMPTS[:1])
+        sample(parts, PROMPTS, steps=1, noise=torch.zeros(3, 4, 8, 9), conditions=told)
+    assert "expected (3, 4, 8, 8)" in error.value.faults[0] and "not of 3 samples" in error.value.faults[1]
+
+
 def test_what_a_model_lacks_is_named_with_its_remedy(parts):
     with pytest.raises(ConfigError) as error:
         sample(replace(parts, tokenizer=None, denoiser=None, scale=None), PROMPTS)
