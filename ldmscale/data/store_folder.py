@@ -39,7 +39,7 @@ class StoreFolder:
         bucket = f"{protocol}://{path.partition('/')[0]}"
         self.storage.ask("info", bucket)
         probe = f".probe.{secrets.token_hex(8)}"
-        self.write(probe, b"")
+        self.write(probe, b"probe")
         self.remove(probe)
 
     def entries(self) -> dict[str, ShardState]:
