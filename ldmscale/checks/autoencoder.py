@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from ldmscale.checks.data import check_folder
 from ldmscale.config import AutoencoderJob, EvaluateJob, OptimConfig, TrainConfig
 
 LARGEST_SCALED_RATE = (
@@ -96,6 +97,7 @@ def check_evaluation(config: EvaluateJob) -> list[str]:
         chosen.perceptual_heads,
     )
     faults += check_features("evaluate", chosen.features, chosen.features_weights)
+    faults += check_folder("evaluate.out", Path(chosen.out or Path(chosen.model) / "evaluation" / "x").parent)
     return faults + _check_ssim(config.data.image_size)
 
 

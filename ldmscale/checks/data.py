@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -128,13 +129,25 @@ def check_local(key: str, path: str) -> list[str]:
                 else "; give a path without ://"
             )
         ]
+    return check_folder(key, path)
+
+
+def check_folder(key: str, path: str | Path) -> list[str]:
+    """A folder that will be made or written: of what is there already, the last part must be a folder that lets us."""
+    place = os.path.abspath(path)
+    while not os.path.exists(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        return [f"{key}={path}: {place} is a file; give a folder"]
+    if not os.access(place, os.W_OK | os.X_OK):
+        return [f"{key}={path}: {place} cannot be written (no permission, or read-only); give another folder"]
     return []
 
 
 def check_writable(key: str, path: str) -> list[str]:
     """A folder, or a bucket of a store in which one process alone can create an object."""
     if "://" not in path:
-        return []
+        return check_folder(key, path)
     protocol, _, rest = path.partition("://")
     if protocol not in ("s3", "s3a", "gs", "gcs") or not rest.strip("/"):
         return [f"{key}={path}: give a folder without ://, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"]
@@ -144,8 +157,9 @@ def check_writable(key: str, path: str) -> list[str]:
 
 
 def check_source(config: QuickstartJob) -> list[str]:
+    faults = check_local("run.dir", config.run.dir)
     if config.data.root is not None and not Path(config.data.root).exists():
-        return [f"data.root={config.data.root}: there is nothing there; give a folder of images"]
+        faults.append(f"data.root={config.data.root}: there is nothing there; give a folder of images")
     if config.data.source == "folder" and config.data.root is None:
-        return ["data.root is not set: data=folder needs the folder of your images"]
-    return []
+        faults.append("data.root is not set: data=folder needs the folder of your images")
+    return faults

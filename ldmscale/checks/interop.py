@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ldmscale.checks.data import check_folder
 from ldmscale.config import ExportJob, ImportJob
 
 
@@ -15,6 +16,7 @@ def check_places(config: ImportJob | ExportJob) -> list[str]:
         faults.append(f"src={config.src}: there is no such file or folder")
     if src == dst or src in dst.parents or dst in src.parents:
         faults.append(f"dst={config.dst} and src={config.src} lie in one another: give a dst elsewhere")
+    faults += check_folder("dst", dst.parent)
     return faults
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from ldmscale.compose import config_folder
+from ldmscale.errors import ConfigError
 from ldmscale.provenance import REVISION, git_revision
 
 SUBMISSIONS = "submissions"
@@ -65,8 +66,11 @@ class Frozen:
 def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[str]) -> Frozen:
     """Write the next submission of `owner`, a run folder or the like; its script is still to be rendered."""
     submissions = owner / SUBMISSIONS
-    submissions.mkdir(parents=True, exist_ok=True)
-    frozen = Frozen(_next_folder(submissions))
+    try:
+        submissions.mkdir(parents=True, exist_ok=True)
+        frozen = Frozen(_next_folder(submissions))
+    except OSError as error:
+        raise ConfigError(f"{submissions} cannot be made ({error.strerror}): give another run.dir") from None
     frozen.config.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
     package = Path(__file__).resolve().parents[1]
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
