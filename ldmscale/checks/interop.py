@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldmscale.checks.data import check_folder
+from ldmscale.checks.stages import check_model
 from ldmscale.config import ExportJob, ImportJob
 
 
@@ -22,6 +23,8 @@ def check_places(config: ImportJob | ExportJob) -> list[str]:
 
 def check_import(config: ImportJob) -> list[str]:
     faults = check_places(config)
+    if (Path(config.src) / "run.json").is_file():
+        faults.append(f"src={config.src} is a run of ldmscale: sample.model= and export take it as it is")
     if config.config is not None and not Path(config.config).is_file():
         faults.append(f"config={config.config}: there is no such file; give CompVis' yaml of the checkpoint")
     if Path(config.dst).is_file():
@@ -31,6 +34,8 @@ def check_import(config: ImportJob) -> list[str]:
 
 def check_export(config: ExportJob) -> list[str]:
     faults = check_places(config)
+    if not faults:
+        faults += check_model(config.src, "src")
     if config.format == "diffusers" and Path(config.dst).suffix in (".ckpt", ".safetensors"):
         faults.append(f"dst={config.dst}: diffusers models are folders; give a folder, or format=compvis")
     return faults

@@ -263,3 +263,14 @@ def test_places_are_checked_before_anything_is_read(tmp_path, capfd):
     )
     assert main(["export", f"src={tmp_path}", "dst=x.ckpt", "format=diffusers"]) == 2
     assert "diffusers models are folders" in capfd.readouterr().err
+
+
+def test_a_run_is_exported_when_it_has_saved_and_never_imported(tmp_path, capfd):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("job: diffusion\n")
+    (run / "run.json").write_text("{}")
+    assert main(["export", f"src={run}", f"dst={tmp_path}/out", "format=compvis"]) == 2
+    assert "no complete checkpoint yet" in capfd.readouterr().err
+    assert main(["import", f"src={run}", f"dst={tmp_path}/out"]) == 2
+    assert "is a run of ldmscale" in capfd.readouterr().err and not (tmp_path / "out").exists()
