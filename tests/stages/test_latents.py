@@ -98,13 +98,16 @@ def test_twenty_killed_ranks_leave_the_set_of_a_straight_run(
 def test_processes_that_know_nothing_of_each_other_share_the_work(
     images: Path, straight: tuple[Path, float], tmp_path: Path
 ) -> None:
-    out = tmp_path / "set"
-    joined(*[started(make, images, out, out, 3) for _ in range(2)])
-    made = [path.read_text().count(" samples") for path in tmp_path.glob("set.*.log")]
-    assert sum(made) == SHARDS and min(made) > 0
-    assert contents(out) == contents(straight[0])
+    for attempt in range(5):  # one may have made all before the other is there
+        out = tmp_path / f"set{attempt}"
+        joined(*[started(make, images, out, out, 3) for _ in range(2)])
+        made = [path.read_text().count(" samples") for path in tmp_path.glob(f"{out.name}.*.log")]
+        assert sum(made) == SHARDS and contents(out) == contents(straight[0])
+        if min(made) > 0:
+            break
+    assert min(made) > 0
     joined(started(make, images, out, out))  # finds all finished
-    again = [path.read_text().count(" samples") for path in tmp_path.glob("set.*.log")]
+    again = [path.read_text().count(" samples") for path in tmp_path.glob(f"{out.name}.*.log")]
     assert sum(again) == SHARDS and contents(out) == contents(straight[0])
 
 
