@@ -27,6 +27,8 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")) / "c"
     environment = os.environ | {"LDM_SLURM_DIR": str(folder), "SLURM_CONF": str(folder / "slurm.conf")}
     environment["PATH"] += ":/usr/sbin:/sbin"
+    # Time for a save before preemption kills, also on a busy machine; a job that has saved goes at once.
+    environment["LDM_SLURM_GRACE"] = "90"
     made = Cluster(environment)
     up = subprocess.run(
         ["bash", str(SCRIPT), "up", str(NODES)],
