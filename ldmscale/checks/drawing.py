@@ -130,7 +130,7 @@ def _check_pictures(sample: SampleConfig) -> list[str]:
         if path is not None and not Path(path).is_file()
     ]
     if not faults and sample.image is not None:
-        faults += _check_shapes(sample.image, sample.mask)
+        faults += _check_shapes(sample.image, sample.mask, (sample.width or 1, sample.height or 1))
     if sample.mask is not None and sample.image is None:
         faults.append(
             "sample.mask is set without sample.image: give the picture that is redrawn where it is white"
@@ -148,8 +148,12 @@ def _check_pictures(sample: SampleConfig) -> list[str]:
     return faults
 
 
-def _check_shapes(image: str, mask: str | None) -> list[str]:
-    """Both are scaled and cut to what is drawn: of unlike shapes a mask would lie elsewhere."""
+def _check_shapes(image: str, mask: str | None, drawn: tuple[int, int]) -> list[str]:
+    """Both are scaled and cut to what is drawn: a mask of neither's shape would lie elsewhere.
+
+    Args:
+        drawn: width and height; 1 by 1 where the model draws its own size, a square.
+    """
     faults: list[str] = []
     sizes: list[tuple[int, int]] = []
     for key, path in (("image", image), ("mask", mask)):
@@ -160,13 +164,18 @@ def _check_shapes(image: str, mask: str | None) -> list[str]:
                 sizes.append(ImageOps.exif_transpose(opened).size)
         except OSError as error:
             faults.append(f"sample.{key}={path} cannot be read as a picture: {error}")
-    if len(sizes) == 2 and sizes[0][0] * sizes[1][1] != sizes[0][1] * sizes[1][0]:
+    if len(sizes) == 2 and not any(_alike(sizes[1], other) for other in (sizes[0], drawn)):
         (width, height), (across, down) = sizes
         faults.append(
-            f"sample.mask={mask} has {across}x{down} pixels and sample.image={image} {width}x{height}: give a mask of the same "
-            "shape"
+            f"sample.mask={mask} has {across}x{down} pixels, and sample.image={image} {width}x{height}: give a mask of the shape "
+            "of the image, or of what is drawn"
         )
     return faults
+
+
+def _alike(mask: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether the mask, scaled to the other's width, has its height to within a pixel of the mask."""
+    return abs(mask[0] * other[1] / other[0] - mask[1]) < 1
 
 
 def _check_path(sample: SampleConfig, model: dict[str, Any]) -> list[str]:

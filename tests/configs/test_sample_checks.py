@@ -82,14 +82,16 @@ def test_what_does_not_fit_names_its_remedy(run, overrides, remedy):
 
 def test_pictures_that_cannot_be_used_are_told_before_anything_is_loaded(run, tmp_path_factory):
     model, folder = run("diffusion"), tmp_path_factory.mktemp("pictures")
-    for name, size in (("photo", (70, 40)), ("half", (35, 20)), ("square", (40, 40))):
+    for name, size in (("photo", (70, 40)), ("half", (34, 20)), ("square", (40, 40)), ("tall", (30, 40))):
         Image.new("L", size).save(folder / f"{name}.png")
     (folder / "text.png").write_text("no picture")
     image = f"sample.image={folder}/photo.png"
     assert faults(model, image, f"sample.mask={folder}/half.png") == []
-    assert any(
-        "40x40 pixels and" in fault for fault in faults(model, image, f"sample.mask={folder}/square.png")
-    )
+    drawn = ["sample.height=64", "sample.width=48"]  # without them a square
+    assert faults(model, image, f"sample.mask={folder}/square.png") == []
+    assert faults(model, image, f"sample.mask={folder}/tall.png", *drawn) == []
+    for others in ([f"sample.mask={folder}/tall.png"], [f"sample.mask={folder}/square.png", *drawn]):
+        assert any("give a mask of the shape" in fault for fault in faults(model, image, *others))
     assert any(
         "cannot be read as a picture" in fault for fault in faults(model, f"sample.image={folder}/text.png")
     )
