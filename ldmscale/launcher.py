@@ -1,7 +1,6 @@
 """Starts any job on all devices of this node: one process a rank, without torchrun and without torch.
 
-`python -m ldmscale.launcher [-n N] [--cpu] JOB [overrides...]`; launch/local.sh is the door for shells. Why
-not
+`python -m ldmscale.launcher [-n N] [--cpu] JOB [overrides...]`; launch/local.sh is the door for shells. Why not
 torchrun: it turns every status of a rank into 1, and dies of SIGUSR1 without its ranks. Here the status of
 the job is the status of its ranks (0, 2, 75, ...), signals reach every rank, and a dying rank ends the
 others.
@@ -21,12 +20,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
 from ldmscale.distributed.orphan import LAUNCHER
+from ldmscale.distributed.parting import PARTED, have_parted
 from ldmscale.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -38,9 +40,12 @@ _FAULTY, _STOPPED = 2, 75
 # in vain for the dead.
 _PATIENCE = {_FAULTY: 30.0, _STOPPED: 300.0}
 _PATIENCE_AFTER_FAILURE = 5.0
+_PATIENCE_TO_PART = 15.0
 _SECONDS_TO_TERMINATE = 10.0
 _POLL_SECONDS = 0.05
-_INDEPENDENT = ("latents",)  # jobs whose ranks know nothing of each other, and redo what a dead one has left
+_INDEPENDENT = (
+    "latents",
+)  # jobs whose ranks part (`distributed.parting`), and redo what a dead one has left
 
 
 def launch(arguments: Sequence[str], ranks: int | None = None, *, cpu: bool = False) -> int:
@@ -72,7 +77,8 @@ def run_ranks(
 ) -> int:
     """Run `command` as ranks 0 to count-1 with `env` and return the status of the job (see `launch`).
 
-    Where ranks are `independent` a failed one ends no other, and the status is 0 as soon as one ended with 0.
+    Where ranks are `independent` a failed one ends no other that has parted from it, and the status is 0 as soon as one
+    ended with 0.
     Main thread only: SIGTERM, SIGINT and SIGUSR1 are passed on to all ranks until they have ended.
     """
     processes: list[subprocess.Popen[bytes]] = []
@@ -83,23 +89,25 @@ def run_ranks(
         _signal_all(processes, number)
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
-    try:
-        for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHER: str(os.getpid())}
-            # Rank 0 alone reads standard input (prompts, for instance).
-            stdin = None if rank == 0 else subprocess.DEVNULL
-            processes.append(
-                subprocess.Popen(command, env={**env, **own}, stdin=stdin, preexec_fn=_end_with_parent())
-            )
-        for number in received:  # which came before all ranks were there
-            _signal_all(processes, number)
-        return _wait(processes, independent)
-    finally:
-        _signal_all(processes, signal.SIGKILL)
-        for process in processes:
-            process.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with tempfile.TemporaryDirectory(prefix="ldmscale_ranks_") if independent else nullcontext() as folder:
+        try:
+            for rank in range(count):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHER: str(os.getpid())}
+                own |= {} if folder is None else {PARTED: folder}
+                # Rank 0 alone reads standard input (prompts, for instance).
+                stdin = None if rank == 0 else subprocess.DEVNULL
+                processes.append(
+                    subprocess.Popen(command, env={**env, **own}, stdin=stdin, preexec_fn=_end_with_parent())
+                )
+            for number in received:  # which came before all ranks were there
+                _signal_all(processes, number)
+            return _wait(processes, None if folder is None else Path(folder))
+        finally:
+            _signal_all(processes, signal.SIGKILL)
+            for process in processes:
+                process.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def count_gpus(env: Mapping[str, str] = os.environ) -> int:
@@ -185,29 +193,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _FAULTY
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], independent: bool) -> int:
-    """Wait for all ranks; once one has failed, end the others, unless all are independent. Returns the job's status."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], parted: Path | None) -> int:
+    """Wait for all ranks; once one has failed, end those that may wait for it. Returns the job's status.
+
+    `parted`: where ranks tell that they wait for no other (`distributed.parting`); None: they always do.
+    """
     ended: dict[int, int] = {}  # rank: status, of ranks that ended by themselves, in this order
     deadline: float | None = None
     terminated = False
     while True:
         running = [rank for rank, process in enumerate(processes) if process.poll() is None]
+        alone = parted is not None and have_parted(parted, running)
+        if alone and not terminated:
+            deadline = None
         if not terminated:
             for rank, process in enumerate(processes):
                 status = process.returncode
                 if status is None or rank in ended:
                     continue
                 ended[rank] = status if status >= 0 else 128 - status
-                if independent:
-                    if running and ended[rank] not in (0, *_PATIENCE):
-                        log.error("rank %d ended with status %d; the others go on", rank, ended[rank])
-                elif ended[rank] != 0:
-                    patience = _PATIENCE.get(ended[rank], _PATIENCE_AFTER_FAILURE)
+                if ended[rank] != 0 and not alone:
+                    usual = _PATIENCE_AFTER_FAILURE if parted is None else _PATIENCE_TO_PART
+                    patience = _PATIENCE.get(ended[rank], usual)
                     deadline = min(deadline or float("inf"), time.monotonic() + patience)
-                    if running and ended[rank] not in _PATIENCE:
-                        log.error("rank %d ended with status %d; the others are ended too", rank, ended[rank])
+                if running and ended[rank] not in (0, *_PATIENCE):
+                    others = "the others go on" if alone else "the others are ended too"
+                    if parted is not None and not alone:
+                        others = "those that wait for it are ended too"
+                    log.error("rank %d ended with status %d; %s", rank, ended[rank], others)
         if not running:
-            if independent and 0 in ended.values():
+            if parted is not None and 0 in ended.values():
                 return 0
             return _job_status(list(ended.values()))
         if deadline is not None and time.monotonic() > deadline:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ldmscale.config import LatentsJob
 from ldmscale.distributed.environment import Ranks
+from ldmscale.distributed.parting import part
 from ldmscale.distributed.stop import EXIT_STOPPED, StopFlag
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.jobs.start import configured
@@ -52,7 +53,8 @@ def _run(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     folder = latents_folder(chosen.path)
     set_up_logging(folder, ranks)
     index = open_index(data.shards, data, ranks)
-    close_world()  # from here on ranks are strangers to each other, like those of other launches
+    close_world()
+    part(ranks.rank)  # from here on ranks are strangers to each other, like those of other launches
     assert data.image_size is not None
     tokenizer = None if chosen.tokenizer is None else Tokenizer.load(chosen.tokenizer, chosen.max_tokens)
     first_stage, stored = _open(config, world.device, data.image_size, tokenizer)

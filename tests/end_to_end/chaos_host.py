@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ def start(job: dict[str, Any]) -> None:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 2)
     shared = launcher.shared_environment(os.environ, job["ranks"], 0)
+    parted = None
+    if job["arguments"][0] in launcher._INDEPENDENT:
+        parted = Path(tempfile.mkdtemp(dir=folder.parent))
+        shared[launcher.PARTED] = str(parted)
     ranks: list[Rank] = []
     for rank in range(job["ranks"]):
         ask = launcher._end_with_parent()
@@ -104,8 +109,7 @@ def start(job: dict[str, Any]) -> None:
             raise InRank
         ranks.append(Rank(pid))
     tell({"launcher": os.getpid(), "ranks": [rank.pid for rank in ranks]})
-    independent = job["arguments"][0] in launcher._INDEPENDENT
-    os._exit(launcher._wait(ranks, independent))  # type: ignore[arg-type]
+    os._exit(launcher._wait(ranks, parted))  # type: ignore[arg-type]
 
 
 def end_with_parent() -> None:

@@ -75,7 +75,8 @@ def test_a_dying_rank_ends_the_others_and_its_status_is_kept():
 @pytest.mark.distributed
 def test_independent_ranks_go_on_without_a_dead_one_and_finish_its_work():
     # rank 0 goes on until its launcher has told that rank 1 died, and some seconds more than others would have
-    program = "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(8)\nprint('finished')"
+    program = "from ldmscale.distributed.parting import part; part(rank)\n"
+    program += "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(8)\nprint('finished')"
     environment = os.environ | {"ALONE": "1"}
     with start(2, program, env=environment) as process:
         out, err = process.communicate(timeout=100)
@@ -83,6 +84,18 @@ def test_independent_ranks_go_on_without_a_dead_one_and_finish_its_work():
     assert "rank 1 ended with status 137; the others go on" in err
     with start(2, "sys.exit(75 if rank else 3)", env=environment) as process:
         assert process.wait(timeout=60) == 3  # nobody finished it
+
+
+@pytest.mark.distributed
+def test_independent_ranks_that_still_wait_for_a_dead_one_are_ended():
+    program = (
+        "sys.exit(7) if rank == 0 else time.sleep(300)"  # at the rendezvous, where rank 0 would have been
+    )
+    with start(2, program, env=os.environ | {"ALONE": "1"}) as process:
+        _, err = process.communicate(timeout=100)
+    assert (
+        process.returncode == 7 and "rank 0 ended with status 7; those that wait for it are ended too" in err
+    )
 
 
 @pytest.mark.distributed
