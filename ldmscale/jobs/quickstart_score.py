@@ -98,13 +98,15 @@ def draw(parts: Parts, captions: Sequence[str], seeds: Sequence[int], steps: int
 
 
 def read_images(train: Sequence[str], heldout: Sequence[str], image_size: int) -> RealImages:
-    """All images of the shards, at `image_size`; those that cannot be read are left out."""
+    """All images of the shards, at `image_size`; those that cannot be read are left out. `heldout` may be empty."""
     pixels: list[np.ndarray] = []
     keys: list[str] = []
     captions: list[str] = []
     classes: list[str] = []
     trained = 0
     for part, shards in enumerate((train, heldout)):
+        if not shards:  # none is held out
+            continue
         index = ShardIndex.open(list(shards))
         reader = SampleReader(index)
         for shard, count in enumerate(index.counts.tolist()):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 from PIL import Image
 
 from benchmarks import ablation
@@ -17,6 +19,8 @@ from ldmscale import build
 from ldmscale.checks import check
 from ldmscale.compose import compose_job
 from ldmscale.config import DiffusionJob
+from ldmscale.data.index import ShardIndex
+from ldmscale.jobs.quickstart_score import read_images
 from ldmscale.validate import read
 
 
@@ -81,3 +85,22 @@ def test_table_and_figure_tell_every_point(tmp_path: Path) -> None:
             40,
         ) in colours
     assert (tmp_path / "a.png").stat().st_size < 150_000
+
+
+def test_the_judges_images_are_all_that_there_are(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "train-00000.tar")) as tar:
+        for number in range(3):
+            picture = io.BytesIO()
+            Image.new("RGB", (32, 32), (80 * number, 0, 0)).save(picture, "PNG")
+            told = {
+                "__key__": f"k{number}",
+                "png": picture.getvalue(),
+                "txt": "a square",
+                "json": {"class": "square"},
+            }
+            tar.write(told)
+    shards = [str(tmp_path / "train-00000.tar")]
+    ShardIndex.open(shards, build_missing=True)
+    real = read_images(shards, [], 32)
+    assert real.keys == ["k0", "k1", "k2"] and real.classes == ["square"] * 3 and real.trained == 3
+    assert [round(float(value), 2) for value in real.pixels[:, 0, 0, 0]] == [-1.0, -0.37, 0.25]
