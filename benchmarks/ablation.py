@@ -287,7 +287,8 @@ def table(rows: Sequence[dict[str, Any]], given: argparse.Namespace, real: int) 
     lines = [
         "# LDM-1, 2, 4 and 8 at equal compute",
         "",
-        f'Made by `make ablation ARGS="{budget} --ranks {given.ranks} --first-stage-steps {given.first_stage_steps}"`: '
+        f'Made by `make ablation ARGS="{budget} --ranks {given.ranks} --first-stage-steps {given.first_stage_steps} '
+        f'--images {given.images} --sampler-steps {given.sampler_steps}"`: '
         f"unconditional models of {real} sprites at {SIZE} px, batches of {BATCH}. The distance is Frechet's over the {DIRECTIONS} "
         f"directions in which the real images' {JUDGE} features (at {JUDGE_SIDE} px) vary most, of {given.images} images drawn by "
         f"{given.sampler_steps} DDIM steps: no FID. [ablation.md](ablation.md) reads it.",
