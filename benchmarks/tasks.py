@@ -67,7 +67,7 @@ def train_seconds(run: Path) -> float:
     """Seconds of all training steps at the run's median pace: no start, no pictures, no checkpoints, no other's load."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     taken = {line["step"]: line["time/step_seconds"] for line in lines if "time/step_seconds" in line}
-    return max(taken, default=0) * statistics.median(taken.values()) if taken else 0.0
+    return max(taken) * statistics.median(taken.values()) if taken else 0.0
 
 
 def table(runs: Path) -> str:

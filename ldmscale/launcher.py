@@ -43,9 +43,8 @@ _PATIENCE_AFTER_FAILURE = 5.0
 _PATIENCE_TO_PART = 15.0
 _SECONDS_TO_TERMINATE = 10.0
 _POLL_SECONDS = 0.05
-_INDEPENDENT = (
-    "latents",
-)  # jobs whose ranks part (`distributed.parting`), and redo what a dead one has left
+# Jobs whose ranks part (`distributed.parting`), and redo what a dead one has left.
+_INDEPENDENT = ("latents",)
 
 
 def launch(arguments: Sequence[str], ranks: int | None = None, *, cpu: bool = False) -> int:
@@ -204,7 +203,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], parted: Path | None) -> 
     while True:
         running = [rank for rank, process in enumerate(processes) if process.poll() is None]
         alone = parted is not None and have_parted(parted, running)
-        if alone and not terminated:
+        if alone and deadline is not None and not terminated:
+            log.warning("none waits for it any more: the others go on")
             deadline = None
         if not terminated:
             for rank, process in enumerate(processes):
@@ -217,9 +217,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], parted: Path | None) -> 
                     patience = _PATIENCE.get(ended[rank], usual)
                     deadline = min(deadline or float("inf"), time.monotonic() + patience)
                 if running and ended[rank] not in (0, *_PATIENCE):
-                    others = "the others go on" if alone else "the others are ended too"
-                    if parted is not None and not alone:
-                        others = "those that wait for it are ended too"
+                    others = "the others go on" if alone else "those that wait for it are ended too"
                     log.error("rank %d ended with status %d; %s", rank, ended[rank], others)
         if not running:
             if parted is not None and 0 in ended.values():

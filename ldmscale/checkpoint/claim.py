@@ -45,7 +45,7 @@ class Claim:
             try:
                 if create(filesystem, self._place(self.number), content):
                     break
-            except Exception:
+            except Exception:  # each store's library has its own
                 refusals += 1
                 if refusals > _REFUSALS:
                     raise

@@ -38,15 +38,15 @@ def check_shards(data: DataConfig, needs: str | None, *, absent: bool = False) -
             "data.decoder=turbo needs simplejpeg: install ldmscale[fast], or give data.decoder=pillow"
         )
     given = data.storage
-    if given.endpoint is not None and not given.endpoint.startswith(("http://", "https://")):
+    astray = given.endpoint is not None and not given.endpoint.startswith(("http://", "https://"))
+    if astray:
         faults.append(
             f"data.storage.endpoint={given.endpoint!r}: expected a URL, such as https://store.example.org:9000"
         )
-        return faults
     # Whoever starts a job wants to hear of a wrong endpoint now, not after the patience of a running one.
     storage = Storage(given.options, given.endpoint, min(10.0, given.patience_seconds), given.request_seconds)
     for patterns in _patterns(data):
-        if patterns == SYNTHETIC:
+        if patterns == SYNTHETIC or (astray and "://" in str(patterns)):  # there is nothing to ask
             continue
         try:
             expand(patterns, allow_pipe=data.allow_pipe, storage=storage, absent=absent)

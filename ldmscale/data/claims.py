@@ -18,7 +18,6 @@ from ldmscale.data.store_leases import StoreLease
 from ldmscale.distributed.lease import Lease
 
 _SET = "set"
-_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Claims:
         while not done():
             lease = self.place.claim(_SET, self._timeout, lambda: None)
             if lease is None:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(self.place.poll_seconds)
                 continue
             try:
                 if not done():

@@ -7,9 +7,11 @@ count and resume finds the same. A store that cannot be reached is no sample's f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, NamedTuple, TypeVar
 
 from ldmscale.data.index import ShardIndex
@@ -93,7 +95,7 @@ class Fetcher(Generic[T]):
         """The samples of a run; None where one cannot be read, which `fetch` then says.
 
         A decoder leaves nothing of other code in the processor's caches: several reads at once take half the time. A store
-        is asked for all of them together, since each answer is waited for.
+        is asked for all that it has of them together, since each answer is waited for.
 
         Raises:
             StoreError: if the shards' store cannot be reached.
@@ -109,10 +111,11 @@ class Fetcher(Generic[T]):
             except DataError:
                 return None
 
-        if any(is_local(urls[shard]) for shard in set(shards.tolist())):
-            return list(map(read, shards.tolist(), indices.tolist()))
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return list(pool.map(read, shards.tolist(), indices.tolist()))
+        found = [
+            read(shard, index) if is_local(urls[shard]) else _requests(os.getpid()).submit(read, shard, index)
+            for shard, index in zip(shards.tolist(), indices.tolist(), strict=True)
+        ]
+        return [each.result() if isinstance(each, Future) else each for each in found]
 
     def fetch(
         self,
@@ -159,3 +162,9 @@ class Fetcher(Generic[T]):
             f"used (last: {reason}); "
             "look at the data ledger and run `ldmscale index data.check=decode data.shards=...`"
         )
+
+
+@cache
+def _requests(process: int) -> ThreadPoolExecutor:
+    """The threads of this process that wait for stores; a fork has none of its parent's."""
+    return ThreadPoolExecutor(_AT_ONCE, "requests")

@@ -27,6 +27,7 @@ class LatentFolder:
     """A set in a folder. Methods take names of shards, such as "00000.tar"."""
 
     remote = False
+    poll_seconds = 0.25  # between two looks at what others do
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

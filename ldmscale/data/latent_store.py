@@ -43,6 +43,7 @@ class LatentStore:
     """A set behind a URL. Methods are those of `LatentFolder`, and raise StoreError where the store cannot be reached."""
 
     remote = True
+    poll_seconds = 2.0  # hundreds of ranks may wait for the last one: a store counts requests
 
     def __init__(self, url: str, storage: Storage | None = None) -> None:
         self.store = StoreFolder(url, storage or Storage())
@@ -66,9 +67,8 @@ class LatentStore:
         try:
             check()
         except LeaseLostError:
-            if self._settle(
-                name
-            ):  # else it may be the other's own, since the same latents make the same name
+            # Else it may be the other's own, since the same latents make the same name.
+            if self._settle(name):
                 self.store.remove(named)
             raise
         if not self.store.create(record_name(name), encoded(record)):
@@ -105,9 +105,8 @@ class LatentStore:
 
     def write_manifest(self, content: bytes) -> None:
         self.store.write(MANIFEST, content)
-        self.store.remove(
-            *(name for name in self.store.entries() if _is_draft(name))
-        )  # of those who were killed
+        left = [name for name in self.store.entries() if _is_draft(name)]  # of those who were killed
+        self.store.remove(*left)
 
     def withdraw_manifest(self) -> None:
         self.store.remove(MANIFEST)

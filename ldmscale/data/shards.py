@@ -62,11 +62,10 @@ def expand(
     for pattern in given:
         for name in _braces(pattern, faults):
             found.extend(_matches(name, allow_pipe, storage or Storage(), absent, faults))
+    # A backend that is not there is one fault, not one of each shard.
     for url in {url.split("://", 1)[0]: url for url in found if not is_local(url)}.values():
         try:
-            (storage or Storage()).locate(
-                url
-            )  # a backend that is not there is one fault, not one of each shard
+            (storage or Storage()).locate(url)
         except DataError as error:
             faults += error.faults
     seen: set[str] = set()

@@ -82,7 +82,7 @@ class StoreFolder:
             places = {self._path(name): name for name in names[first : first + _READ_TOGETHER]}
 
             def once(wanted: dict[str, str] = places) -> dict[str, bytes]:
-                got = fs.cat(list(wanted), on_error="return")
+                got = self.storage.bounded(fs, "cat", list(wanted), tries=_LISTING_TRIES, on_error="return")
                 for value in got.values():
                     if isinstance(value, Exception) and not isinstance(value, FileNotFoundError):
                         raise value

@@ -91,10 +91,8 @@ class StoreLease:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._timeout / 6):
-            with (
-                suppress(DataError),
-                self._writing,
-            ):  # a store that does not answer: the next beat may find it
+            # A store that does not answer: the next beat may find it.
+            with suppress(DataError), self._writing:
                 if not self.held():
                     if not self._ended.is_set():
                         self._on_lost()

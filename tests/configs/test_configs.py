@@ -142,6 +142,7 @@ FAULTS = [
     ("export", [f"dst={__file__}/a"], 1, "test_configs.py is a file; give a folder"),
     ("index", ["data.caption=json:"], 1, "expected txt or json:KEY"),
     ("index", ["data.storage.endpoint=here"], 1, "expected a URL"),
+    ("index", ["data.storage.endpoint=here", "data.shards=nothing_here_*.tar"], 1, "nothing_here_*.tar"),
     ("autoencoder", ["autoencoder=vq_f4"], 1, "give loss=vq"),
     ("autoencoder", ["autoencoder.attention_levels=[7]"], 1, "levels are 0 to 3"),
     ("latents", ["data.crop=random"], 1, "give data.crop=center"),

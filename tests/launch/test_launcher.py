@@ -72,13 +72,19 @@ def test_a_dying_rank_ends_the_others_and_its_status_is_kept():
     assert time.monotonic() - begun < 200
 
 
+PARTING = """
+from pathlib import Path
+from ldmscale.distributed.parting import PARTED, have_parted, part
+def all_have_parted():
+    return have_parted(Path(os.environ[PARTED]), [0, 1])
+"""
+
+
 @pytest.mark.distributed
 def test_independent_ranks_go_on_without_a_dead_one_and_finish_its_work():
-    # rank 0 goes on until its launcher has told that rank 1 died, and some seconds more than others would have
-    program = "from ldmscale.distributed.parting import part; part(rank)\n"
-    program += "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(8)\nprint('finished')"
     environment = os.environ | {"ALONE": "1"}
-    with start(2, program, env=environment) as process:
+    dies = "part(rank)\nwhile not all_have_parted(): time.sleep(0.01)\nif rank: os.kill(os.getpid(), signal.SIGKILL)\n"
+    with start(2, PARTING + dies + "time.sleep(3)\nprint('finished')", env=environment) as process:
         out, err = process.communicate(timeout=100)
     assert process.returncode == 0 and out == "finished\n"
     assert "rank 1 ended with status 137; the others go on" in err
@@ -87,15 +93,25 @@ def test_independent_ranks_go_on_without_a_dead_one_and_finish_its_work():
 
 
 @pytest.mark.distributed
+def test_a_rank_that_parts_after_another_one_died_goes_on_longer_than_one_that_waits_may():
+    # By then the launcher has seen the death, and would end it 15 s later.
+    program = "part(rank)\nif rank: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(18)\nprint('finished')"
+    late = "if rank == 0: time.sleep(4)\n"
+    with start(2, PARTING + late + program, env=os.environ | {"ALONE": "1"}) as process:
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and out == "finished\n", err
+    assert "those that wait for it are ended too" in err and "the others go on" in err
+
+
+@pytest.mark.distributed
 def test_independent_ranks_that_still_wait_for_a_dead_one_are_ended():
-    program = (
-        "sys.exit(7) if rank == 0 else time.sleep(300)"  # at the rendezvous, where rank 0 would have been
-    )
-    with start(2, program, env=os.environ | {"ALONE": "1"}) as process:
+    # At the rendezvous, where rank 0 would have been.
+    with start(
+        2, "sys.exit(7) if rank == 0 else time.sleep(300)", env=os.environ | {"ALONE": "1"}
+    ) as process:
         _, err = process.communicate(timeout=100)
-    assert (
-        process.returncode == 7 and "rank 0 ended with status 7; those that wait for it are ended too" in err
-    )
+    assert process.returncode == 7
+    assert "rank 0 ended with status 7; those that wait for it are ended too" in err
 
 
 @pytest.mark.distributed

@@ -120,10 +120,14 @@ def make_in_store(images: Path, url: str, storage: Storage, told: Path) -> None:
     make(images, LatentStore(url, storage), told)
 
 
-def stall(url: str, storage: Storage) -> None:
+def stall_in_store(url: str, storage: Storage) -> None:
+    stall(LatentStore(url, storage), 3.0)
+
+
+def stall(place: Path | LatentStore, timeout_seconds: float) -> None:
     """Claims the first shard, and stops itself when it has written it but not published."""
-    place = LatentStore(url, storage)
-    claim = Claims(place, ["00000.tar"], lambda n: False, timeout_seconds=3.0).next(lambda n: None)
+    claims = Claims(place, ["00000.tar"], lambda n: False, timeout_seconds=timeout_seconds)
+    claim = claims.next(lambda n: None)
     assert claim is not None
     try:
         with LatentShardWriter(place, "00000.tar", FORMAT, None, claim.lease.check) as writer:

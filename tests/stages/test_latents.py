@@ -30,6 +30,7 @@ from latents_case import (
     joined,
     make,
     prepared,
+    stall,
     started,
     write_images,
 )
@@ -43,7 +44,6 @@ from ldmscale.data.ledger import read_ledger
 from ldmscale.data.loader import Loader
 from ldmscale.data.samples import Sample
 from ldmscale.data.tokens import Tokenizer
-from ldmscale.distributed.lease import LeaseLostError
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latent_scale import LatentScale
 from ldmscale.stages.latents import make_shards
@@ -202,19 +202,8 @@ def test_a_stopped_process_leaves_its_shard_to_others(images: Path, tmp_path: Pa
     claim.lease.release()
 
 
-def stalls(out: Path) -> None:
-    claim = Claims(out, ["00000.tar"], lambda n: False, timeout_seconds=0.6).next(lambda n: None)
-    assert claim is not None
-    try:
-        with LatentShardWriter(out, "00000.tar", FORMAT, None, claim.lease.check) as writer:
-            fill(writer, 1.0)
-            os.kill(os.getpid(), signal.SIGSTOP)
-    except LeaseLostError:
-        os._exit(7)
-
-
 def test_a_process_that_wakes_too_late_cannot_publish(tmp_path: Path) -> None:
-    late = started(stalls, tmp_path)
+    late = started(stall, tmp_path, 0.6)
     assert late.pid is not None
     deadline = time.monotonic() + 60
     while os.waitpid(late.pid, os.WUNTRACED | os.WNOHANG) == (0, 0):

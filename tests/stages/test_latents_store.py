@@ -24,7 +24,7 @@ from latents_case import (
     joined,
     make,
     make_in_store,
-    stall,
+    stall_in_store,
     started,
     write_images,
 )
@@ -86,7 +86,7 @@ def test_killed_processes_leave_the_set_of_a_folder_byte_for_byte(place: LatentS
 def test_a_claim_without_a_sign_of_life_is_void_and_who_wakes_too_late_cannot_publish(
     place: LatentStore,
 ) -> None:
-    late = started(stall, str(place), place.store.storage, clean=True)
+    late = started(stall_in_store, str(place), place.store.storage, clean=True)
     assert late.pid is not None
     deadline = time.monotonic() + 90
     while Path(f"/proc/{late.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
