@@ -26,19 +26,19 @@ from torch import Tensor
 
 from benchmarks.curves import Curve, draw_panels
 from ldmscale import load, sample
+from ldmscale.builders.costs import training_flops
+from ldmscale.builders.feature_networks import Features, open_features
+from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import DiffusionJob
-from ldmscale.data.index import ShardIndex
-from ldmscale.data.sources import prepare
+from ldmscale.config.typed import read
+from ldmscale.data.shards.index import ShardIndex
+from ldmscale.data.sources.prepare import prepare
 from ldmscale.evaluation.frechet import FeatureSums, frechet_distance
 from ldmscale.evaluation.reconstruction import reconstruct
-from ldmscale.frozen import Features, open_features
-from ldmscale.jobs.quickstart_score import read_images
+from ldmscale.inference.prompt_score import read_images
 from ldmscale.launcher import launch
 from ldmscale.models.pixels import FirstStageNetwork
-from ldmscale.planning.costs import training_flops
-from ldmscale.run_folder import RunFolder
-from ldmscale.tracking.pictures import tile, write_png
-from ldmscale.validate import read
+from ldmscale.tracking.images import tile, write_png
 
 log = logging.getLogger(__name__)
 

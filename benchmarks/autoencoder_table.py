@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmscale.data.index import ShardIndex
-from ldmscale.data.sources import prepare
+from ldmscale.data.shards.index import ShardIndex
+from ldmscale.data.sources.prepare import prepare
 from ldmscale.launcher import launch
 
 log = logging.getLogger(__name__)

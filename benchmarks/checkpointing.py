@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ldmscale.checkpoint import CheckpointManager
+from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.distributed.collectives import any_true_of, max_over_ranks
 from ldmscale.launcher import run_ranks, shared_environment
-from ldmscale.train.engine import Engine, EngineOptions, connect, disconnect, sharded_construction
-from ldmscale.train.host_copies import HostCopies
-from ldmscale.train.state import snapshot
+from ldmscale.train.engine.engine import Engine, sharded_construction
+from ldmscale.train.engine.options import EngineOptions
+from ldmscale.train.engine.process import connect, disconnect
+from ldmscale.train.snapshot import HostCopies, snapshot
 
 EVERY = 50
 

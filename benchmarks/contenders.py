@@ -3,7 +3,7 @@
 Every contender has the same weights (names.py), inputs and hyper-parameters. `backward` is forward and backward
 alone; `step` is the whole training step with clipping, AdamW and average, as the implementation's users run it:
 
-- ours: `ldmscale.train.engine.Engine` and `ShardedEma`, as the trainer calls them;
+- ours: `ldmscale.train.engine.engine.Engine` and `ShardedEma`, as the trainer calls them;
 - diffusers: its networks, `clip_grad_norm_`, AdamW, `EMAModel`; "fused" takes `AdamW(fused=True)` and
   `EMAModel(foreach=True)`, "default" the defaults of both;
 - compvis: the networks of compvis.py, the default AdamW, an average updated tensor by tensor.
@@ -162,8 +162,9 @@ def _backward(task: Task) -> Callable[[], float]:
 
 
 def _our_step(contender: Contender, task: Task) -> Callable[[], float]:
-    from ldmscale.train.ema import ShardedEma
-    from ldmscale.train.engine import Engine, EngineOptions
+    from ldmscale.train.engine.ema import ShardedEma
+    from ldmscale.train.engine.engine import Engine
+    from ldmscale.train.engine.options import EngineOptions
 
     options = EngineOptions(
         zero_stage=contender.zero,
@@ -193,7 +194,7 @@ def _built_in_shards(contender: Contender, task: Task, options: Any) -> nn.Modul
     """The network as a run at ZeRO-3 builds it; its weights come from the one that was built whole."""
     import deepspeed
 
-    from ldmscale.train.engine import sharded_construction
+    from ldmscale.train.engine.engine import sharded_construction
 
     with sharded_construction(options):
         network = _network(contender, task.sizes)

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 
 from benchmarks.data_streams import SHARDS, write_images
-from ldmscale.data.claims import Claims
-from ldmscale.data.index import ShardIndex
-from ldmscale.data.items import ImageItem
-from ldmscale.data.latent_shards import is_finished
-from ldmscale.data.latents import LatentFormat, read_latent
-from ldmscale.data.ledger import Ledger
-from ldmscale.data.samples import SampleReader
+from ldmscale.data.latents.format import LatentFormat, read_latent
+from ldmscale.data.latents.work_queue import Claims
+from ldmscale.data.latents.writer import is_finished
+from ldmscale.data.loading.skipped_samples import Ledger
+from ldmscale.data.loading.transforms import ImageItem
+from ldmscale.data.shards.index import ShardIndex
+from ldmscale.data.shards.reader import SampleReader
 from ldmscale.models.autoencoder import KLAutoencoder
+from ldmscale.models.latent_scale import LatentScale
 from ldmscale.stages.first_stage import FirstStage
-from ldmscale.stages.latent_scale import LatentScale
 from ldmscale.stages.latents import Encoder, LatentsWork, make_shards
 
 BATCH = 16

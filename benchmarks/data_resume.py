@@ -24,10 +24,10 @@ from pathlib import Path
 PROBE = """
 import json, os, sys, time
 import psutil
-from ldmscale.data.budget import next_for_all
-from ldmscale.data.index import ShardIndex
-from ldmscale.data.loader import Loader
-from ldmscale.data.shards import expand
+from ldmscale.data.loading.training_data import next_for_all
+from ldmscale.data.shards.index import ShardIndex
+from ldmscale.data.loading.loader import Loader
+from ldmscale.data.shards.urls import expand
 
 def item(sample, position):
     return {"caption": sample.members["txt"].decode()}
@@ -58,9 +58,9 @@ def write_shard(path: Path, samples: int) -> None:
 
 def prepare(folder: Path, shards: int, samples: int) -> float:
     """Makes shards and their records, then the set's index by the code of a run; returns the seconds of the latter."""
-    from ldmscale.data.index import ShardIndex
-    from ldmscale.data.records import FOLDER, find
-    from ldmscale.data.shards import expand
+    from ldmscale.data.shards.index import ShardIndex
+    from ldmscale.data.shards.records import FOLDER, find
+    from ldmscale.data.shards.urls import expand
 
     first = folder / "000000.tar"
     write_shard(first, samples)

@@ -29,14 +29,14 @@ from PIL import Image
 
 from benchmarks.peer_streams import SIZE, array, checksum, pillow
 from benchmarks.peers import PEERS, Peer, python_of
-from ldmscale.data.budget import next_for_all
-from ldmscale.data.decode import decode_image
-from ldmscale.data.index import ShardIndex
-from ldmscale.data.items import ImageItem, LatentItem
-from ldmscale.data.latent_shards import LatentShardWriter
-from ldmscale.data.latents import LatentFormat
-from ldmscale.data.loader import Loader
-from ldmscale.data.sequence import Sequence
+from ldmscale.data.images.decode import decode_image
+from ldmscale.data.latents.format import LatentFormat
+from ldmscale.data.latents.writer import LatentShardWriter
+from ldmscale.data.loading.loader import Loader
+from ldmscale.data.loading.training_data import next_for_all
+from ldmscale.data.loading.transforms import ImageItem, LatentItem
+from ldmscale.data.order.sequence import Sequence
+from ldmscale.data.shards.index import ShardIndex
 
 BATCH, SHARDS = 16, 4
 LATENT_BATCH = 64  # latents are small: a rank takes many at a time

@@ -27,8 +27,10 @@ def worker(stages: list[int], precision: str, out: str) -> None:
 
     from ldmscale.distributed.collectives import gather_lists
     from ldmscale.models.unet import UNet
-    from ldmscale.train.engine import Engine, EngineOptions, connect, disconnect, sharded_construction
-    from ldmscale.train.memory import expected, measured
+    from ldmscale.train.dry_run import expected, measured
+    from ldmscale.train.engine.engine import Engine, sharded_construction
+    from ldmscale.train.engine.options import EngineOptions
+    from ldmscale.train.engine.process import connect, disconnect
 
     device = torch.device("cpu")
     connect(device)

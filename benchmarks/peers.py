@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 from typing import IO, Any
 
-from ldmscale.data.files import cache_folder
+from ldmscale.storage.atomic import cache_folder
 
 PEERS = {
     "energon": ["megatron-energon>=7,<8"],

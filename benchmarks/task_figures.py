@@ -31,24 +31,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from ldmscale import Parts, load, sample
+from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import DiffusionJob
-from ldmscale.data.items import ImageItem
-from ldmscale.data.layouts import Box
-from ldmscale.data.loader import Loader
-from ldmscale.data.mixture import Mixture, WeightedShards
-from ldmscale.data.sprites import PALETTE, nearest_colours
+from ldmscale.config.typed import read
+from ldmscale.data.conditions.boxes import Box
+from ldmscale.data.loading.loader import Loader
+from ldmscale.data.loading.transforms import ImageItem
+from ldmscale.data.shards.mixture import Mixture, WeightedShards
+from ldmscale.data.sources.sprites import PALETTE, nearest_colours
 from ldmscale.evaluation.prompt_following import PromptFollowing, prompt_following
 from ldmscale.evaluation.reconstruction import reconstruct
-from ldmscale.jobs.quickstart_score import RealImages, read_images
-from ldmscale.jobs.spatial import map_reader, spatial_reader
+from ldmscale.inference.prompt_score import RealImages, read_images
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.pixels import FirstStageNetwork
-from ldmscale.run_folder import RunFolder
+from ldmscale.setup.index import map_reader, spatial_reader
 from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.first_stage import FirstStage
-from ldmscale.stages.pictures import to_uint8
-from ldmscale.tracking.pictures import tile, write_png
-from ldmscale.validate import read
+from ldmscale.tracking.images import tile, to_uint8, write_png
 
 SIZE, BATCH, SHOWN, ZOOM = 32, 48, 10, 2
 SEEN = 0.25  # of the range 2 that a channel must differ from white to count as drawn

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from ldmscale.evaluation.prompt_following import PromptFollowing, prompt_following
 from ldmscale.evaluation.reconstruction import reconstruct
+from ldmscale.inference.load import load
+from ldmscale.inference.prompt_score import RealImages, draw, read_images
 from ldmscale.jobs import quickstart
-from ldmscale.jobs.quickstart_score import RealImages, draw, read_images
-from ldmscale.parts import load
-from ldmscale.stages.pictures import captioned, to_uint8
-from ldmscale.tracking.pictures import write_png
+from ldmscale.tracking.images import captioned, to_uint8, write_png
 
 log = logging.getLogger(__name__)
 

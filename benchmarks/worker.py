@@ -33,11 +33,11 @@ def main() -> None:
     keep_memory = given.pop("keep_memory")
     contender = Contender(**given)
     if contender.who == "ours":
-        from ldmscale.train.engine import connect, disconnect
+        from ldmscale.train.engine.process import connect, disconnect
 
         connect(torch.device("cpu"))
     elif keep_memory:
-        from ldmscale.train.allocator import keep_freed_memory
+        from ldmscale.train.engine.process import keep_freed_memory
 
         keep_freed_memory()
     torch.manual_seed(0)

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(job: str, arguments: list[str]) -> int:
-    from ldmscale.compose import config_folder, quiet_hydra, settle_overrides
+    from ldmscale.config.compose import config_folder, quiet_hydra, settle_overrides
     from ldmscale.errors import ConfigError, DataError, LdmscaleError, StoppedEarlyError
 
     try:

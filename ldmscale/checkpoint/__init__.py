@@ -1,10 +1,5 @@
-"""Checkpoints: when and how (manager), which (folders), what is in one (manifest), its bytes (storage, tensors).
+"""Checkpoints: when and how (manager), which (folders), what is in one (manifest), its bytes (shards, tensors).
 
-Nothing here knows DeepSpeed or a network; `ldmscale.train.state` turns engines into pieces and back.
+Nothing here knows DeepSpeed or a network; `ldmscale.train.snapshot` turns engines into pieces and back. `run_folder` imports
+no torch, so this package exports nothing.
 """
-
-from ldmscale.checkpoint.folders import Retention
-from ldmscale.checkpoint.manager import CheckpointManager, newest_checkpoint
-from ldmscale.checkpoint.storage import Piece, Reader
-
-__all__ = ["CheckpointManager", "Piece", "Reader", "Retention", "newest_checkpoint"]

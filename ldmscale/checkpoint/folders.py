@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ldmscale.checkpoint.storage import COMPLETE
+from ldmscale.checkpoint.shards import COMPLETE
 
 log = logging.getLogger(__name__)
 

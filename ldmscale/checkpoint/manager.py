@@ -25,14 +25,14 @@ import torch.distributed as dist
 
 from ldmscale.checkpoint import folders
 from ldmscale.checkpoint import manifest as manifests
-from ldmscale.checkpoint.files import FileRecord, sync, write_text
 from ldmscale.checkpoint.folders import Kept, Retention, complete_checkpoints, folder_name, step_of
 from ldmscale.checkpoint.remote import RemoteCheckpoints
 from ldmscale.checkpoint.search import Search
-from ldmscale.checkpoint.storage import Piece, Reader, mark_complete, write_pieces
-from ldmscale.checkpoint.two_parts import Outcome, TwoParts
+from ldmscale.checkpoint.shards import Piece, Reader, mark_complete, write_pieces
+from ldmscale.checkpoint.two_phase import Outcome, TwoParts
 from ldmscale.distributed import collectives
 from ldmscale.errors import CheckpointError
+from ldmscale.storage.atomic import FileRecord, sync, write_text
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmscale.checkpoint.files import FileRecord, digest, write_text
 from ldmscale.errors import CheckpointError
+from ldmscale.storage.atomic import FileRecord, digest, write_text
 
 FORMAT = 1
 NAME = "manifest.json"

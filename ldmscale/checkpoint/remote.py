@@ -19,10 +19,10 @@ from typing import Any
 import fsspec
 
 from ldmscale.checkpoint import manifest as manifests
-from ldmscale.checkpoint.claim import Claim
-from ldmscale.checkpoint.files import sync
 from ldmscale.checkpoint.folders import folder_name, step_of
-from ldmscale.checkpoint.storage import COMPLETE
+from ldmscale.checkpoint.shards import COMPLETE
+from ldmscale.storage.atomic import sync
+from ldmscale.storage.upload_claim import Claim
 
 log = logging.getLogger(__name__)
 

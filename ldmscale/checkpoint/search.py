@@ -12,7 +12,7 @@ from typing import Any
 from ldmscale.checkpoint import folders
 from ldmscale.checkpoint.folders import complete_checkpoints, folder_name, step_of
 from ldmscale.checkpoint.remote import RemoteCheckpoints
-from ldmscale.checkpoint.storage import Reader
+from ldmscale.checkpoint.shards import Reader
 from ldmscale.distributed import collectives
 from ldmscale.errors import CheckpointError
 

@@ -17,8 +17,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ldmscale.checkpoint.files import FileRecord
 from ldmscale.errors import CheckpointError
+from ldmscale.storage.atomic import FileRecord
 
 _BLOCK_BYTES = 1 << 24
 _LONGEST_HEADER = 1 << 30

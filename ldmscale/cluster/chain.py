@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldmscale.compose import typed_keys
 from ldmscale.config import JOBS
+from ldmscale.config.compose import typed_keys
 from ldmscale.errors import ConfigError
 
 STAGES = ("autoencoder", "latents", "diffusion")

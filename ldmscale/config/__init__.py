@@ -3,13 +3,10 @@
 Hydra composes plain YAML; `validate.read` turns it into these frozen dataclasses. Nothing here imports torch.
 """
 
-from ldmscale.config.cluster import ClusterConfig
-from ldmscale.config.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
-from ldmscale.config.doctor import DoctorConfig
-from ldmscale.config.drawing import SampleConfig, ScoreConfig
-from ldmscale.config.evaluation import EvaluateConfig
-from ldmscale.config.interop import ExportJob, HeadsConfig, ImportJob
-from ldmscale.config.jobs import (
+from ldmscale.config.schema.cluster import ClusterConfig, DoctorConfig
+from ldmscale.config.schema.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
+from ldmscale.config.schema.interop import ExportJob, HeadsConfig, ImportJob
+from ldmscale.config.schema.jobs import (
     JOBS,
     AutoencoderJob,
     DiffusionJob,
@@ -25,7 +22,13 @@ from ldmscale.config.jobs import (
     TrainingJob,
     WandbSyncJob,
 )
-from ldmscale.config.networks import (
+from ldmscale.config.schema.losses import (
+    AutoencoderLossConfig,
+    CodebookConfig,
+    DiffusionConfig,
+    FirstStageConfig,
+)
+from ldmscale.config.schema.models import (
     AutoencoderConfig,
     ClassEmbedderConfig,
     EmbeddingsConfig,
@@ -35,20 +38,16 @@ from ldmscale.config.networks import (
     TextEncoderConfig,
     UNetConfig,
 )
-from ldmscale.config.objectives import (
-    AutoencoderLossConfig,
-    CodebookConfig,
-    DiffusionConfig,
-    FirstStageConfig,
-)
-from ldmscale.config.run import RunConfig, TrackingConfig
-from ldmscale.config.safety import SafetyConfig
-from ldmscale.config.training import (
+from ldmscale.config.schema.sampling import EvaluateConfig, SampleConfig, ScoreConfig
+from ldmscale.config.schema.training import (
     CheckpointConfig,
     EmaConfig,
     GenerationConfig,
     OptimConfig,
     PreviewConfig,
+    RunConfig,
+    SafetyConfig,
+    TrackingConfig,
     TrainConfig,
     ValidationConfig,
     WarmStartConfig,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldmscale.diffusion.guidance import Denoise
 from ldmscale.diffusion.samplers import Keep, as_it_is, predicted
-from ldmscale.diffusion.spacing import Path
+from ldmscale.diffusion.timesteps import Path
 
 # Adams-Bashforth: weights of the newest noise prediction and those before it, by how many there are.
 _ADAMS_BASHFORTH = (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldmscale.diffusion.guidance import Denoise
 from ldmscale.diffusion.process import split_at
-from ldmscale.diffusion.spacing import Path
+from ldmscale.diffusion.timesteps import Path
 
 FreshNoise = Callable[[int], Tensor]  # step -> noise like x
 # (x, alpha_bar) -> x, after each step: inpainting puts the known part back, at the noise level just reached

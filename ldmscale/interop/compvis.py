@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmscale.builders.networks import build_autoencoder, build_text_encoder, build_unet
 from ldmscale.config import ClassEmbedderConfig, SpatialConfig
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import compvis_names as names_there
 from ldmscale.interop import compvis_shapes as shapes_there
 from ldmscale.interop.compvis_config import Hints, matches, schedule_of
 from ldmscale.interop.model import Model, Part, PartConfig
-from ldmscale.interop.slots import Slot, faults_of, given, shapes_of, taken
-from ldmscale.networks import build_autoencoder, build_text_encoder, build_unet
+from ldmscale.interop.tensor_map import Slot, faults_of, given, shapes_of, taken
 
 log = logging.getLogger(__name__)
 

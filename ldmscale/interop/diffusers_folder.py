@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmscale.builders.networks import build_autoencoder, build_text_encoder, build_unet
 from ldmscale.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import diffusers_config as config_there
 from ldmscale.interop import diffusers_names as names_there
 from ldmscale.interop.compvis_names import TEXT_HEAD
-from ldmscale.interop.diffusers_schedule import schedule_config, schedule_values
-from ldmscale.interop.files import read_json, read_safetensors, write_json, write_safetensors
+from ldmscale.interop.diffusers_names import schedule_config, schedule_values
 from ldmscale.interop.model import Model, Part, PartConfig
 from ldmscale.interop.pickles import read_pickle
-from ldmscale.interop.slots import Slot, faults_of, given, shapes_of, taken
-from ldmscale.networks import build_autoencoder, build_text_encoder, build_unet
+from ldmscale.interop.tensor_files import read_json, read_safetensors, write_json, write_safetensors
+from ldmscale.interop.tensor_map import Slot, faults_of, given, shapes_of, taken
 
 log = logging.getLogger(__name__)
 

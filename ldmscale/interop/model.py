@@ -27,11 +27,11 @@ from ldmscale.config import (
     TextEncoderConfig,
     UNetConfig,
 )
+from ldmscale.config.typed import read as read_values
 from ldmscale.errors import DataError
 from ldmscale.interop.compvis_names import TEXT_HEAD
-from ldmscale.interop.files import read_json, read_safetensors, write_json, write_safetensors
-from ldmscale.stages.latent_scale import LatentScale
-from ldmscale.validate import read as read_values
+from ldmscale.interop.tensor_files import read_json, read_safetensors, write_json, write_safetensors
+from ldmscale.models.latent_scale import LatentScale
 
 MODEL_FILE = "model.json"
 FORMAT = "ldmscale imported model"

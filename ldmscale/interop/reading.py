@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from ldmscale.config import (
@@ -20,14 +21,15 @@ from ldmscale.config import (
     TextEncoderConfig,
     UNetConfig,
 )
-from ldmscale.data.tokens import Tokenizer
+from ldmscale.config.compose import config_folder
+from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import compvis
 from ldmscale.interop.compvis_config import Hints, find_yaml, load_yaml, read_hints
 from ldmscale.interop.diffusers_folder import is_diffusers, read_folder
-from ldmscale.interop.files import read_safetensors
 from ldmscale.interop.model import MODEL_FILE, SCHEDULE_KEYS, Model, read_model
 from ldmscale.interop.pickles import plain, read_pickle
+from ldmscale.interop.tensor_files import read_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -256,3 +258,17 @@ def _storable(value: Any) -> Any:
         return [_storable(v) for v in value]
     simple = plain(value)
     return _storable(simple) if simple is not value else str(value)
+
+
+def published_unets(found: UNetConfig) -> list[str]:
+    """The files of conf/unet/ whose networks have the same shapes. They bring the heads, which no shape tells."""
+
+    def shapes(config: UNetConfig) -> UNetConfig:
+        return replace(config, heads=None, head_channels=None, dropout=0.0, checkpointing="off")
+
+    names = []
+    for path in sorted((config_folder() / "unet").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "defaults" not in values and shapes(UNetConfig(**values)) == shapes(found):
+            names.append(path.stem)
+    return names

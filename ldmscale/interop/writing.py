@@ -13,8 +13,9 @@ import yaml
 from ldmscale.errors import ConfigError
 from ldmscale.interop import compvis, compvis_config
 from ldmscale.interop.diffusers_folder import write_folder
-from ldmscale.interop.files import appearing, appearing_file, own_storage, write_safetensors
 from ldmscale.interop.model import Model
+from ldmscale.interop.tensor_files import own_storage, write_safetensors
+from ldmscale.storage.atomic import appearing, appearing_file
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldmscale.config import DoctorJob
+from ldmscale.config.load import configured
 from ldmscale.distributed.environment import Ranks
-from ldmscale.jobs.start import configured
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(folder: Path) -> int:
-    from ldmscale.diagnosis.crash import examine_run
-    from ldmscale.run_folder import RunFolder
+    from ldmscale.checkpoint.run_folder import RunFolder
+    from ldmscale.cluster.doctor_run import examine_run
     from ldmscale.tracking.logs import set_up_logging
 
     set_up_logging(None, Ranks())
@@ -33,13 +33,13 @@ def _run(folder: Path) -> int:
 
 
 def _machine(config: DoctorJob, ranks: Ranks) -> int:
-    from ldmscale.data.shards import expand
-    from ldmscale.data.storage import Storage
-    from ldmscale.diagnosis.findings import Findings
-    from ldmscale.diagnosis.machine import examine
-    from ldmscale.diagnosis.storage import examine_folder, examine_room, examine_shards
+    from ldmscale.cluster.doctor_machine import examine
+    from ldmscale.cluster.doctor_run import Findings
+    from ldmscale.cluster.doctor_storage import examine_folder, examine_room, examine_shards
+    from ldmscale.data.shards.urls import expand
     from ldmscale.distributed.collectives import gather_lists
-    from ldmscale.distributed.world import close_world, open_world
+    from ldmscale.distributed.process_group import close_world, open_world
+    from ldmscale.storage.object_store import Storage
     from ldmscale.tracking.logs import quiet_libraries, set_up_logging
 
     wanted, folder = config.doctor, Path(config.doctor.folder)
@@ -70,7 +70,7 @@ def _machine(config: DoctorJob, ranks: Ranks) -> int:
 
 def _parameters(experiment: str) -> int:
     """Of what the experiment trains."""
-    from ldmscale.parts import build
+    from ldmscale.inference.load import build
 
     parts = build(experiment, device="meta")
     trained = parts.denoiser or parts.autoencoder

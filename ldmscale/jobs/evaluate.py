@@ -7,17 +7,12 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ldmscale.config import EvaluateJob
+from ldmscale.config.load import configured
 from ldmscale.distributed.environment import Ranks
-from ldmscale.errors import ConfigError, DataError
-from ldmscale.jobs.start import configured
-
-if TYPE_CHECKING:
-    import torch
-
-    from ldmscale.jobs.held_out import ImageSet
+from ldmscale.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +24,10 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(config: EvaluateJob, ranks: Ranks) -> int:
-    from ldmscale.distributed.world import close_world, open_world
-    from ldmscale.jobs.held_out import ImageSet
-    from ldmscale.jobs.open_index import open_index
+    from ldmscale.distributed.process_group import close_world, open_world
+    from ldmscale.evaluation.held_out import ImageSet
+    from ldmscale.setup.evaluation import evaluate_reconstruction
+    from ldmscale.setup.index import open_index
     from ldmscale.tracking.logs import set_up_logging
 
     world = open_world(ranks)
@@ -40,7 +36,7 @@ def _run(config: EvaluateJob, ranks: Ranks) -> int:
     images = ImageSet(index, config.data, min(config.evaluate.samples or index.total, index.total))
     if images.count < 1:
         raise DataError(f"data.shards={config.data.shards} holds no samples")
-    measure = {"reconstruction": _reconstruction}[config.evaluate.kind]
+    measure = {"reconstruction": evaluate_reconstruction}[config.evaluate.kind]
     result = measure(config, images, ranks, world.device)
     if ranks.is_main:
         chosen = config.evaluate
@@ -49,149 +45,6 @@ def _run(config: EvaluateJob, ranks: Ranks) -> int:
         log.info("%s; all of it is in %s", _said(result), out)
     close_world()
     return 0
-
-
-def _reconstruction(
-    config: EvaluateJob, images: ImageSet, ranks: Ranks, device: torch.device
-) -> dict[str, Any]:
-    import torch
-
-    from ldmscale.evaluation.frechet import FeatureSums, frechet_distance
-    from ldmscale.evaluation.held_out import ReconstructionScores
-    from ldmscale.frozen import open_distance, open_features
-    from ldmscale.models.autoencoder import KLAutoencoder
-    from ldmscale.parts import load
-    from ldmscale.stages.first_stage import digest
-
-    chosen = config.evaluate
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[chosen.precision]
-    parts = load(chosen.model, chosen.ema)
-    if parts.autoencoder is None:
-        raise ConfigError(f"evaluate.model={chosen.model} has no autoencoder: give an autoencoder's run")
-    _check_size(config, parts.autoencoder.downsampling)
-    identity = digest(parts.autoencoder)
-    autoencoder = parts.autoencoder.to(device, dtype)
-    distance = open_distance(
-        chosen.perceptual,
-        chosen.perceptual_weights,
-        chosen.perceptual_weights_sha256,
-        chosen.perceptual_heads,
-        chosen.perceptual_min_side,
-        device,
-        key="evaluate.perceptual",
-    )
-    extractor = open_features(
-        chosen.features,
-        chosen.features_weights,
-        chosen.features_weights_sha256,
-        device,
-        key="evaluate.features",
-    )
-    scores = ReconstructionScores(distance)
-    real = made = None
-    if extractor is not None:
-        real, made = FeatureSums(extractor.width, device), FeatureSums(extractor.width, device)
-    for batch in images.batches(chosen.rank_batch, ranks):
-        if not batch.counts:
-            continue  # every rank holds the whole model: nobody waits
-        pixels = batch.images.to(device).float() / 127.5 - 1
-        with torch.no_grad():
-            reconstructed = autoencoder(pixels.to(dtype), None)[0].float().clamp(-1, 1)
-            scores.add(batch.numbers, pixels, reconstructed)
-            if extractor is not None and real is not None and made is not None:
-                real.add(extractor(pixels))
-                made.add(extractor(reconstructed))
-    means = scores.means()
-    count, names, faults = images.identity()
-    metrics: dict[str, Any] = {"psnr_db": means["psnr_db"], "ssim": means["ssim"]}
-    if distance is not None:
-        metrics["perceptual"] = {"name": chosen.perceptual, "distance": means["perceptual"]}
-    if extractor is not None and real is not None and made is not None:
-        found = frechet_distance(real.gaussian(), made.gaussian())
-        name = extractor.distance
-        metrics[name] = found
-        if count <= extractor.width:
-            log.warning(
-                "%s of %d images: fewer than its %d features, so it depends on the number of images",
-                name,
-                count,
-                extractor.width,
-            )
-    return {
-        "metrics": metrics,
-        "protocol": {
-            "kind": "reconstruction",
-            "latent": "mean of the posterior" if isinstance(autoencoder, KLAutoencoder) else "nearest codes",
-            "model": {
-                "path": str(chosen.model),
-                "autoencoder": identity,
-                # What was measured, not what was asked for: a run may have kept no average.
-                "ema": parts.autoencoder_average is not None,
-                "average": parts.autoencoder_average,
-            },
-            "precision": chosen.precision,
-            "batch": chosen.rank_batch,
-            "images": count,
-            "sample_names_sha256": names,
-            "unreadable": faults,
-            "shards": list(images.index.shards),
-            "trained_on": _trained_on(chosen.model, images.index.shards),
-            "image_size": config.data.image_size,
-            "resize": "short side, antialiased bicubic (Pillow's filter, by torch), of the crop as it lies in the source",
-            "decoder": config.data.decoder,
-            "crop": "center",
-            "transparency": "over white",
-            "rounding": "8 bits for PSNR and SSIM",
-            "ssim": "11x11 Gaussian of sigma 1.5, K1 0.01, K2 0.03, each colour by itself, valid places",
-            "perceptual": _told(chosen.perceptual, None if distance is None else distance.sha256)
-            | ({"min_side": chosen.perceptual_min_side} if chosen.perceptual == "efficientnet_lite0" else {}),
-            "features": _told(chosen.features, None if extractor is None else extractor.sha256)
-            | ({} if extractor is None else {"input": extractor.preparation, "width": extractor.width}),
-            "versions": _versions(),
-        },
-        "ranks": ranks.size,
-    }
-
-
-def _check_size(config: EvaluateJob, factor: int) -> None:
-    size = config.data.image_size
-    if size is not None and size % factor:
-        raise ConfigError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")
-
-
-def _trained_on(model: str, shards: Sequence[str]) -> list[str] | None:
-    """Which of the shards the model was trained on; None where it does not say. More than none makes the figures flatter."""
-    from ldmscale.data.shards import expand
-    from ldmscale.run_folder import RunFolder
-
-    for folder in (Path(model), Path(model).parent.parent):
-        if not RunFolder(folder).config_file.exists():
-            continue
-        data = RunFolder(folder).config().get("data", {})
-        try:
-            sets = [data["shards"]] if isinstance(data["shards"], str) else data["shards"]
-            patterns = [entry["shards"] if isinstance(entry, dict) else entry for entry in sets]
-            known = {shard for pattern in patterns for shard in expand(pattern, allow_pipe=True)}
-        except (DataError, KeyError):
-            return None
-        common = sorted(known & set(shards))
-        if common:
-            log.warning("%d of %d shards were trained on: these figures flatter", len(common), len(shards))
-        return common
-    return None
-
-
-def _told(name: str, sha256: str | None) -> dict[str, Any]:
-    return {"name": name} if sha256 is None else {"name": name, "weights_sha256": sha256}
-
-
-def _versions() -> dict[str, str]:
-    import PIL
-    import torch
-
-    from ldmscale import __version__
-
-    return {"ldmscale": __version__, "torch": str(torch.__version__), "pillow": PIL.__version__}
 
 
 def _said(result: dict[str, Any]) -> str:

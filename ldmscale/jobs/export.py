@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldmscale.checkpoint.run_folder import is_foreign
 from ldmscale.config import ExportJob
-from ldmscale.jobs.start import configured
-from ldmscale.run_folder import is_foreign
+from ldmscale.config.load import configured
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 def main(overrides: Sequence[str]) -> int:
     """Export as configured; see `cli` for the exit status."""
     config, ranks = configured(ExportJob, overrides)
+    from ldmscale.inference.export_run import read_run
     from ldmscale.interop.reading import one_average, read
-    from ldmscale.interop.run import read_run
     from ldmscale.interop.writing import chosen, write
     from ldmscale.tracking.logs import set_up_logging
 

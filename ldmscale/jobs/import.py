@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldmscale.config import ImportJob, TextEncoderConfig, UNetConfig
-from ldmscale.jobs.start import configured
+from ldmscale.config.load import configured
 
 log = logging.getLogger(__name__)
 
@@ -17,10 +17,9 @@ def main(overrides: Sequence[str]) -> int:
     """Import as configured; see `cli` for the exit status."""
     config, ranks = configured(ImportJob, overrides)
     from ldmscale.interop.compvis import kinds_kept
-    from ldmscale.interop.files import appearing
     from ldmscale.interop.model import write_model
-    from ldmscale.interop.published import published_unets
-    from ldmscale.interop.reading import Given, add_tokenizer, read
+    from ldmscale.interop.reading import Given, add_tokenizer, published_unets, read
+    from ldmscale.storage.atomic import appearing
     from ldmscale.tracking.logs import set_up_logging
 
     set_up_logging(None, ranks)

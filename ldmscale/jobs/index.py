@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ldmscale.config import ClassEmbedderConfig, IndexJob, LayoutConfig
-from ldmscale.jobs.start import configured
+from ldmscale.config.load import configured
 
 if TYPE_CHECKING:
-    from ldmscale.data.condition_checks import ConditionChecks
+    from ldmscale.data.conditions.validation import ConditionChecks
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +22,13 @@ SHOWN = 50  # damages listed one by one on the console
 def main(overrides: Sequence[str]) -> int:
     """Index as configured. 0 if every sample can be used, 2 if something is damaged."""
     config, ranks = configured(IndexJob, overrides)
-    from ldmscale.data.index import IndexReport, check_shards
-    from ldmscale.data.mixture import Mixture
-    from ldmscale.data.shards import expand
+    from ldmscale.data.shards.mixture import Mixture
+    from ldmscale.data.shards.report import IndexReport, check_shards
+    from ldmscale.data.shards.urls import expand
     from ldmscale.distributed.collectives import gather_lists
-    from ldmscale.distributed.world import close_world, open_world
+    from ldmscale.distributed.process_group import close_world, open_world
     from ldmscale.errors import DataError
-    from ldmscale.jobs.open_index import selection_of, sets_of, storage_of
+    from ldmscale.setup.index import selection_of, sets_of, storage_of
     from ldmscale.tracking.logs import set_up_logging
 
     set_up_logging(None, ranks)
@@ -101,9 +101,9 @@ def conditions_of(config: IndexJob) -> ConditionChecks | None:
 
     Raises ConfigError where a file of names cannot be used.
     """
-    from ldmscale.data.condition_checks import Classes, ConditionChecks
-    from ldmscale.jobs.classes import FOUND, class_labels
-    from ldmscale.jobs.spatial import embeddings_reader
+    from ldmscale.data.conditions.validation import Classes, ConditionChecks
+    from ldmscale.setup.classes import FOUND, class_labels
+    from ldmscale.setup.index import embeddings_reader
 
     def classes(section: str, source: str, of: ClassEmbedderConfig | LayoutConfig | None) -> Classes | None:
         if of is None:

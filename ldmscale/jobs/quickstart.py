@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ldmscale.config import QuickstartJob
+from ldmscale.config.load import configured
+from ldmscale.config.typed import differences, plain
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import ConfigError
-from ldmscale.jobs.start import configured
-from ldmscale.validate import differences, plain
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(config: QuickstartJob, folder: Path) -> int:
-    from ldmscale.data.index import ShardIndex
-    from ldmscale.data.sources import prepare
+    from ldmscale.data.shards.index import ShardIndex
+    from ldmscale.data.sources.prepare import prepare
     from ldmscale.launcher import count_gpus, launch
 
     began = time.perf_counter()
@@ -103,7 +103,7 @@ def _run(config: QuickstartJob, folder: Path) -> int:
         seconds[arguments[0]] = time.perf_counter() - start
     log.info("5/5 samples and scores")
     start, spent = time.perf_counter(), _cpu_seconds()
-    from ldmscale.jobs.quickstart_score import score
+    from ldmscale.inference.prompt_score import score
 
     summary = score(
         folder, where["autoencoder"], [*prepared.train], [*prepared.heldout], source.image_size, config.score

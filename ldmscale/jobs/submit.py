@@ -13,17 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmscale.checks.cluster import check_cluster
-from ldmscale.cluster import frozen, queue
+from ldmscale.checkpoint.run_folder import RunFolder, latents_folder
+from ldmscale.cluster import slurm as queue
+from ldmscale.cluster import submission as frozen
 from ldmscale.cluster.chain import Stage, stages_of
-from ldmscale.cluster.script import render
-from ldmscale.compose import compose_job, compose_valid
+from ldmscale.cluster.slurm import render
 from ldmscale.config import JOBS, AutoencoderJob, ClusterConfig, DiffusionJob, Job, LatentsJob, SubmitJob
+from ldmscale.config.checks.cluster import check_cluster
+from ldmscale.config.compose import compose_job, compose_valid
+from ldmscale.config.load import resolved
+from ldmscale.config.resume import changes
+from ldmscale.config.typed import plain, read
 from ldmscale.distributed.environment import Ranks, in_slurm_step
 from ldmscale.errors import ConfigError
-from ldmscale.jobs.start import resolved
-from ldmscale.run_folder import RunFolder, latents_folder
-from ldmscale.validate import plain, read
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ def _plan(stage: Stage) -> Planned:
         raise ConfigError(list(dict.fromkeys(faults)))
     owner = _owner(config)
     if isinstance(config, (AutoencoderJob, DiffusionJob)):
-        RunFolder(owner).changes(plain(config))
+        changes(RunFolder(owner), plain(config))
     return Planned(stage.job, config, cluster, owner, ["ldmscale", stage.job, *of_job])
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ldmscale.config import WandbSyncJob
+from ldmscale.config.load import configured
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import DataError
-from ldmscale.jobs.start import configured
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def main(overrides: Sequence[str]) -> int:
     import numpy as np
     from PIL import Image
 
-    from ldmscale.run_folder import RunFolder
+    from ldmscale.checkpoint.run_folder import RunFolder
     from ldmscale.tracking.logs import set_up_logging
     from ldmscale.tracking.wandb_run import start_wandb
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ldmscale.models.lean import norm_silu
+from ldmscale.models.recompute import norm_silu
 
 NORM_GROUPS = 32  # of every published network; narrow ones need fewer, or a group is a single channel
 

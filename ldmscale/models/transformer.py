@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldmscale.models.attention import MultiHeadAttention, attention
 from ldmscale.models.layers import NORM_GROUPS, GroupNorm, LayerNorm, ZeroLinear
-from ldmscale.models.lean import geglu, geglu_linear
+from ldmscale.models.recompute import geglu, geglu_linear
 
 
 def tokens_of(x: Tensor) -> Tensor:

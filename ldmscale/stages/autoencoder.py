@@ -19,14 +19,14 @@ from torch import Tensor
 from ldmscale.evaluation.held_out import HeldOut
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.bottleneck import Bottleneck, Codes
-from ldmscale.stages import draws
-from ldmscale.stages.adversary import Adversary
+from ldmscale.stages import noise as draws
 from ldmscale.stages.codebook import CodebookKeeper
+from ldmscale.stages.gan import Adversary
 from ldmscale.stages.latent_scale import ScaleMeter
 from ldmscale.stages.log_variance import LogVariance
-from ldmscale.stages.pictures import side_by_side, to_uint8
-from ldmscale.train.ema import Averages, ShardedEma, main_average
-from ldmscale.train.engine import Engine
+from ldmscale.tracking.images import side_by_side, to_uint8
+from ldmscale.train.engine.ema import Averages, ShardedEma, main_average
+from ldmscale.train.engine.engine import Engine
 from ldmscale.train.stage import Batch, Picture
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ldmscale.distributed.collectives import gather_lists, sum_tensor_over_ranks
-from ldmscale.distributed.seeds import shuffled
-from ldmscale.train.ema import ShardedEma
-from ldmscale.train.engine import Engine
-from ldmscale.train.rewrite import overwrite_rows
+from ldmscale.distributed.rng import shuffled
+from ldmscale.train.engine.ema import ShardedEma
+from ldmscale.train.engine.engine import Engine
+from ldmscale.train.engine.write_rows import overwrite_rows
 
 log = logging.getLogger(__name__)
 

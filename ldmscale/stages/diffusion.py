@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldmscale.diffusion import process
+from ldmscale.diffusion.sample_latents import SamplerOptions, draw_latents, starting_noise
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks
@@ -18,17 +19,16 @@ from ldmscale.errors import CheckpointError
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.frozen_text import FrozenTextEncoder
-from ldmscale.stages import draws
+from ldmscale.stages import noise as draws
 from ldmscale.stages.conditions import batch_conditions
-from ldmscale.stages.drawing import SamplerOptions, draw_latents, starting_noise
 from ldmscale.stages.first_stage import FirstStage
-from ldmscale.stages.generation import GenerationFigures
+from ldmscale.stages.generation_metrics import GenerationFigures
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
-from ldmscale.stages.pictures import to_uint8
 from ldmscale.stages.validation import HeldOut, held_out_loss
+from ldmscale.tracking.images import to_uint8
 from ldmscale.tracking.metrics import PartialMean
-from ldmscale.train.ema import Averages, ShardedEma, main_average
-from ldmscale.train.engine import Engine
+from ldmscale.train.engine.ema import Averages, ShardedEma, main_average
+from ldmscale.train.engine.engine import Engine
 from ldmscale.train.stage import Batch, Picture
 
 

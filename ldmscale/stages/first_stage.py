@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmscale.models.bottleneck import Posterior
+from ldmscale.models.latent_scale import LatentScale, digest
 from ldmscale.models.pixels import FirstStageNetwork
-from ldmscale.models.tiles import decode_in_tiles, encode_in_tiles
-from ldmscale.stages import draws
-from ldmscale.stages.latent_scale import LatentScale
-
-
-def digest(autoencoder: nn.Module) -> str:
-    """Identifies an autoencoder by its weights in float32: latents of one digest never meet a decoder of another."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+from ldmscale.models.tiling import decode_in_tiles, encode_in_tiles
+from ldmscale.stages import noise as draws
 
 
 class FirstStage:
     """Encodes images and stored moments to scaled latents, and decodes them. Works in float32 (pain 23).
 
-    `tile_pixels` bounds its memory (models/tiles.py); None: images are encoded and decoded whole.
+    `tile_pixels` bounds its memory (models/tiling.py); None: images are encoded and decoded whole.
     """
 
     def __init__(

@@ -22,21 +22,21 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from ldmscale.data.chunks import Chunk, ChunkReader, Span
-from ldmscale.data.claims import Claim, Claims
-from ldmscale.data.items import ImageItem
-from ldmscale.data.latent_shards import LatentShardWriter, Source
-from ldmscale.data.latents import LatentFormat
-from ldmscale.data.ledger import Ledger
-from ldmscale.data.loader import calm_worker
-from ldmscale.data.samples import SampleReader
-from ldmscale.data.shards import is_local
-from ldmscale.data.storage import StoreError
-from ldmscale.distributed.lease import LeaseLostError
+from ldmscale.data.latents.format import LatentFormat
+from ldmscale.data.latents.work_queue import Claim, Claims
+from ldmscale.data.latents.writer import LatentShardWriter, Source
+from ldmscale.data.loading.loader import calm_worker
+from ldmscale.data.loading.shard_chunks import Chunk, ChunkReader, Span
+from ldmscale.data.loading.skipped_samples import Ledger
+from ldmscale.data.loading.transforms import ImageItem
+from ldmscale.data.shards.reader import SampleReader
+from ldmscale.data.shards.urls import is_local
 from ldmscale.errors import DataError
 from ldmscale.models.bottleneck import Posterior
-from ldmscale.stages import draws
+from ldmscale.stages import noise as draws
 from ldmscale.stages.first_stage import FirstStage
+from ldmscale.storage.lease import LeaseLostError
+from ldmscale.storage.object_store import StoreError
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldmscale.diffusion import process
 from ldmscale.diffusion.schedule import NoiseSchedule
-from ldmscale.stages import draws
+from ldmscale.stages import noise as draws
 from ldmscale.tracking.metrics import PartialMean
 
 

@@ -21,8 +21,8 @@ from ldmscale.models.denoiser import Denoiser
 from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.objective import Objective, add_noise
-from ldmscale.train.ema import ShardedEma
-from ldmscale.train.engine import Engine
+from ldmscale.train.engine.ema import ShardedEma
+from ldmscale.train.engine.engine import Engine
 from ldmscale.train.stage import Batch
 
 SEED = 20_220_408  # of noise and posterior, the same in every run

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from ldmscale.distributed.environment import Ranks
 from ldmscale.tracking.console import ProgressDisplay
+from ldmscale.tracking.images import tile, write_png
 from ldmscale.tracking.jsonl import MetricsFile
-from ldmscale.tracking.pictures import tile, write_png
 from ldmscale.tracking.wandb_run import WandbRun, start_wandb
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from ldmscale.tracking.metrics import PartialMean
-from ldmscale.train.ema import Averages
-from ldmscale.train.engine import Engine
+from ldmscale.train.engine.ema import Averages
+from ldmscale.train.engine.engine import Engine
 
 Batch = Mapping[str, Any]  # position int64 [b], key list[str], and what the stage's reader gave
 

@@ -15,22 +15,20 @@ from typing import Any
 from torch import Tensor
 
 from ldmscale.checkpoint.manager import CheckpointManager
-from ldmscale.data.budget import Budget, next_for_all
-from ldmscale.data.loader import Loader
+from ldmscale.data.loading.loader import Loader
+from ldmscale.data.loading.training_data import Budget, next_for_all
 from ldmscale.distributed.collectives import any_true_of, gather_lists, set_collective_timeout
-from ldmscale.distributed.heartbeat import Heartbeat
-from ldmscale.distributed.stop import StopFlag
+from ldmscale.distributed.preemption import StopFlag
+from ldmscale.distributed.watchdog import Heartbeat
 from ldmscale.errors import DataError, LdmscaleError
 from ldmscale.tracking.metrics import MetricSums
 from ldmscale.tracking.throughput import Throughput
 from ldmscale.tracking.tracker import Tracker
-from ldmscale.train.host_copies import HostCopies
-from ldmscale.train.pace import Pacer
-from ldmscale.train.probe import summary, verify
-from ldmscale.train.rehearsal import rehearse
-from ldmscale.train.safety import Guard
+from ldmscale.train.dry_run import rehearse
+from ldmscale.train.snapshot import HostCopies, restore, snapshot, snapshot_averages, summary, verify
 from ldmscale.train.stage import Batch, Stage
-from ldmscale.train.state import restore, snapshot, snapshot_averages
+from ldmscale.train.straggler import Pacer
+from ldmscale.train.update_guard import Guard
 
 log = logging.getLogger(__name__)
 

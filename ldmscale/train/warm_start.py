@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldmscale.checkpoint import Reader
+from ldmscale.checkpoint.shards import Reader
 from ldmscale.errors import CheckpointError
-from ldmscale.train.engine import Engine
-from ldmscale.train.state import frozen_fragments, whole_shape
+from ldmscale.train.engine.engine import Engine
+from ldmscale.train.snapshot import frozen_fragments, whole_shape
 
 
 class Weights(Protocol):

@@ -16,12 +16,12 @@ from benchmarks import ablation
 from benchmarks.ablation import MODELS, Judge, Point, plan, seconds_until, table, training
 from benchmarks.curves import Curve, draw_panels
 from ldmscale import build
-from ldmscale.checks import check
-from ldmscale.compose import compose_job
 from ldmscale.config import DiffusionJob
-from ldmscale.data.index import ShardIndex
-from ldmscale.jobs.quickstart_score import read_images
-from ldmscale.validate import read
+from ldmscale.config.checks import check
+from ldmscale.config.compose import compose_job
+from ldmscale.config.typed import read
+from ldmscale.data.shards.index import ShardIndex
+from ldmscale.inference.prompt_score import read_images
 
 
 def test_the_four_models_have_as_many_parameters_and_no_fault_but_their_missing_data(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from benchmarks.task_figures import (
     shards_of,
 )
 from benchmarks.tasks import TASKS, table, train_seconds
-from ldmscale.data.layouts import Box
+from ldmscale.data.conditions.boxes import Box
 
 LEFT, TOP = Box(3, 0.0, 0.0, 0.5, 1.0), Box(1, 0.0, 0.0, 1.0, 0.5)
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ldmscale.checkpoint import CheckpointManager, Piece, Retention
+from ldmscale.checkpoint.folders import Retention
+from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.checkpoint.shards import Piece
 
 Save = Callable[..., Path]
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ldmscale.checkpoint import CheckpointManager, Piece
+from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.checkpoint.shards import Piece
 from ldmscale.errors import CheckpointError
 
 

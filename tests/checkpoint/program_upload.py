@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ldmscale.checkpoint import CheckpointManager, Piece
+from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.checkpoint.shards import Piece
 
 folder, url, step, megabytes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 values = torch.full((megabytes << 18,), float(step))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmscale.checkpoint import CheckpointManager, Piece, Reader
+from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.checkpoint.shards import Piece, Reader
 from ldmscale.errors import CheckpointError
 
 

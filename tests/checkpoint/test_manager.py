@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmscale.checkpoint import CheckpointManager, Piece, Reader, Retention, newest_checkpoint
-from ldmscale.checkpoint.storage import COMPLETE, mark_complete
+from ldmscale.checkpoint.folders import Retention
+from ldmscale.checkpoint.manager import CheckpointManager, newest_checkpoint
+from ldmscale.checkpoint.shards import COMPLETE, Piece, Reader, mark_complete
 from ldmscale.errors import CheckpointError
 
 Save = Callable[..., Path]

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmscale.checkpoint import CheckpointManager, Piece
+from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.checkpoint.shards import Piece
 
 READ = """
 import sys
 from pathlib import Path
 import torch
-from ldmscale.checkpoint import Reader
+from ldmscale.checkpoint.shards import Reader
 
 def resident(name):
     return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0]) / 1024

@@ -17,10 +17,11 @@ from fault_proxy import FaultProxy
 from object_store import ObjectStore
 from processes import running
 
-from ldmscale.checkpoint import CheckpointManager, Piece, Reader
+from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.checkpoint.remote import RemoteCheckpoints
-from ldmscale.distributed.lease import LeaseLostError
+from ldmscale.checkpoint.shards import Piece, Reader
 from ldmscale.errors import CheckpointError
+from ldmscale.storage.lease import LeaseLostError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmscale.checkpoint import Reader
+from ldmscale.checkpoint.shards import Reader
 
 pytestmark = pytest.mark.distributed
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldmscale.checkpoint import CheckpointManager, Retention
-from ldmscale.checkpoint.folders import Kept, complete_checkpoints, staying
+from ldmscale.checkpoint.folders import Kept, Retention, complete_checkpoints, staying
+from ldmscale.checkpoint.manager import CheckpointManager
 
 
 def test_the_newest_two_stay_whatever_is_asked() -> None:

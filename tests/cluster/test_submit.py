@@ -7,10 +7,10 @@ import sys
 
 import yaml
 
-from ldmscale.checks.cluster import seconds
+from ldmscale.checkpoint.run_folder import git_revision
 from ldmscale.cluster.chain import stages_of
 from ldmscale.config import ClusterConfig
-from ldmscale.provenance import git_revision
+from ldmscale.config.checks.cluster import seconds
 
 SMOKE = ["diffusion", "experiment=smoke", "cluster=cpu"]
 
@@ -31,7 +31,7 @@ def test_a_submission_holds_all_that_the_job_reads(ldmscale, tmp_path):
     record = json.loads((frozen / "submission.json").read_text())
     assert record["packages"]["torch"] and len(record["code_sha256"]) == 64 and "slurm_job" not in record
     # Checkpoints of the frozen code name the revision that was frozen, though it is no checkout.
-    code = "from ldmscale.provenance import git_revision; print(git_revision())"
+    code = "from ldmscale.checkpoint.run_folder import git_revision; print(git_revision())"
     asked = subprocess.run(
         [sys.executable, "-c", code], cwd=frozen / "code", env=os.environ | {"PYTHONPATH": str(frozen / "code")},
         capture_output=True, text=True, timeout=240, check=True,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ldmscale.diffusion.multistep import dpmpp_2m, plms
 from ldmscale.diffusion.samplers import ddim, ddpm, euler
 from ldmscale.diffusion.schedule import NoiseSchedule
-from ldmscale.diffusion.spacing import Path, path_of
+from ldmscale.diffusion.timesteps import Path, path_of
 
 MEAN, SPREAD = 0.7, 0.4  # of the data: x0 is normal with this mean and standard deviation
 FINE = NoiseSchedule.make("scaled_linear", 100_000, 8.5e-6, 1.2e-4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldmscale.diffusion.multistep import dpmpp_2m, plms
 from ldmscale.diffusion.samplers import ddim, ddpm, euler
 from ldmscale.diffusion.schedule import NoiseSchedule
-from ldmscale.diffusion.spacing import path_of
+from ldmscale.diffusion.timesteps import path_of
 
 PUBLISHED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 THEIR_NAME = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

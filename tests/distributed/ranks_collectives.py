@@ -12,8 +12,8 @@ import torch
 
 from ldmscale.distributed import collectives
 from ldmscale.distributed.environment import read_ranks
-from ldmscale.distributed.stop import StopFlag
-from ldmscale.distributed.world import close_world, open_world
+from ldmscale.distributed.preemption import StopFlag
+from ldmscale.distributed.process_group import close_world, open_world
 from ldmscale.tracking.metrics import MetricSums
 
 ranks = read_ranks()

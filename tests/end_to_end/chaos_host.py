@@ -30,18 +30,18 @@ import torch
 import torch._dynamo  # optimisers import it, and sympy with it: half of a start otherwise
 import torch.distributed.fsdp
 
-import ldmscale.attention_choice
+import ldmscale.builders.attention
+import ldmscale.inference.load
 import ldmscale.jobs.autoencoder
 import ldmscale.jobs.diffusion
-import ldmscale.jobs.first_stage
 import ldmscale.jobs.latents
-import ldmscale.jobs.training
-import ldmscale.parts
+import ldmscale.setup.first_stage
+import ldmscale.setup.trainer
 import ldmscale.stages.autoencoder
 import ldmscale.stages.diffusion  # noqa: F401
 from ldmscale import cli, launcher
-from ldmscale.data import loader
-from ldmscale.jobs import loaders
+from ldmscale.data.loading import loader
+from ldmscale.setup import dataloaders as loaders
 
 # What waits for the dead waits for less here.
 launcher._PATIENCE_AFTER_FAILURE = 0.3

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from ldmscale import load
-from ldmscale.compose import compose_job
+from ldmscale.builders.networks import build_autoencoder, build_discriminator
 from ldmscale.config import AutoencoderJob
-from ldmscale.data.index import ShardIndex
-from ldmscale.data.items import ImageItem
-from ldmscale.data.loader import Loader
-from ldmscale.networks import build_autoencoder, build_discriminator
-from ldmscale.stages import draws
-from ldmscale.validate import read
+from ldmscale.config.compose import compose_job
+from ldmscale.config.typed import read
+from ldmscale.data.loading.loader import Loader
+from ldmscale.data.loading.transforms import ImageItem
+from ldmscale.data.shards.index import ShardIndex
+from ldmscale.stages import noise as draws
 
 pytestmark = pytest.mark.distributed
 

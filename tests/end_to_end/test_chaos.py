@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldmscale.checkpoint import Reader
 from ldmscale.checkpoint.folders import complete_checkpoints
+from ldmscale.checkpoint.shards import Reader
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(2400)]
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from ldmscale import load
-from ldmscale.jobs.synthetic import synthetic_shards
+from ldmscale.data.sources.synthetic import synthetic_shards
 
 pytestmark = pytest.mark.distributed
 

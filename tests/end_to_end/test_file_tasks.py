@@ -12,12 +12,12 @@ import webdataset
 from PIL import Image
 
 import ldmscale as library
-from ldmscale.data.layouts import Box
+from ldmscale.data.conditions.boxes import Box
 from ldmscale.errors import ConfigError
-from ldmscale.jobs.sample_conditions import Told
-from ldmscale.jobs.sample_set import Wanted
+from ldmscale.inference.condition_files import Told
+from ldmscale.inference.image_set import Wanted
+from ldmscale.inference.sample import conditions_of
 from ldmscale.models.conditions import Conditions
-from ldmscale.sampling import conditions_of
 
 pytestmark = pytest.mark.distributed
 

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 import ldmscale as library
-from ldmscale.checks import check
-from ldmscale.compose import compose_job
 from ldmscale.config import DiffusionJob
+from ldmscale.config.checks import check
+from ldmscale.config.compose import compose_job
+from ldmscale.config.typed import read
 from ldmscale.errors import CheckpointError, ConfigError
 from ldmscale.models.conditions import Conditions
-from ldmscale.validate import read
 
 pytestmark = pytest.mark.distributed
 

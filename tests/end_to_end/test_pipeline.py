@@ -18,13 +18,14 @@ from PIL import Image
 from processes import running
 
 import ldmscale as library
-from ldmscale.data.items import LatentItem
-from ldmscale.data.latents import LatentManifest
-from ldmscale.data.loader import Loader
-from ldmscale.data.mixture import Mixture, WeightedShards
+from ldmscale.builders.feature_networks import open_features
+from ldmscale.data.latents.format import LatentManifest
+from ldmscale.data.loading.loader import Loader
+from ldmscale.data.loading.transforms import LatentItem
+from ldmscale.data.shards.mixture import Mixture, WeightedShards
 from ldmscale.evaluation.frechet import FeatureSums, frechet_distance
-from ldmscale.frozen import open_features
-from ldmscale.stages.first_stage import FirstStage, digest
+from ldmscale.models.latent_scale import digest
+from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.validation import SEED
 
 pytestmark = pytest.mark.distributed

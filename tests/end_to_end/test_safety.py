@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import ldmscale as library
-from ldmscale.data.latent_shards import LatentShardWriter, finish_set
-from ldmscale.data.latents import LatentFormat
-from ldmscale.data.order import Order
+from ldmscale.data.latents.format import LatentFormat
+from ldmscale.data.latents.writer import LatentShardWriter, finish_set
+from ldmscale.data.order.shuffle import Order
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import ldmscale as library
-from ldmscale.checkpoint import Reader, newest_checkpoint
+from ldmscale.checkpoint.manager import newest_checkpoint
+from ldmscale.checkpoint.shards import Reader
 from ldmscale.errors import ConfigError
 
 pytestmark = pytest.mark.distributed

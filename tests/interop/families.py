@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldmscale.builders.networks import build_autoencoder, build_text_encoder, build_unet
 from ldmscale.config import (
     AutoencoderConfig,
     ClassEmbedderConfig,
@@ -16,11 +17,10 @@ from ldmscale.config import (
     TextEncoderConfig,
     UNetConfig,
 )
-from ldmscale.data.tokens import SPECIAL
+from ldmscale.data.tokenizers.bert import SPECIAL
 from ldmscale.interop.compvis import to_state
 from ldmscale.interop.model import Model, Part
 from ldmscale.models.conditions import ClassEmbedder, SpatialRescaler
-from ldmscale.networks import build_autoencoder, build_text_encoder, build_unet
 
 
 def unet(**changes) -> UNetConfig:

@@ -8,14 +8,14 @@ import pytest
 import torch
 import yaml
 
-from ldmscale.compose import config_folder
+from ldmscale.builders.networks import build_autoencoder, build_text_encoder, build_unet
 from ldmscale.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config.compose import config_folder
 from ldmscale.interop import compvis_names as names_there
 from ldmscale.interop import compvis_shapes as shapes_there
 from ldmscale.interop import diffusers_config
-from ldmscale.interop.published import published_unets
-from ldmscale.interop.slots import Slot
-from ldmscale.networks import build_autoencoder, build_text_encoder, build_unet
+from ldmscale.interop.reading import published_unets
+from ldmscale.interop.tensor_map import Slot
 
 
 def configs(group: str, kind: type) -> dict:

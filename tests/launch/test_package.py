@@ -31,7 +31,9 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = run(sys.executable, "-c", "from ldmscale.compose import config_folder; print(config_folder())")
+    where = run(
+        sys.executable, "-c", "from ldmscale.config.compose import config_folder; print(config_folder())"
+    )
     assert Path(where.strip()) == site / "ldmscale" / "conf"
     assert "unet:" in run(sys.executable, "-m", "ldmscale", "diffusion", "--cfg", "job")
     local_sh = str(site / "ldmscale" / "launch" / "local.sh")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldmscale.compose import compose_job
+from ldmscale.builders.feature_networks import build_distance, open_features, weights_file
 from ldmscale.config import AutoencoderJob
+from ldmscale.config.compose import compose_job
+from ldmscale.config.typed import read
 from ldmscale.errors import ConfigError
-from ldmscale.frozen import build_distance, open_features, weights_file
 from ldmscale.models.perceptual import EFFICIENTNET_LITE0_SHA256
-from ldmscale.validate import read
 
 CPU = torch.device("cpu")
 

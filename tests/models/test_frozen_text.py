@@ -7,10 +7,10 @@ import text_folders
 import torch
 from transformers import AutoTokenizer, CLIPModel, CLIPTextModel, T5EncoderModel
 
+from ldmscale.builders.text_encoders import bare_text_encoder, open_text_encoder
 from ldmscale.config import FrozenTextConfig
-from ldmscale.data.encoder_tokens import EncoderTokenizer, keep
+from ldmscale.data.tokenizers.pretrained import EncoderTokenizer, keep
 from ldmscale.errors import ConfigError, DataError
-from ldmscale.frozen_text import bare_text_encoder, open_text_encoder
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.unet import UNet

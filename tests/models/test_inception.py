@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldmscale.builders.feature_networks import open_features
 from ldmscale.errors import ConfigError
-from ldmscale.frozen import open_features
 from ldmscale.models.inception import Inception
 from ldmscale.models.perceptual import file_sha256
 

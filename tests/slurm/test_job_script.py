@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from real_cluster import Cluster, until
 
-from ldmscale.cluster.frozen import Frozen
-from ldmscale.cluster.script import render
+from ldmscale.cluster.slurm import render
+from ldmscale.cluster.submission import Frozen
 from ldmscale.config import ClusterConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]

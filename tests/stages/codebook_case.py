@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from gan_stage import batch, stage_of
 
-from ldmscale.checkpoint import CheckpointManager
+from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.stages.autoencoder import AutoencoderStage
 from ldmscale.stages.codebook import PARAMETER, CodebookOptions
-from ldmscale.train.state import restore, snapshot
+from ldmscale.train.snapshot import restore, snapshot
 
 ROUNDS, REVIVE = 4, 3
 OPTIONS = CodebookOptions(24, True, ROUNDS, REVIVE, 4, 1.0)  # alarmed at every usage below 1

@@ -8,12 +8,13 @@ import gan_case as case
 import torch
 import torch.distributed as dist
 
-from ldmscale.stages.adversary import Adversary, AdversaryTerms, RealAndFake
 from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms
 from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
+from ldmscale.stages.gan import Adversary, AdversaryTerms, RealAndFake
 from ldmscale.stages.log_variance import LogVariance
-from ldmscale.train.ema import ShardedEma
-from ldmscale.train.engine import Engine, EngineOptions, sharded_construction
+from ldmscale.train.engine.ema import ShardedEma
+from ldmscale.train.engine.engine import Engine, sharded_construction
+from ldmscale.train.engine.options import EngineOptions
 from ldmscale.train.stage import Batch
 
 DEVICE = torch.device("cpu")

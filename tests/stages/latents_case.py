@@ -16,22 +16,22 @@ import torch
 import webdataset
 from PIL import Image
 
-from ldmscale.data.claims import Claims
-from ldmscale.data.index import ShardIndex
-from ldmscale.data.items import ImageItem
-from ldmscale.data.latent_shards import LatentShardWriter, finish_set, is_finished
-from ldmscale.data.latent_store import LatentStore, place_of
-from ldmscale.data.latents import LatentFormat, LatentManifest
-from ldmscale.data.ledger import Ledger
-from ldmscale.data.samples import SampleReader
-from ldmscale.data.storage import Storage
-from ldmscale.data.tokens import Tokenizer, train_wordpiece
-from ldmscale.distributed.lease import LeaseLostError
+from ldmscale.data.latents.format import LatentFormat, LatentManifest
+from ldmscale.data.latents.store import LatentStore, place_of
+from ldmscale.data.latents.work_queue import Claims
+from ldmscale.data.latents.writer import LatentShardWriter, finish_set, is_finished
+from ldmscale.data.loading.skipped_samples import Ledger
+from ldmscale.data.loading.transforms import ImageItem
+from ldmscale.data.shards.index import ShardIndex
+from ldmscale.data.shards.reader import SampleReader
+from ldmscale.data.tokenizers.bert import Tokenizer, train_wordpiece
 from ldmscale.errors import DataError
 from ldmscale.models.autoencoder import KLAutoencoder
-from ldmscale.stages.first_stage import FirstStage, digest
-from ldmscale.stages.latent_scale import LatentScale
+from ldmscale.models.latent_scale import LatentScale, digest
+from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latents import LatentsWork, make_shards
+from ldmscale.storage.lease import LeaseLostError
+from ldmscale.storage.object_store import Storage
 
 SHARDS, IN_EACH, SIZE = 24, 7, 32
 FORK = multiprocessing.get_context("fork")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from gan_stage import DEVICE, batch, stage_of
 
 from ldmscale.distributed.collectives import mean_over_ranks
-from ldmscale.train.engine import connect, disconnect
+from ldmscale.train.engine.process import connect, disconnect
 
 
 def trained(setting: case.Case, zero: int) -> list[dict[str, float]]:

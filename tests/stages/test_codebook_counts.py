@@ -9,7 +9,9 @@ import torch
 
 from ldmscale.models.autoencoder import VQAutoencoder
 from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
-from ldmscale.train.engine import Engine, EngineOptions, connect, disconnect
+from ldmscale.train.engine.engine import Engine
+from ldmscale.train.engine.options import EngineOptions
+from ldmscale.train.engine.process import connect, disconnect
 
 DEVICE = torch.device("cpu")
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from ldmscale.diffusion.process import drop_mask
+from ldmscale.diffusion.sample_latents import starting_noise
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
-from ldmscale.stages import draws
-from ldmscale.stages.drawing import starting_noise
+from ldmscale.stages import noise as draws
 
 
 def test_draws_of_a_sample_do_not_depend_on_its_batch():

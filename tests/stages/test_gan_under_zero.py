@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldmscale.distributed.seeds import shuffled
+from ldmscale.distributed.rng import shuffled
 from ldmscale.launcher import run_ranks, shared_environment
 
 HERE = Path(__file__).parent

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ldmscale.stages.latent_scale import LatentScale, ScaleMeter
+from ldmscale.models.latent_scale import LatentScale
+from ldmscale.stages.latent_scale import ScaleMeter
 
 
 def drawn() -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,17 +35,17 @@ from latents_case import (
     write_images,
 )
 
-from ldmscale.data.claims import Claims
-from ldmscale.data.index import ShardIndex
-from ldmscale.data.items import LatentItem
-from ldmscale.data.latent_shards import LatentShardWriter, finish_set, is_finished
-from ldmscale.data.latents import LatentManifest, read_latent
-from ldmscale.data.ledger import read_ledger
-from ldmscale.data.loader import Loader
-from ldmscale.data.samples import Sample
-from ldmscale.data.tokens import Tokenizer
+from ldmscale.data.latents.format import LatentManifest, read_latent
+from ldmscale.data.latents.work_queue import Claims
+from ldmscale.data.latents.writer import LatentShardWriter, finish_set, is_finished
+from ldmscale.data.loading.loader import Loader
+from ldmscale.data.loading.skipped_samples import read_ledger
+from ldmscale.data.loading.transforms import LatentItem
+from ldmscale.data.shards.index import ShardIndex
+from ldmscale.data.shards.reader import Sample
+from ldmscale.data.tokenizers.bert import Tokenizer
+from ldmscale.models.latent_scale import LatentScale
 from ldmscale.stages.first_stage import FirstStage
-from ldmscale.stages.latent_scale import LatentScale
 from ldmscale.stages.latents import make_shards
 
 

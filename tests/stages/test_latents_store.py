@@ -29,11 +29,11 @@ from latents_case import (
     write_images,
 )
 
-from ldmscale.data.claims import Claims
-from ldmscale.data.latent_shards import LatentShardWriter, finish_set, is_finished
-from ldmscale.data.latent_store import LatentStore
-from ldmscale.data.storage import Storage
+from ldmscale.data.latents.store import LatentStore
+from ldmscale.data.latents.work_queue import Claims
+from ldmscale.data.latents.writer import LatentShardWriter, finish_set, is_finished
 from ldmscale.errors import DataError
+from ldmscale.storage.object_store import Storage
 
 SHARD = "00000.tar"
 

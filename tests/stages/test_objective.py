@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from ldmscale.compose import compose_job
 from ldmscale.config import DiffusionJob
+from ldmscale.config.compose import compose_job
+from ldmscale.config.typed import read
 from ldmscale.diffusion import process
 from ldmscale.diffusion.schedule import NoiseSchedule
-from ldmscale.networks import build_objective
-from ldmscale.stages import draws
+from ldmscale.setup.diffusion import build_objective
+from ldmscale.stages import noise as draws
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
-from ldmscale.validate import read
 
 SCHEDULE = NoiseSchedule.make("scaled_linear", 1000, 0.00085, 0.012)
 POSITIONS = list(range(100, 164))

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ldmscale import Parts, build, sample
-from ldmscale.data.tokens import Tokenizer, train_wordpiece
+from ldmscale.data.tokenizers.bert import Tokenizer, train_wordpiece
+from ldmscale.diffusion.sample_latents import SamplerOptions, follow, starting_noise
 from ldmscale.diffusion.schedule import NoiseSchedule
-from ldmscale.diffusion.spacing import path_of
+from ldmscale.diffusion.timesteps import path_of
 from ldmscale.errors import ConfigError
-from ldmscale.sampling import conditions_of
-from ldmscale.stages.drawing import SamplerOptions, follow, starting_noise
-from ldmscale.stages.latent_scale import LatentScale
+from ldmscale.inference.sample import conditions_of
+from ldmscale.models.latent_scale import LatentScale
 
 PROMPTS = ["red circle", "blue square", "green triangle"]
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ldmscale.distributed.environment import Ranks
-from ldmscale.tracking.pictures import tile
+from ldmscale.tracking.images import tile
 from ldmscale.tracking.tracker import Tracker
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -16,12 +16,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from toy import Judge, Toy, batch
 
-from ldmscale.checkpoint import CheckpointManager
+from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.errors import CheckpointError
-from ldmscale.train.ema import PowerEma, ShardedEma
-from ldmscale.train.engine import Engine, EngineOptions, connect, disconnect, sharded_construction
-from ldmscale.train.rates import learning_rate
-from ldmscale.train.state import restore, snapshot
+from ldmscale.train.engine.ema import PowerEma, ShardedEma
+from ldmscale.train.engine.engine import Engine, sharded_construction
+from ldmscale.train.engine.optim import learning_rate
+from ldmscale.train.engine.options import EngineOptions
+from ldmscale.train.engine.process import connect, disconnect
+from ldmscale.train.snapshot import restore, snapshot
 
 DEVICE = torch.device("cpu")
 GLOBAL_BATCH, MIDDLE, END = 12, 4, 8

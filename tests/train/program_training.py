@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import Block, RealAndFake, Toy, batch
 
-from ldmscale.averaging import chosen_weights
-from ldmscale.checkpoint import CheckpointManager, Reader, Retention
-from ldmscale.checkpoint.folders import complete_checkpoints
-from ldmscale.train.ema import PowerEma, ShardedEma
-from ldmscale.train.engine import Engine, EngineOptions, connect, disconnect, sharded_construction
-from ldmscale.train.state import snapshot, snapshot_averages
+from ldmscale.checkpoint.folders import Retention, complete_checkpoints
+from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.checkpoint.shards import Reader
+from ldmscale.inference.averages import chosen_weights
+from ldmscale.train.engine.ema import PowerEma, ShardedEma
+from ldmscale.train.engine.engine import Engine, sharded_construction
+from ldmscale.train.engine.options import EngineOptions
+from ldmscale.train.engine.process import connect, disconnect
+from ldmscale.train.snapshot import snapshot, snapshot_averages
 
 DEVICE = torch.device("cpu")
 STEPS, GLOBAL_BATCH, ACCUMULATION, CLIP, RATE, DECAY = 10, 12, 2, 0.3, 1e-2, 0.9

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmscale.checkpoint import Reader
+from ldmscale.checkpoint.shards import Reader
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -1,0 +1,44 @@
+"""A run whose folder is gone comes back from the copies behind `checkpoint.url`: what it is, and what it has told."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ldmscale.checkpoint.remote import RemoteCheckpoints
+from ldmscale.checkpoint.run_folder import RunFolder
+from ldmscale.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Uploaded with every checkpoint. The configuration and the identity of the run are in the manifest.
+BESIDE = ("metrics.jsonl", "skipped_steps.jsonl", "classes.json", "tokenizer")
+
+
+def recover(folder: RunFolder, url: str | None) -> None:
+    """Write configuration, W&B's id and metrics of the run behind `url` into a folder that holds no run yet; rank 0 only.
+
+    Then the run is resumed like any other: a configuration that differs is refused or told. Raises ConfigError if the
+    store cannot be read: whether the run is new is then not known, and a new one would replace the other's checkpoints.
+    """
+    if url is None or folder.config_file.exists():
+        return
+    store = RemoteCheckpoints(url)
+    try:
+        steps = store.steps()
+        if not steps:
+            return
+        about: dict[str, Any] = store.state(steps[-1]).get("run", {})
+        names = store.get_beside(folder.path)
+    except Exception as error:  # each store's library has its own
+        raise ConfigError(
+            f"checkpoint.url={url} cannot be read ({error!r}), and {folder.path} holds no run: whether a run is to be "
+            "resumed is not known. Mend the access to the store, or give checkpoint.url=null to begin a new run"
+        ) from error
+    log.warning(
+        "%s is gone: the run goes on from %s (%s)", folder.path, url, ", ".join(names) or "no metrics"
+    )
+    if about.get("wandb_id") is not None:
+        folder.note({**folder.identity(), "wandb_id": about["wandb_id"]})
+    if about.get("config") is not None:
+        folder.settle_config(about["config"])  # last: from here on the folder holds the run

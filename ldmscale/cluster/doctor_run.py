@@ -1,0 +1,196 @@
+"""A run that stopped, failed or hangs: what its folder tells, and what follows from it. Needs no device and no ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldmscale.checkpoint.folders import complete_checkpoints
+from ldmscale.checkpoint.manager import newest_checkpoint
+from ldmscale.checkpoint.run_folder import RunFolder
+from ldmscale.checkpoint.shards import Reader
+from ldmscale.distributed.watchdog import Beat, odd_ranks, read_beats
+from ldmscale.errors import CheckpointError
+from ldmscale.storage.lease import newest_holder
+
+_TAIL_BYTES = 64 * 1024
+_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|^\w*(Error|Exception)\b: |^Traceback")
+_SHOWN_RANKS = 8
+
+
+def examine_run(folder: RunFolder, beat_seconds: float = 15.0) -> Findings:
+    """What happened to the run in `folder`. Raises ConfigError where it is no run folder."""
+    config = folder.config()
+    found = Findings()
+    identity = folder.identity()
+    last = _last_metrics(folder.path / "metrics.jsonl")
+    target = config.get("train", {}).get("max_steps")
+    found.values["run"] = (
+        f"{config['job']}, {identity['attempts']} starts, the last on {identity.get('started', '?')}"
+    )
+    if last is not None:
+        age = time.time() - (folder.path / "metrics.jsonl").stat().st_mtime
+        found.values["progress"] = f"step {last['step']} of {target}, last line of metrics {_ago(age)} ago"
+    _checkpoints(folder, found)
+    finished = identity.get("finished_step")
+    if finished is not None:
+        found.values["state"] = f"finished at step {finished}"
+        return found
+    _holder(folder, found)
+    _beats(folder, int(identity["attempts"]), beat_seconds, found)
+    _errors(folder.path / "logs", found)
+    _ledger(folder.ledger, found)
+    _submissions(folder.path, found)
+    return found
+
+
+def _checkpoints(folder: RunFolder, found: Findings) -> None:
+    complete = complete_checkpoints(folder.checkpoints)
+    newest = newest_checkpoint(folder.checkpoints)
+    torn = [
+        p.name
+        for p in folder.checkpoints.glob("*")
+        if p.is_dir() and p not in complete and not p.name.startswith(".")
+    ]
+    names = ", ".join(path.name for path in complete) or "none"
+    found.values["checkpoints"] = names
+    if newest is not None:
+        try:
+            wrong = Reader(newest).wrong_hashes()
+        except CheckpointError as error:
+            wrong = [str(error)]
+        if wrong:
+            found.warnings.append(f"{newest.name} does not hold ({wrong[0]}): a resume takes the one before")
+        else:
+            found.values["checkpoints"] += f"; {newest.name} was read whole, and its checksums hold"
+    else:
+        found.warnings.append("there is no complete checkpoint: a resume begins at step 0")
+    if torn:
+        found.warnings.append(f"left behind by an interrupted save, and ignored: {', '.join(sorted(torn))}")
+
+
+def _holder(folder: RunFolder, found: Findings) -> None:
+    holder = newest_holder(folder.path / "lease") if (folder.path / "lease").is_dir() else None
+    if holder is None:
+        found.values["state"] = "never started"
+    elif holder.released:
+        found.values["state"] = "ended by itself, unfinished: start the same command again"
+    elif holder.dead:
+        found.values["state"] = f"was killed: {holder.told()} is gone; start the same command again"
+    else:
+        found.values["state"] = f"held by {holder.told()}"
+
+
+def _beats(folder: RunFolder, attempt: int, beat_seconds: float, found: Findings) -> None:
+    beats = [beat for beat in read_beats(folder.path) if beat.attempt == attempt]
+    if not beats:
+        return
+    size = max(beat.rank for beat in beats) + 1
+    places = Counter((beat.step, beat.phase) for beat in beats)
+    told = [f"{count} in phase {phase} after step {step}" for (step, phase), count in places.most_common(4)]
+    youngest = min(beat.age_seconds for beat in beats)
+    found.values["ranks"] = f"{len(beats)}: {', '.join(told)}; last heard of {_ago(youngest)} ago"
+    if {beat.phase for beat in beats} == {"end"}:
+        return
+    # Seen from the last sign of life of any rank: after a crash all of them are silent.
+    then = [Beat(**{**vars(beat), "age_seconds": beat.age_seconds - youngest}) for beat in beats]
+    found.values["odd ranks"] = odd_ranks(then, size, attempt, beat_seconds)
+
+
+def _errors(logs: Path, found: Findings) -> None:
+    """The last error of each rank, those that fewest ranks share first: the first to fail fails alone."""
+    last: dict[int, str] = {}
+    for path in sorted(logs.glob("rank_*.log")):
+        lines = [line for line in _tail(path).splitlines() if _ERROR.search(line)]
+        if lines:
+            last[int(path.stem.removeprefix("rank_"))] = lines[-1].strip()[:300]
+    kinds = Counter(_kind(text) for text in last.values())
+    ordered = sorted(last, key=lambda rank: (kinds[_kind(last[rank])], rank))
+    for rank in ordered[:_SHOWN_RANKS]:
+        found.values[f"rank {rank} said"] = last[rank]
+    stacks = sorted(path.name for path in logs.glob("stacks_*.txt"))
+    if stacks:
+        found.values["stacks"] = f"{len(stacks)} ranks left theirs when the run hung: {logs}/{stacks[0]} ..."
+
+
+def _ledger(path: Path, found: Findings) -> None:
+    if path.exists() and (lines := _tail(path).splitlines()[1:]):
+        reasons = Counter(_field(line, "reason").split(":")[0][:60] for line in lines)
+        found.values["data ledger"] = ", ".join(
+            f"{count} x {reason}" for reason, count in reasons.most_common(3)
+        )
+
+
+def _submissions(folder: Path, found: Findings) -> None:
+    records = sorted((folder / "submissions").glob("[0-9]*/submission.json"))
+    if records:
+        record = json.loads(records[-1].read_text())
+        found.values["submission"] = (
+            f"{records[-1].parent.name}, Slurm job {record.get('slurm_job', 'not queued')}"
+        )
+        outputs = sorted((folder / "logs").glob("slurm_*.out"), key=lambda path: path.stat().st_mtime)
+        said = [line for line in _tail(outputs[-1]).splitlines() if " ldmscale: " in line] if outputs else []
+        if said:
+            found.values["Slurm said last"] = said[-1][:300]
+    bad = folder / "bad_nodes.txt"
+    if bad.exists() and (names := sorted(set(bad.read_text().split()))):
+        found.warnings.append(f"nodes found bad, left out of requeues: {', '.join(names)} ({bad})")
+
+
+def _last_metrics(path: Path) -> dict[str, Any] | None:
+    for line in reversed(_tail(path).splitlines()):
+        try:
+            values: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
+        return values
+    return None
+
+
+def _tail(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _field(line: str, name: str) -> str:
+    try:
+        return str(json.loads(line).get(name, "?"))
+    except ValueError:
+        return "?"
+
+
+def _kind(text: str) -> str:
+    return re.sub(r"[\d.:\-/]+", "#", text)
+
+
+def _ago(seconds: float) -> str:
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{max(0.0, seconds) / size:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+@dataclass
+class Findings:
+    """Values to show, `faults` that keep a run from working, and `warnings` about what will hurt it."""
+
+    values: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def told(self) -> str:
+        """All of it, in aligned lines."""
+        width = max((len(name) for name in self.values), default=0)
+        lines = [f"  {name:<{width}}  {value}" for name, value in self.values.items()]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        lines += [f"  fault: {fault}" for fault in self.faults]
+        return "\n".join(lines)

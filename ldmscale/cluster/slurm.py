@@ -1,0 +1,134 @@
+"""The job script: sbatch's options from the cluster's facts, then the body in slurm/job.sbatch."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldmscale.cluster.submission import Frozen
+from ldmscale.config import ClusterConfig
+from ldmscale.errors import ConfigError
+
+_BODY_BEGINS = "set -euo pipefail"
+
+
+def body_file() -> Path:
+    """slurm/job.sbatch, inside the installed package or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "slurm" / "job.sbatch"
+    return inside if inside.is_file() else package.parent / "slurm" / "job.sbatch"
+
+
+def render(frozen: Frozen, job: str, name: str, logs: Path, directory: Path, cluster: ClusterConfig) -> str:
+    """The script of one submission.
+
+    Args:
+        frozen: the submission; the script names its folder.
+        job: of ldmscale. name: shown by squeue.
+        logs: folder that receives the output, appended at each attempt.
+        directory: in which the ranks start; relative paths of the configuration are meant from there.
+        cluster: what is asked of Slurm.
+    """
+    body = body_file().read_text()
+    body = body[body.index(_BODY_BEGINS) :]
+    values = {
+        "JOB": job,
+        "FROZEN": str(frozen.folder),
+        "PYTHON": cluster.python or sys.executable,
+        "MAX_REQUEUES": str(cluster.max_requeues),
+        "MAX_FAILURES": str(cluster.max_failures_without_progress),
+    }
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {job}: rendered by `ldmscale submit`; everything that it reads lies beside it.",
+        *(f"#SBATCH {option}" for option in options(name, logs, directory, cluster)),
+        "",
+        *(f"LDMSCALE_{key}={shlex.quote(value)}" for key, value in values.items()),
+        *(f"export {key}={shlex.quote(value)}" for key, value in sorted(cluster.environment.items())),
+        *cluster.setup,
+        "",
+    ]
+    return "\n".join(lines) + body
+
+
+def options(name: str, logs: Path, directory: Path, cluster: ClusterConfig) -> list[str]:
+    """Options of sbatch, one a line."""
+    nodes = f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else str(cluster.nodes)
+    pattern = "slurm_%A_%a.out" if cluster.array else "slurm_%j.out"
+    given = [
+        ("job-name", name),
+        ("nodes", nodes),
+        ("ntasks-per-node", cluster.tasks_per_node),
+        ("gpus-per-node", cluster.gpus_per_node or None),
+        ("cpus-per-task", cluster.cpus_per_task),
+        ("mem", cluster.memory_per_node),
+        ("time", cluster.time),
+        ("partition", cluster.partition),
+        ("account", cluster.account),
+        ("qos", cluster.qos),
+        ("constraint", cluster.constraint),
+        ("exclude", ",".join(cluster.exclude) or None),
+        ("array", f"0-{cluster.array - 1}" if cluster.array else None),
+        ("signal", f"B:USR1@{cluster.stop_before_end_seconds}"),
+        ("chdir", directory),
+        ("output", logs / pattern),
+    ]
+    return [
+        *(f"--{key}={shlex.quote(str(value))}" for key, value in given if value is not None),
+        "--requeue",
+        "--open-mode=append",
+        *cluster.options,
+    ]
+
+
+_SECONDS = 60.0  # a controller under load answers late; beyond this it does not answer
+
+
+def sbatch(script: Path, after: str | None = None) -> str:
+    """Queue `script`, once job `after` has ended well, and return the job's number.
+
+    Raises ConfigError with what Slurm said where it refuses.
+    """
+    command = ["sbatch", "--parsable"]
+    if after is not None:
+        # Otherwise a job whose predecessor failed would wait for ever.
+        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return _ask([*command, str(script)]).split(";")[0]
+
+
+def unfinished(job: str, script: Path) -> str | None:
+    """The state of a job of this script that waits or runs; None once it has ended, or where nobody knows it.
+
+    In a run folder that came from another cluster the number may be that of somebody else's job here.
+    """
+    try:
+        rows = _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T %o"]).splitlines()
+    except ConfigError:
+        return None  # squeue forgets a job soon after its end, and then calls its number invalid
+    states = [row.partition(" ")[0] for row in rows if row.partition(" ")[2].strip() == str(script)]
+    return states[0] if states else None
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Take jobs back out of the queue."""
+    if jobs:
+        _ask(["scancel", *jobs])
+
+
+def _ask(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{command[0]} is not on this machine: submit on a login node of the cluster, or give --dry-run to see "
+            "the script"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{command[0]} gave no answer in {_SECONDS:.0f} s: is the controller up?") from None
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()
+        raise ConfigError(f"{command[0]} refused: {said}")
+    return done.stdout.strip()

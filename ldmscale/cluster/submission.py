@@ -1,0 +1,143 @@
+"""A submission, frozen: the resolved configuration, the code, and the job script, in one numbered folder.
+
+A job may wait for days and come back for weeks; the checkout that it was submitted from may change meanwhile. So the
+job reads nothing but this folder (and the interpreter's packages, whose versions are written down).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldmscale.checkpoint.run_folder import REVISION, git_revision
+from ldmscale.config.compose import config_folder
+from ldmscale.errors import ConfigError
+
+SUBMISSIONS = "submissions"
+_START = '''"""Starts the frozen code, wherever the job stands: this file's folder comes first in the search for modules."""
+
+import sys
+
+from ldmscale.cli import main
+
+sys.exit(main())
+'''
+_RECORDED = ("torch", "deepspeed", "webdataset", "hydra-core", "wandb", "xformers", "transformers", "fsspec")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Where one submission lies."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.folder / "config.yaml"
+
+    @property
+    def code(self) -> Path:
+        """The package and its conf/, with start.py."""
+        return self.folder / "code"
+
+    @property
+    def script(self) -> Path:
+        """What sbatch gets."""
+        return self.folder / "job.sbatch"
+
+    @property
+    def record(self) -> Path:
+        """What was submitted, by whom, from where, with which versions, as which job."""
+        return self.folder / "submission.json"
+
+
+def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[str]) -> Frozen:
+    """Write the next submission of `owner`, a run folder or the like; its script is still to be rendered."""
+    submissions = owner / SUBMISSIONS
+    try:
+        submissions.mkdir(parents=True, exist_ok=True)
+        frozen = Frozen(_next_folder(submissions))
+    except OSError as error:
+        raise ConfigError(f"{submissions} cannot be made ({error.strerror}): give another run.dir") from None
+    frozen.config.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    package = Path(__file__).resolve().parents[1]
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(package, frozen.code / "ldmscale", ignore=ignore)
+    if not (frozen.code / "ldmscale" / "conf").is_dir():  # a checkout has it beside the package
+        shutil.copytree(config_folder(), frozen.code / "conf", ignore=ignore)
+    (frozen.code / "start.py").write_text(_START)
+    # The manifests of its checkpoints shall say it, though no checkout is there any more.
+    revision = git_revision()
+    (frozen.code / "ldmscale" / REVISION).write_text(f"{revision or ''}\n")
+    _write_json(
+        frozen.record,
+        {
+            "job": job,
+            "command": list(command),
+            "directory": os.getcwd(),
+            "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "code_sha256": _digest(frozen.code),
+            "git_revision": revision,
+            "python": sys.version.split()[0],
+            "packages": _versions(),
+        },
+    )
+    return frozen
+
+
+def note(frozen: Frozen, values: Mapping[str, Any]) -> None:
+    """Add `values` to the record of the submission."""
+    _write_json(frozen.record, {**json.loads(frozen.record.read_text()), **values})
+
+
+def earlier(owner: Path) -> list[tuple[Frozen, dict[str, Any]]]:
+    """The submissions of `owner` with their records, oldest first."""
+    files = sorted((owner / SUBMISSIONS).glob("[0-9]*/submission.json"))
+    return [(Frozen(file.parent), json.loads(file.read_text())) for file in files]
+
+
+def _next_folder(submissions: Path) -> Path:
+    number = max((int(p.name) for p in submissions.glob("[0-9]*") if p.name.isdigit()), default=0)
+    while True:
+        number += 1
+        folder = submissions / f"{number:04d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue  # somebody else submits at this moment
+        return folder
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _RECORDED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _digest(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        total.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    draft = file.with_suffix(".tmp")
+    draft.write_text(json.dumps(dict(values), indent=2) + "\n")
+    os.replace(draft, file)

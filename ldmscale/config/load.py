@@ -1,0 +1,102 @@
+"""How every job begins: compose, read and check the configuration, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+
+from ldmscale.config import JOBS, Job
+from ldmscale.config.checks import check
+from ldmscale.config.compose import compose_valid
+from ldmscale.config.typed import read
+from ldmscale.distributed.environment import Ranks, read_ranks
+from ldmscale.errors import ConfigError
+
+_J = TypeVar("_J", bound=Job)
+FROZEN = "--frozen"  # followed by the file of a resolved configuration, which `submit` wrote
+
+
+def configured(kind: type[_J], overrides: Sequence[str]) -> tuple[_J, Ranks]:
+    """The checked configuration of a job and this process's place among the ranks.
+
+    Raises ConfigError with the faults of the command line, of the types and of the mixture together.
+    """
+    ranks = read_ranks()
+    return resolved(kind, overrides, ranks.size), ranks
+
+
+def resolved(kind: type[_J], overrides: Sequence[str], world_size: int) -> _J:
+    """The configuration of a job that is to run on `world_size` ranks, checked; see `configured`."""
+    if list(overrides[:1]) == [FROZEN]:
+        return _thawed(kind, overrides, world_size)
+    job = next(name for name, type_ in JOBS.items() if type_ is kind)
+    values, faults = compose_valid(job, overrides)
+    try:
+        config = read(kind, values)
+    except ConfigError as error:
+        typed = _keys(error.faults)
+        rest = _with_stand_ins(kind, job, values, typed)
+        mixture = [] if rest is None else check(cast(Job, rest), world_size)
+        # What the stand-ins themselves gave rise to is no fault of the user's.
+        mixture = [fault for fault in mixture if not any(key in fault for key in typed)]
+        raise ConfigError([*faults, *error.faults, *mixture]) from None
+    faults += check(cast(Job, config), world_size)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def _thawed(kind: type[_J], arguments: Sequence[str], world_size: int) -> _J:
+    """A frozen configuration, as it was resolved then; checked again, for the number of ranks that came."""
+    if len(arguments) != 2:
+        raise ConfigError(f"{FROZEN} takes one file and no overrides; found {' '.join(arguments[1:])}")
+    try:
+        values = yaml.safe_load(Path(arguments[1]).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{FROZEN} {arguments[1]}: {error}") from None
+    config = read(kind, values)
+    if faults := check(cast(Job, config), world_size):
+        raise ConfigError(faults)
+    return config
+
+
+def _keys(faults: Sequence[str]) -> list[str]:
+    """The dotted keys that faults of types and names begin with."""
+    return [match[0] for fault in faults if (match := re.match(r"[\w.]+", fault))]
+
+
+def _with_stand_ins(kind: type[_J], job: str, values: dict[str, Any], faulty: Sequence[str]) -> _J | None:
+    """The configuration with something harmless in place of its faulty values, so that the rest can be checked.
+
+    None where that does not make it readable.
+    """
+    composed, _ = compose_valid(job, [])
+    for key in faulty:
+        section, name = _section(values, key), key.rpartition(".")[2]
+        default = (_section(composed, key) or {}).get(name)
+        if section is None:
+            return None
+        for candidate in (default, 1, "stand-in"):
+            section[name] = candidate
+            try:
+                return read(kind, values)
+            except ConfigError as error:
+                left = _keys(error.faults)
+                if key not in left:
+                    break
+        else:
+            section.pop(name)  # no value will do: the key itself is unknown
+    try:
+        return read(kind, values)
+    except ConfigError:
+        return None
+
+
+def _section(values: Any, key: str) -> dict[str, Any] | None:
+    for part in key.split(".")[:-1]:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,1 @@
+"""The typed configuration keys of every job."""

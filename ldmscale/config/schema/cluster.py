@@ -1,0 +1,64 @@
+"""The facts of a Slurm cluster, and how one submission uses it."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from ldmscale.config.schema.data import StorageConfig
+from ldmscale.config.schema.values import STRICT, NotNegative, Positive
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClusterConfig:
+    """What sbatch is asked for, and what the job does before its ranks start."""
+
+    nodes: Positive
+    tasks_per_node: Positive  # ranks of a node: one a GPU, or any number without GPUs
+    gpus_per_node: NotNegative = 0
+    cpus_per_task: Positive = 1
+    # With fewer nodes than `nodes` the job may start too, down to this many: it resumes at any number of ranks.
+    min_nodes: Positive | None = None
+    time: Annotated[str, BeforeValidator(str)] = (
+        "24:00:00"  # sbatch's notation; after it the job saves and queues itself again
+    )
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    memory_per_node: str | None = None  # sbatch's notation, such as 900G
+    exclude: tuple[str, ...] = ()  # nodes never used; those found bad are added at each requeue
+    # Before the time limit, for the last save; Slurm looks every 30 s or so, thus a save's time and 60 more.
+    stop_before_end_seconds: Annotated[int, Field(ge=30)] = 300
+    max_requeues: NotNegative = 100
+    # Attempts that failed one after the other without a newer checkpoint; then the job gives up.
+    max_failures_without_progress: NotNegative = 2
+    array: Positive | None = None  # latents only: so many independent jobs that share the shards out
+    setup: tuple[str, ...] = ()  # shell lines before the ranks start, such as "module load cuda/12.8"
+    environment: dict[str, str] = Field(default_factory=dict)  # variables of all ranks
+    python: str | None = None  # interpreter on the nodes; the one that submits unless given
+    options: tuple[str, ...] = ()  # further options of sbatch, such as "--reservation=ldm"
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Every number of ranks that the job may start with."""
+        fewest = self.min_nodes or self.nodes
+        return [nodes * self.tasks_per_node for nodes in range(fewest, self.nodes + 1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class DoctorConfig:
+    """How closely the doctor looks. Before a run: at this machine or allocation; with run.dir: at a run."""
+
+    folder: str = "runs"  # where runs will be written: its disk is measured
+    shards: str | tuple[str, ...] | None = None  # shards that must be reachable
+    storage: StorageConfig = field(default_factory=StorageConfig)  # how, as data.storage of the run
+    experiment: str | None = None  # whose checkpoints must have room: conf/experiment/<experiment>.yaml
+    keep_checkpoints: Positive = 2
+    probe_shards: Positive = 8  # of all shards, evenly chosen, are opened
+    measure_mib: Positive = 64  # written, read, and summed over the ranks
+    # a rank that is slower than this share of the median is called slow
+    slow_share: Annotated[float, Field(gt=0, lt=1)] = 0.8

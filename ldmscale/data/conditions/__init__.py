@@ -1,0 +1,1 @@
+"""Captions, labels, boxes, maps and embeddings of a sample."""

@@ -1,0 +1,1 @@
+"""Decoding and cropping of images."""

@@ -1,0 +1,1 @@
+"""Latent shards: format, writing and sharing of the work."""

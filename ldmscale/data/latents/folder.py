@@ -1,0 +1,167 @@
+"""Where a set of latents is written: a folder that all processes share. `latent_store` is the same in an object store.
+
+The json of a shard is its commit. It is linked into place, which succeeds for one process only; before, the tar stands
+beside it under a name made of its checksum, from where anyone may move it to its own. So no process, however late it
+wakes, can replace a finished shard or mix two, and a death at any moment leaves a shard that is finished or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ldmscale.storage.atomic import write_file
+from ldmscale.storage.lease import Lease, take_if_free
+
+MANIFEST = "manifest.json"
+CLAIMS = ".claims"
+
+
+class LatentFolder:
+    """A set in a folder. Methods take names of shards, such as "00000.tar"."""
+
+    remote = False
+    poll_seconds = 0.25  # between two looks at what others do
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @contextmanager
+    def draft(self, name: str) -> Iterator[tuple[Path, BinaryIO]]:
+        """A file that becomes the shard if it is published before the block ends; else it is gone then."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(prefix=draft_prefix(name), suffix=".part", dir=self.path)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                yield Path(made), stream
+        finally:
+            Path(made).unlink(missing_ok=True)
+
+    def publish(self, draft: Path, name: str, record: dict[str, Any], check: Callable[[], None]) -> None:
+        """Commits a shard, or throws it away if another process has finished it meanwhile.
+
+        `check` raises if this process may not write any more.
+        """
+        path, named = self.path / name, self.path / named_after(name, record)
+        check()
+        try:
+            os.replace(draft, named)
+        except FileNotFoundError:
+            if self.settled(name) is None:
+                raise
+            return  # who finished it has tidied up
+        handle, made = tempfile.mkstemp(prefix=draft_prefix(name), suffix=".json.part", dir=self.path)
+        text = Path(made)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(encoded(record))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(text, 0o644)
+            if not _link(text, self.path / record_name(name)):
+                if self.settled(name) is not None:
+                    named.unlink(missing_ok=True)
+                    return
+                check()  # a record whose tar somebody has lost or cut: make the shard anew
+                os.replace(named, path)
+                os.replace(text, self.path / record_name(name))
+            self.settled(name)
+        finally:
+            text.unlink(missing_ok=True)
+        for other in self.path.glob(f"{draft_prefix(name)}*.part"):
+            other.unlink(missing_ok=True)  # of those who were killed, or come too late
+
+    def look_anew(self) -> None:
+        """Nothing is remembered here."""
+
+    def settled(self, name: str) -> dict[str, Any] | None:
+        """The record of a finished shard; None if it is not finished. Ends what a killed process had committed."""
+        try:
+            record = decoded((self.path / record_name(name)).read_bytes())
+        except OSError:
+            return None
+        if record is None:
+            return None
+        path = self.path / name
+        with suppress(FileNotFoundError):
+            os.replace(self.path / named_after(name, record), path)
+        try:
+            whole = path.stat().st_size == record["bytes"]
+        except OSError:
+            return None
+        return record if whole else None
+
+    def claim(self, name: str, timeout_seconds: float, on_lost: Callable[[], None]) -> Lease | None:
+        """The lease of a shard, or of what is called so; None if another process may hold it."""
+        folder = self.path / CLAIMS / name.removesuffix(".tar")
+        try:
+            return take_if_free(folder, timeout_seconds=timeout_seconds, on_lost=on_lost)
+        except FileNotFoundError:  # the last one is tidying up
+            return None
+
+    def forget_claims(self, but: str) -> None:
+        """Removes what is left of all leases but one."""
+        for claims in (self.path / CLAIMS).iterdir():
+            if claims.name != but:
+                shutil.rmtree(claims, ignore_errors=True)
+
+    def write_manifest(self, content: bytes) -> None:
+        """Makes the set a finished one."""
+        write_file(self.path / MANIFEST, content)
+        for draft in self.path.glob(".*.tar.*.part"):
+            draft.unlink(missing_ok=True)  # of those who were killed
+
+    def withdraw_manifest(self) -> None:
+        """Makes it none."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+
+
+def record_name(name: str) -> str:
+    """00000.tar -> 00000.json"""
+    return f"{name.removesuffix('.tar')}.json"
+
+
+def draft_prefix(name: str) -> str:
+    """How names begin of what may become this shard."""
+    return f".{name}."
+
+
+def named_after(name: str, record: Mapping[str, Any]) -> str:
+    """Where a tar stands until its record is committed: its name follows from the record."""
+    return f"{draft_prefix(name)}{record['sha256']}.part"
+
+
+def encoded(record: Mapping[str, Any]) -> bytes:
+    """The bytes of a shard's json."""
+    return json.dumps(record, indent=1).encode("utf-8")
+
+
+def decoded(content: bytes) -> dict[str, Any] | None:
+    """What `encoded` made; None of anything else."""
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _link(text: Path, record: Path) -> bool:
+    """Gives a file its second name; False if that is taken."""
+    try:
+        os.link(text, record)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: the lease alone must do
+        if record.exists():
+            return False
+        os.replace(text, record)
+    return True

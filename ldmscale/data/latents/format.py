@@ -1,0 +1,181 @@
+"""What a set of latents is: its format, its manifest, and how one of its samples is read (docs/data.md).
+
+`latent_shards` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldmscale.data.images.decode import LATENT, decode_array
+from ldmscale.data.shards.urls import is_local
+from ldmscale.errors import DataError
+from ldmscale.storage.object_store import AbsentError, Storage
+
+FORMAT = "ldmscale-latents-1"
+KINDS = ("moments", "latent")
+DTYPES = ("float32", "float16", "bfloat16")
+FLIPPED = "latent_flipped.npy"
+"""Member name of the latent of the mirrored image."""
+TOKENS = "tokens.npy"
+"""Member name of the caption's token ids, int32."""
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """What all shards of a set share. Latents of two formats never mix.
+
+    Attributes:
+        autoencoder: hash of the autoencoder's weights and configuration.
+        kind: "moments" or "latent".
+        dtype: "float32", "float16" or "bfloat16", which numpy lacks: stored as the upper halves of float32, uint16.
+        shape: of one latent, (channels, height, width); moments have twice the channels.
+        transform: how images were brought to size, as plain json values ({"size": 256, "crop": "center"}).
+        flips: whether the latents of the mirrored images are there, too.
+        tokenizer: fingerprint of the tokenizer whose ids are there, too; None: captions only.
+    """
+
+    autoencoder: str
+    kind: str
+    dtype: str
+    shape: tuple[int, int, int]
+    transform: dict[str, Any]
+    flips: bool = False
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.dtype not in DTYPES:
+            raise ValueError(
+                f"kind must be one of {KINDS} and dtype one of {DTYPES}, got {self.kind!r}, {self.dtype!r}"
+            )
+        object.__setattr__(self, "shape", tuple(self.shape))
+        # As it comes back from a manifest: tuples are lists there.
+        object.__setattr__(self, "transform", json.loads(json.dumps(self.transform)))
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Shape of `latent.npy`."""
+        channels, height, width = self.shape
+        return (2 * channels if self.kind == "moments" else channels, height, width)
+
+    @property
+    def stored_type(self) -> np.dtype[Any]:
+        """Of `latent.npy`: uint16 for bfloat16."""
+        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+
+
+@dataclass(frozen=True)
+class LatentManifest:
+    """A finished set of latent shards.
+
+    Attributes:
+        format: what they share.
+        shards: file names, in order.
+        samples: in all.
+        skipped: samples of the source that could not be used.
+        scale_factor: 1 / standard deviation over all values of all latents; multiply latents by it.
+        channel_mean, channel_std: per channel over all samples; of moments, those of the posterior's samples.
+    """
+
+    format: LatentFormat
+    shards: tuple[str, ...]
+    samples: int
+    skipped: int
+    scale_factor: float
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
+
+    @classmethod
+    def load(cls, folder: str | Path, storage: Storage | None = None) -> LatentManifest:
+        """Reads the manifest of a set, in a folder or behind a URL.
+
+        Raises:
+            DataError: if the folder holds no finished set, or one of another version of the format.
+            StoreError: if its store cannot be reached.
+        """
+        path = f"{folder}/manifest.json"
+        try:
+            if is_local(path):
+                record = json.loads(Path(path).read_text(encoding="utf-8"))
+            else:
+                record = json.loads((storage or Storage()).content(path))
+        except (FileNotFoundError, AbsentError):
+            raise DataError(
+                f"{folder} has no manifest.json: no finished set of latents; run `ldmscale latents` to its "
+                "end"
+            ) from None
+        except ValueError as error:
+            raise DataError(
+                f"{path} is damaged ({error}); run `ldmscale latents` again, it keeps finished shards"
+            ) from error
+        if record.get("version") != FORMAT:
+            raise DataError(
+                f"{path} is of version {record.get('version')!r}, expected {FORMAT!r}; make the latents anew"
+            )
+        return cls(
+            format=LatentFormat(**record["format"]),
+            shards=tuple(record["shards"]),
+            samples=record["samples"],
+            skipped=record["skipped"],
+            scale_factor=record["scale_factor"],
+            channel_mean=tuple(record["channel_mean"]),
+            channel_std=tuple(record["channel_std"]),
+        )
+
+    def shard_paths(self, folder: str | Path) -> list[str]:
+        return [str(Path(folder).absolute() / name) for name in self.shards]
+
+    def check_autoencoder(self, autoencoder: str, folder: str | Path) -> None:
+        """Compares the autoencoder that made the latents with the run's.
+
+        Raises:
+            DataError: if another autoencoder made the latents.
+        """
+        if self.format.autoencoder != autoencoder:
+            raise DataError(
+                f"the latents in {folder} were made by autoencoder {self.format.autoencoder}, this run has "
+                f"{autoencoder}; "
+                "name the autoencoder that made them, or run `ldmscale latents` with this one into another "
+                "folder"
+            )
+
+
+def to_stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Floats as they are stored: of `dtype`, rounded to nearest even; bfloat16 as uint16."""
+    with np.errstate(over="ignore"):  # whoever stores looks for what is not finite
+        if dtype != "bfloat16":
+            return np.ascontiguousarray(values, dtype=dtype)
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def from_stored(stored: np.ndarray) -> np.ndarray:
+    """What `to_stored` made, as float32."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def read_latent(members: Mapping[str, bytes], format: LatentFormat, name: str = LATENT) -> np.ndarray:
+    """Returns a sample's moments or latent [stored_shape] in the dtype that it is stored in; may be read-only.
+
+    bfloat16 comes as float32. `name` may be that of the mirrored image.
+
+    Raises:
+        DataError: if it is missing, damaged, or of another shape or dtype.
+    """
+    if name not in members:
+        raise DataError(f"has no {name} (members: {', '.join(sorted(members)) or 'none'})")
+    array = decode_array(members[name])
+    if array.shape != format.stored_shape:
+        raise DataError(f"the latent has shape {array.shape}, the set's is {format.stored_shape}")
+    if (array.dtype == np.uint16) != (format.dtype == "bfloat16"):
+        raise DataError(f"the latent is of {array.dtype}, the set's are of {format.dtype}")
+    return from_stored(array) if array.dtype == np.uint16 else array

@@ -1,0 +1,1 @@
+"""Tar shards: listing, index, filters and reading."""

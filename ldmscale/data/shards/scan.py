@@ -1,0 +1,376 @@
+"""Looks through one shard: where its samples lie, what is damaged, what captions and images are like."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ldmscale.data.conditions.captions import caption_member, caption_of
+from ldmscale.data.conditions.validation import ConditionChecks
+from ldmscale.data.images.decode import (
+    EXTENSIONS,
+    LATENT,
+    MAX_PIXELS,
+    ImageHeader,
+    decode_array,
+    format_of,
+    image_header,
+    verify_image,
+)
+from ldmscale.data.shards.selection import Selection
+from ldmscale.data.shards.tar import Member, Read, TarFault, members, split_name
+from ldmscale.errors import DataError
+
+SPAN = np.dtype([("offset", "<u8"), ("nbytes", "<u4")])
+"""A sample in 12 bytes: `offset` of its first tar header, `nbytes` up to the end of its last member."""
+
+CHECKS = ("spans", "headers", "decode")
+"""How closely to look: tar headers only; also captions and image headers; also every pixel and array."""
+
+KINDS = {
+    "missing_shard": "the shard cannot be found",
+    "unreadable_shard": "the shard cannot be read",
+    "truncated": "the archive is cut",
+    "no_end_mark": "the archive has no end mark",
+    "corrupt_header": "the archive makes no sense from here on",
+    "data_after_end": "data behind the archive's end",
+    "unsafe_name": "a member's name would leave the folder",
+    "special_member": "a link or device",
+    "duplicate_member": "two members of one sample have the same extension",
+    "scattered_sample": "members of one sample are not next to each other",
+    "too_large": "a sample of 4 GiB or more",
+    "missing_member": "a sample lacks its image, latent or caption",
+    "empty_member": "a member of zero bytes",
+    "bad_caption": "the caption cannot be used",
+    "bad_image": "the image cannot be used",
+    "bad_latent": "the latent cannot be used",
+    "bad_label": "the label is missing, or no class",
+    "bad_boxes": "boxes are missing, outside of the image, or of no class",
+    "bad_embeddings": "embeddings are missing, of another shape, or not finite",
+    "bad_map": "the map is missing, of another size than the image, or has numbers that are no class",
+    "wrong_extension": "the file is of another format than its name says",
+    "empty_shard": "the shard holds no sample",
+}
+"""Kinds of damage, in words."""
+
+# The sample is used all the same: the decoder looks at the bytes, and the order at the spans.
+_HARMLESS = frozenset({"no_end_mark", "wrong_extension", "duplicate_member"})
+_LISTED = 200  # damages kept by name for each shard; all are counted
+_HEAD = 64 * 1024  # enough of an image to learn its size, nearly always
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong with a shard or a sample (then `key` names it)."""
+
+    shard: str
+    key: str
+    kind: str  # one of KINDS
+    detail: str
+
+    @property
+    def harmless(self) -> bool:
+        """Whether the sample can be used in spite of it."""
+        return self.kind in _HARMLESS
+
+    def __str__(self) -> str:
+        return f"{self.shard}{': ' + self.key if self.key else ''}: {self.kind}: {self.detail}"
+
+
+@dataclass
+class Statistics:
+    """What captions and images are like, as counts that can be added up over shards."""
+
+    captions: int = 0
+    images: int = 0
+    words: dict[int, int] = field(
+        default_factory=dict
+    )  # words of a caption (256 and more as 256) -> captions
+    short_side: dict[int, int] = field(default_factory=dict)  # short side rounded down to 32 pixels -> images
+    smallest: tuple[int, int] | None = None  # width, height of the image with the fewest pixels
+    largest: tuple[int, int] | None = None
+
+    def add_caption(self, caption: str) -> None:
+        self.captions += 1
+        words = min(len(caption.split()), 256)
+        self.words[words] = self.words.get(words, 0) + 1
+
+    def add_image(self, width: int, height: int) -> None:
+        self.images += 1
+        side = min(width, height) // 32 * 32
+        self.short_side[side] = self.short_side.get(side, 0) + 1
+        self._stretch((width, height))
+
+    def _stretch(self, size: tuple[int, int]) -> None:
+        if self.smallest is None or size[0] * size[1] < self.smallest[0] * self.smallest[1]:
+            self.smallest = size
+        if self.largest is None or size[0] * size[1] > self.largest[0] * self.largest[1]:
+            self.largest = size
+
+    def add(self, other: Statistics) -> None:
+        self.captions += other.captions
+        self.images += other.images
+        for mine, theirs in ((self.words, other.words), (self.short_side, other.short_side)):
+            for value, count in theirs.items():
+                mine[value] = mine.get(value, 0) + count
+        for size in (other.smallest, other.largest):
+            if size is not None:
+                self._stretch(size)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Statistics:
+        return cls(
+            captions=record["captions"],
+            images=record["images"],
+            words={int(value): count for value, count in record["words"].items()},
+            short_side={int(value): count for value, count in record["short_side"].items()},
+            smallest=tuple(record["smallest"]) if record["smallest"] else None,
+            largest=tuple(record["largest"]) if record["largest"] else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantile(histogram: dict[int, int], share: float) -> int:
+    """The value below or at which `share` of a histogram's counts lie (0 of an empty one)."""
+    wanted = share * sum(histogram.values())
+    passed = 0
+    for value in sorted(histogram):
+        passed += histogram[value]
+        if passed >= wanted:
+            return value
+    return 0
+
+
+@dataclass
+class Scan:
+    """What was found in one shard."""
+
+    spans: np.ndarray  # SPAN [samples]
+    damage: list[Damage]
+    damage_counts: dict[str, int]
+    statistics: Statistics
+    codes: np.ndarray  # uint8 [samples]: 0 not selected, else the bucket + 1
+    dropped: dict[str, int]  # samples that were not selected, by reason
+
+
+def scan_shard(
+    read: Read,
+    size: int,
+    shard: str,
+    *,
+    check: str = "headers",
+    caption_source: str = "txt",
+    max_pixels: int = MAX_PIXELS,
+    selection: Selection | None = None,
+    conditions: ConditionChecks | None = None,
+) -> Scan:
+    """Looks through a shard of `size` bytes.
+
+    A sample whose members can be read is in the spans, damaged or not: what cannot be decoded is replaced and
+    written to the ledger when its turn comes, so that order and counts do not depend on how closely somebody
+    once looked. Members with unsafe names, links and devices count as absent. `selection` says which samples a
+    run takes; without one it takes all. `conditions` says what else a run would read; "spans" does not look at it.
+
+    Raises:
+        ValueError: for an unknown check.
+    """
+    if check not in CHECKS:
+        raise ValueError(f"check must be one of {CHECKS}, got {check!r}")
+    return _Scanner(read, size, shard, check, caption_source, max_pixels, selection, conditions).run()
+
+
+class _Scanner:
+    def __init__(
+        self,
+        read: Read,
+        size: int,
+        shard: str,
+        check: str,
+        caption_source: str,
+        max_pixels: int,
+        selection: Selection | None,
+        conditions: ConditionChecks | None,
+    ) -> None:
+        self.selection, self.conditions = selection, conditions
+        self.codes: list[int] = []
+        self.dropped: Counter[str] = Counter()
+        self.read, self.size, self.shard = read, size, shard
+        self.check, self.caption_source, self.max_pixels = check, caption_source, max_pixels
+        self.spans: list[tuple[int, int]] = []
+        self.damage: list[Damage] = []
+        self.counts: Counter[str] = Counter()
+        self.statistics = Statistics()
+        self.keys: set[str] = set()
+
+    def run(self) -> Scan:
+        key: str | None = None
+        group: dict[str, Member] = {}
+        try:
+            for member in members(self.read, self.size):
+                if member.refused:
+                    self.note(
+                        member.name,
+                        "unsafe_name" if "name" in member.refused else "special_member",
+                        f"{member.refused}; never followed",
+                    )
+                    continue
+                named = split_name(member.name)
+                if named is None:
+                    continue  # README, LICENSE, .DS_Store: files that belong to no sample
+                if named[0] != key:
+                    self.close(key, group)
+                    key, group = named[0], {}
+                if named[1] in group:
+                    self.note(key, "duplicate_member", f"two members end with .{named[1]}; the first counts")
+                    group[f"{named[1]}\0{member.start}"] = member  # keeps the span whole
+                else:
+                    group[named[1]] = member
+        except TarFault as fault:
+            self.close(key, group)
+            self.note("", fault.kind, fault.detail)
+        else:
+            self.close(key, group)
+        if not self.spans:
+            self.note("", "empty_shard", f"no sample in {self.size} bytes")
+        return Scan(
+            np.array(self.spans, dtype=SPAN),
+            self.damage,
+            dict(self.counts),
+            self.statistics,
+            np.array(self.codes, dtype=np.uint8),
+            dict(self.dropped),
+        )
+
+    def note(self, key: str, kind: str, detail: str) -> None:
+        self.counts[kind] += 1
+        if len(self.damage) < _LISTED:
+            self.damage.append(Damage(self.shard, key, kind, detail))
+
+    def close(self, key: str | None, group: dict[str, Member]) -> None:
+        """Ends a sample: its span, and what is wrong with it."""
+        if key is None or not group:
+            return
+        start = min(member.start for member in group.values())
+        nbytes = max(member.end for member in group.values()) - start
+        if nbytes >= 2**32:
+            self.note(key, "too_large", f"{nbytes} bytes; samples must be smaller than 4 GiB")
+            return
+        if key in self.keys:
+            self.note(
+                key,
+                "scattered_sample",
+                "the key comes again later in the shard; write members of a sample one after another (tar "
+                "--sort=name)",
+            )
+        self.keys.add(key)
+        self.spans.append((start, nbytes))
+        image = next((extension for extension in EXTENSIONS if extension in group), None)
+        self.select(group, image)
+        caption = caption_member(self.caption_source)
+        if image is None and LATENT not in group:
+            self.note(
+                key, "missing_member", f"no image and no {LATENT} (members: {', '.join(sorted(group))})"
+            )
+        if caption not in group:
+            self.note(
+                key, "missing_member", f"no .{caption} for the caption (members: {', '.join(sorted(group))})"
+            )
+        for extension, member in group.items():
+            if member.size == 0:
+                self.note(key, "empty_member", f".{extension} has 0 bytes")
+        if self.check == "spans":
+            return
+        if caption in group and group[caption].size:
+            self.examine_caption(key, group[caption], caption)
+        if image is not None and group[image].size:
+            self.examine_image(key, image, group[image])
+        if LATENT in group and self.check == "decode" and group[LATENT].size:
+            self.examine_latent(key, group[LATENT])
+        if self.conditions is not None:
+            self.examine_conditions(key, self.conditions, group, image)
+
+    def select(self, group: dict[str, Member], image: str | None) -> None:
+        if self.selection is None:
+            self.codes.append(1)
+            return
+
+        def member(extension: str) -> bytes | None:
+            return self.bytes_of(group[extension]) if extension in group else None
+
+        def header() -> ImageHeader:
+            if image is None:
+                raise DataError("has no image")
+            return self.header_of(group[image])
+
+        code, reason = self.selection.judge(member, header)
+        self.codes.append(code)
+        if reason:
+            self.dropped[reason] += 1
+
+    def bytes_of(self, member: Member) -> bytes:
+        return self.read(member.data, member.size)
+
+    def examine_caption(self, key: str, member: Member, extension: str) -> None:
+        try:
+            self.statistics.add_caption(caption_of({extension: self.bytes_of(member)}, self.caption_source))
+        except DataError as error:
+            self.note(key, "bad_caption", str(error))
+
+    def examine_image(self, key: str, extension: str, member: Member) -> None:
+        try:
+            header = self.header_of(member)
+            if self.check == "decode":
+                verify_image(self.bytes_of(member), max_pixels=self.max_pixels)
+        except DataError as error:
+            self.note(key, "bad_image", f".{extension}: {error}")
+            return
+        self.statistics.add_image(header.width, header.height)
+        if header.format != format_of(extension):
+            self.note(
+                key, "wrong_extension", f".{extension} holds a {header.format}; it is decoded all the same"
+            )
+
+    def header_of(self, member: Member) -> ImageHeader:
+        if member.size > _HEAD:
+            try:
+                return image_header(self.read(member.data, _HEAD), max_pixels=self.max_pixels)
+            except DataError:
+                pass  # a header behind a long profile or preview: the whole image is read below
+        return image_header(self.bytes_of(member), max_pixels=self.max_pixels)
+
+    def examine_latent(self, key: str, member: Member) -> None:
+        try:
+            decode_array(self.bytes_of(member))
+        except DataError as error:
+            self.note(key, "bad_latent", str(error))
+
+    def examine_conditions(
+        self, key: str, conditions: ConditionChecks, group: dict[str, Member], image: str | None
+    ) -> None:
+        def header() -> ImageHeader | None:
+            try:
+                return None if image is None else self.header_of(group[image])
+            except DataError:
+                return None  # told of the image already
+
+        members = {name: self.bytes_of(group[name]) for name in conditions.members if name in group}
+        for kind, detail in conditions.faults(members, header, self.check, self.max_pixels):
+            self.note(key, kind, detail)
+
+
+def damage_to_json(damage: list[Damage]) -> list[dict[str, str]]:
+    return [{"key": item.key, "kind": item.kind, "detail": item.detail} for item in damage]
+
+
+def damage_from_json(shard: str, records: list[dict[str, str]]) -> list[Damage]:
+    return [Damage(shard, record["key"], record["kind"], record["detail"]) for record in records]
+
+
+def json_line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True).encode("utf-8") + b"\n"

@@ -1,0 +1,1 @@
+"""Writes image shards from folders, packages and synthetic data."""

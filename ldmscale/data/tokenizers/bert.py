@@ -1,0 +1,177 @@
+"""Captions to token ids: BERT's tokenizer by name or folder, or a WordPiece trained on one's own captions.
+
+Ids are laid out as BertTokenizerFast(padding="max_length", truncation=True) does it: [CLS] words [SEP] and
+[PAD] up to the model's length. A tokenizer is saved with the run, so that sampling never asks the network for
+one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from ldmscale.data.tokenizers.padding import decode, encode, from_hub, of_one_length
+from ldmscale.data.tokenizers.wordpiece import learn_pieces
+from ldmscale.errors import DataError
+from ldmscale.storage.atomic import write_file
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def train_wordpiece(captions: Iterable[str], vocab_size: int, folder: str | os.PathLike[str]) -> None:
+    """Trains a lower-casing WordPiece vocabulary and saves it as a folder that BertTokenizerFast loads, too.
+
+    Args:
+        captions: the training captions.
+        vocab_size: largest number of ids, the five special ones included; small sets of captions end with
+            fewer.
+        folder: gets tokenizer.json, vocab.txt and tokenizer_config.json.
+
+    Raises:
+        DataError: if there is no caption, or the vocabulary cannot even hold the special tokens.
+    """
+    texts = [caption for caption in captions if caption.strip()]
+    if not texts or vocab_size <= len(SPECIAL):
+        raise DataError(
+            f"cannot train a vocabulary of {vocab_size} ids on {len(texts)} captions; give captions, and "
+            f"more than {len(SPECIAL)} ids"
+        )
+    backend = tokenizers.Tokenizer(models.WordPiece({}, unk_token="[UNK]"))
+    _dress(backend, lowercase=True)
+    words: Counter[str] = Counter()
+    for text in texts:
+        normal = backend.normalizer.normalize_str(text)
+        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal))
+    pieces = learn_pieces(words, vocab_size - len(SPECIAL))
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *pieces])}
+    _of_vocabulary(vocabulary, lowercase=True, max_tokens=512).save(folder)
+
+
+class Tokenizer:
+    """Turns captions into token ids of a fixed length. Make it with `load`.
+
+    Attributes:
+        max_tokens: length of every row of ids.
+        vocab_size: number of ids.
+        pad_id, cls_id, sep_id, unk_id: ids of the special tokens.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, max_tokens: int, lowercase: bool) -> None:
+        self.max_tokens = max_tokens
+        self.lowercase = lowercase
+        self.vocab_size = backend.get_vocab_size()
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id = (
+            _special_id(backend, token) for token in SPECIAL[:4]
+        )
+        self._backend = backend
+        of_one_length(backend, max_tokens, self.pad_id, "[PAD]")
+
+    @classmethod
+    def load(cls, name_or_folder: str | os.PathLike[str], max_tokens: int) -> Tokenizer:
+        """Loads a BERT-like tokenizer.
+
+        Args:
+            name_or_folder: a folder with tokenizer.json or vocab.txt, or a name on the model hub
+                (`bert-base-uncased`).
+            max_tokens: length of every row of ids, [CLS] and [SEP] included.
+
+        Raises:
+            DataError: if there is none, or it lacks BERT's special tokens.
+        """
+        folder = Path(name_or_folder)
+        lowercase = True
+        config = folder / "tokenizer_config.json"
+        if config.is_file():
+            lowercase = bool(json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True))
+        if (folder / "tokenizer.json").is_file():
+            return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), max_tokens, lowercase)
+        if (folder / "vocab.txt").is_file():
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            return _of_vocabulary(
+                {token: number for number, token in enumerate(lines)},
+                lowercase=lowercase,
+                max_tokens=max_tokens,
+            )
+        if folder.is_dir():
+            raise DataError(f"{folder} has neither tokenizer.json nor vocab.txt; give a tokenizer's folder")
+        return cls(_from_hub(str(name_or_folder)), max_tokens, lowercase=True)
+
+    def encode(self, captions: Sequence[str]) -> np.ndarray:
+        """Returns token ids int64 [B, max_tokens]: [CLS] words [SEP] [PAD] ..., long captions cut."""
+        return encode(self._backend, captions, self.max_tokens)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of one row of ids, special tokens left out."""
+        return decode(self._backend, ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies vocabulary and length: models trained with another one do not understand these ids."""
+        vocabulary = sorted(self._backend.get_vocab().items(), key=lambda entry: entry[1])
+        return hashlib.sha256(json.dumps([vocabulary, self.max_tokens, self.lowercase]).encode()).hexdigest()[
+            :16
+        ]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Saves tokenizer.json, vocab.txt and tokenizer_config.json, as BertTokenizerFast loads them."""
+        target = Path(folder)
+        plain = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        write_file(target / "tokenizer.json", plain.to_str(pretty=True).encode("utf-8"))
+        by_id = sorted(self._backend.get_vocab().items(), key=lambda entry: entry[1])
+        write_file(target / "vocab.txt", "".join(f"{token}\n" for token, _ in by_id).encode("utf-8"))
+        config = {
+            "tokenizer_class": "BertTokenizerFast",
+            "do_lower_case": self.lowercase,
+            "model_max_length": self.max_tokens,
+            **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
+        }
+        write_file(target / "tokenizer_config.json", json.dumps(config, indent=2).encode("utf-8"))
+
+
+def _of_vocabulary(vocabulary: dict[str, int], *, lowercase: bool, max_tokens: int) -> Tokenizer:
+    backend = tokenizers.Tokenizer(
+        models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100)
+    )
+    _dress(backend, lowercase=lowercase)
+    cls_id, sep_id = (_special_id(backend, token) for token in ("[CLS]", "[SEP]"))
+    backend.post_processor = processors.BertProcessing(("[SEP]", sep_id), ("[CLS]", cls_id))
+    backend.add_special_tokens(list(SPECIAL))
+    return Tokenizer(backend, max_tokens, lowercase)
+
+
+def _dress(backend: tokenizers.Tokenizer, *, lowercase: bool) -> None:
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+
+
+def _special_id(backend: tokenizers.Tokenizer, token: str) -> int:
+    number = backend.token_to_id(token)
+    if number is None:
+        raise DataError(
+            f"the tokenizer has no {token}; it must be BERT-like (special tokens {', '.join(SPECIAL)})"
+        )
+    return int(number)
+
+
+def _from_hub(name: str) -> tokenizers.Tokenizer:
+    try:
+        backend: tokenizers.Tokenizer = from_hub(name).backend_tokenizer
+        return backend
+    except Exception as error:  # no network, no such name, no access: the hub's client raises many kinds
+        raise DataError(
+            f"tokenizer {name!r} is no local folder and cannot be had from the model hub "
+            f"({type(error).__name__}); on a machine "
+            'with network run `python -c "from transformers import AutoTokenizer as T; '
+            f"T.from_pretrained('{name}').save_pretrained('FOLDER')\"` and give text_encoder.tokenizer=FOLDER"
+        ) from error

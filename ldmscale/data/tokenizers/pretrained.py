@@ -1,0 +1,90 @@
+"""The tokenizer that belongs to a frozen text encoder (CLIP, T5): captions to the ids that encoder was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from ldmscale.data.tokenizers.padding import decode, encode, from_hub, of_one_length
+from ldmscale.errors import DataError
+
+
+class EncoderTokenizer:
+    """Turns captions into token ids of a fixed length, with the encoder's own special tokens. Make it with `load`.
+
+    Attributes:
+        max_tokens: length of every row of ids.
+        vocab_size: number of ids.
+        pad_id: fills a row up.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, max_tokens: int, pad_token: str) -> None:
+        number = backend.token_to_id(pad_token)
+        if number is None:
+            raise DataError(f"the tokenizer has no token {pad_token!r}, which it names for padding")
+        self.max_tokens = max_tokens
+        self.vocab_size = backend.get_vocab_size()
+        self.pad_id = int(number)
+        self._backend = backend
+        of_one_length(backend, max_tokens, self.pad_id, pad_token)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], max_tokens: int) -> EncoderTokenizer:
+        """The tokenizer that `keep` put into a folder.
+
+        Raises DataError where the folder is none, or names no token for padding.
+        """
+        files = Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"
+        if not all(file.is_file() for file in files):
+            raise DataError(
+                f"{folder} has no tokenizer.json and tokenizer_config.json; give a tokenizer's folder"
+            )
+        pad = json.loads(files[1].read_text(encoding="utf-8")).get("pad_token")
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        if pad is None:
+            raise DataError(f"{files[1]} names no pad_token, and captions need to be filled up to one length")
+        return cls(tokenizers.Tokenizer.from_file(str(files[0])), max_tokens, pad)
+
+    def encode(self, captions: Sequence[str]) -> np.ndarray:
+        """Returns token ids int64 [B, max_tokens], long captions cut."""
+        return encode(self._backend, captions, self.max_tokens)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of one row of ids, special tokens left out."""
+        return decode(self._backend, ids)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies vocabulary, rules and length."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+
+
+def keep(name_or_folder: str, folder: str | os.PathLike[str]) -> None:
+    """Put the tokenizer of a folder or hub name into `folder`, so that sampling never asks the network for it.
+
+    Raises DataError where there is none.
+    """
+    target = Path(folder)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        found = from_hub(name_or_folder)
+        found.save_pretrained(temporary)
+        if not (temporary / "tokenizer.json").is_file():
+            raise DataError(f"{type(found).__name__} cannot be written as tokenizer.json")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # left by a start that ended here
+        os.replace(temporary, target)
+    except Exception as error:  # no network, no such name, no access: the hub's client raises many kinds
+        raise DataError(
+            f"text_encoder.path={name_or_folder} gives no tokenizer ({type(error).__name__}: {error}): give the folder of "
+            "model and tokenizer"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

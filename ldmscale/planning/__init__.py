@@ -1,1 +1,0 @@
-"""What a configuration costs, known before anything runs: parameters, operations, activations."""

@@ -1,0 +1,103 @@
+"""Opening the index of shards on all ranks: made where it is missing, once for each place that holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ldmscale.config import DataConfig, DiffusionJob, EmbeddingsConfig
+from ldmscale.config.schema.data import WeightedShardsConfig
+from ldmscale.data.conditions.embeddings import GivenEmbeddings
+from ldmscale.data.conditions.segmentation import ClassMaps
+from ldmscale.data.conditions.spatial import Holes, SmallImages
+from ldmscale.data.images.buckets import Shape, bucket_shapes
+from ldmscale.data.shards.mixture import Mixture, WeightedShards
+from ldmscale.data.shards.selection import Selection
+from ldmscale.distributed.collectives import barrier, from_main_rank
+from ldmscale.distributed.environment import Ranks
+from ldmscale.storage.object_store import Storage
+
+Patterns = str | Sequence[str] | Sequence[WeightedShardsConfig]
+
+
+def open_index(patterns: Patterns, data: DataConfig, ranks: Ranks) -> Mixture:
+    """The index of what `patterns` name and `data` selects, on every rank. Collective.
+
+    Rank 0 looks through shards that have no index yet. The index of remote or read-only shards is in a cache folder,
+    which another node may not share: there the node's first rank does it again.
+
+    Raises DataError, on all ranks, for shards that are missing or have changed.
+    """
+
+    def open_sets(build_missing: bool) -> Mixture:
+        return Mixture.open(
+            sets_of(patterns),
+            build_missing=build_missing,
+            allow_pipe=data.allow_pipe,
+            selection=selection_of(data),
+            storage=storage_of(data),
+        )
+
+    from_main_rank(lambda: open_sets(build_missing=True).fingerprint)
+    if ranks.local_rank == 0 and not ranks.is_main:
+        open_sets(build_missing=True)
+    barrier()
+    return open_sets(build_missing=False)
+
+
+def sets_of(patterns: Patterns) -> list[WeightedShards]:
+    """The sets of a mixture; patterns without weights are one set."""
+    if isinstance(patterns, str):
+        return [WeightedShards(patterns)]
+    weighted = [entry for entry in patterns if isinstance(entry, WeightedShardsConfig)]
+    if weighted:
+        return [WeightedShards(entry.shards, entry.weight) for entry in weighted]
+    return [WeightedShards([str(entry) for entry in patterns])]
+
+
+def shapes_of(data: DataConfig) -> tuple[Shape, ...]:
+    """(width, height) of the aspect-ratio buckets; none without data.bucket_step."""
+    if data.bucket_step is None or data.image_size is None:
+        return ()
+    return bucket_shapes(data.image_size, data.bucket_step, data.bucket_max_ratio)
+
+
+def selection_of(data: DataConfig) -> Selection:
+    """Which samples are taken."""
+    return Selection(
+        filter=data.filter,
+        min_caption_words=data.min_caption_words,
+        max_caption_words=data.max_caption_words,
+        min_image_side=data.min_image_side,
+        shapes=shapes_of(data),
+        caption_source=data.caption,
+    )
+
+
+def storage_of(data: DataConfig) -> Storage:
+    """How remote shards are reached."""
+    given = data.storage
+    return Storage(given.options, given.endpoint, given.patience_seconds, given.request_seconds)
+
+
+def spatial_reader(config: DiffusionJob) -> SmallImages | Holes | None:
+    """What adds the spatial condition to a sample; None where the model reads none."""
+    spatial = config.spatial
+    if spatial is None or spatial.kind == "map":
+        return None
+    if spatial.kind == "image":
+        return SmallImages(config.autoencoder.factor, spatial.degradation, spatial.noise)
+    return Holes(spatial.masks)
+
+
+def map_reader(config: DiffusionJob) -> ClassMaps | None:
+    """What reads the map of a sample; None where the model reads none."""
+    spatial = config.spatial
+    if spatial is None or spatial.kind != "map":
+        return None
+    assert spatial.map_classes is not None
+    return ClassMaps(spatial.map_member, spatial.map_classes, 2**spatial.halvings / config.autoencoder.factor)
+
+
+def embeddings_reader(given: EmbeddingsConfig | None) -> GivenEmbeddings | None:
+    """What reads the embeddings of a sample; None where the model reads none."""
+    return None if given is None else GivenEmbeddings(given.member, given.width, given.max_tokens)

@@ -1,0 +1,161 @@
+"""Opening a run: its folder, its ranks and its shards; or finding that it has finished."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldmscale.checkpoint.recovery import recover
+from ldmscale.checkpoint.run_folder import RunFolder
+from ldmscale.config import TrainingJob
+from ldmscale.config.checks.data import SYNTHETIC
+from ldmscale.config.resume import changes
+from ldmscale.config.typed import plain
+from ldmscale.data.shards.mixture import Mixture
+from ldmscale.data.sources.synthetic import synthetic_shards
+from ldmscale.distributed.collectives import from_main_rank
+from ldmscale.distributed.environment import Ranks, export_rendezvous
+from ldmscale.distributed.preemption import StopFlag
+from ldmscale.distributed.process_group import choose_device
+from ldmscale.errors import ConfigError, StoppedEarlyError
+from ldmscale.setup.index import Patterns, open_index
+from ldmscale.storage.lease import Lease, LeaseHeldError
+from ldmscale.tracking.logs import quiet_libraries, set_up_logging
+from ldmscale.train.engine.process import connect
+
+log = logging.getLogger(__name__)
+_WAIT_TURN_SECONDS = 5.0
+_TELL_SECONDS = 60.0  # how often one who waits says for whom
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run: where it lives, who takes part, and what it reads."""
+
+    lease: list[Lease]  # of the folder, on rank 0
+    folder: RunFolder
+    ranks: Ranks
+    device: torch.device
+    identity: Mapping[str, Any]
+    shards: list[str]
+    index: Mixture
+    accumulation_steps: int
+
+    def fence(self) -> None:
+        """Raise LeaseLostError if another start has taken the run over, on any rank and in any thread."""
+        self.folder.check_held(self.identity["attempts"])
+
+    def note(self, name: str, value: Any) -> None:
+        """Write down in run.json what this start found out. Rank 0 writes; the others may call it."""
+        if self.ranks.is_main:
+            self.folder.note({**self.folder.identity(), name: value})
+
+
+def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
+    """Join the process group, write down what runs, and open the index of the shards (made where it is missing)."""
+    stop.limit(config.run.max_hours, config.run.margin_minutes)
+    folder = RunFolder(config.run.dir)
+    changes(folder, plain(config))  # refuses before any device is touched
+    device = choose_device(ranks)
+    if ranks.size > 1:
+        export_rendezvous(ranks)
+    connect(device, timeout_seconds=60 * config.safety.first_step_timeout_minutes)
+    lease = _hold(folder, config, ranks, stop)
+    changed = from_main_rank(lambda: _settle(folder, config))
+    set_up_logging(folder.path, ranks)
+    quiet_libraries()
+    for change in changed:
+        log.info("resuming with a change: %s", change)
+    identity = from_main_rank(lambda: folder.begin_attempt(lease[0].number))
+    index = open_index(_patterns(config, folder), config.data, ranks)
+    shards = index.shards
+    log.info("%s samples in %d shards, %d ranks on %s", f"{index.total:,}", len(shards), ranks.size, device)
+    train = config.train
+    return Run(
+        lease,
+        folder,
+        ranks,
+        device,
+        identity,
+        shards,
+        index,
+        train.global_batch // (train.rank_micro_batch * ranks.size),
+    )
+
+
+def _settle(folder: RunFolder, config: TrainingJob) -> list[str]:
+    """Write the configuration of a new run down; what a resume changes, else. Also of a run whose folder was lost."""
+    recover(folder, config.checkpoint.url)
+    changed = changes(folder, plain(config))
+    folder.settle_config(plain(config))
+    return changed
+
+
+def _hold(folder: RunFolder, config: TrainingJob, ranks: Ranks, stop: StopFlag) -> list[Lease]:
+    """Keep other starts away: a list with the lease on rank 0, an empty one elsewhere.
+
+    Raises ConfigError where another start holds the folder, unless `run.wait` says to wait for it.
+    """
+    lease: list[Lease] = []
+
+    def lost() -> None:
+        log.critical(
+            "another start has taken %s over, since this one showed no life: it ends now", folder.path
+        )
+        os._exit(1)  # the training may be stuck in a collective with ranks that are gone
+
+    def attempt() -> str | None:
+        seconds = config.run.lease_seconds
+        try:
+            # Waiting goes on in turns: the other ranks must not time out, and signals must be heard.
+            turn = _WAIT_TURN_SECONDS if config.run.wait else 0.0
+            lease.append(folder.hold(timeout_seconds=seconds, wait_seconds=turn, on_lost=lost))
+        except LeaseHeldError as held:
+            return str(held)
+        return None
+
+    told = -math.inf
+    while held := from_main_rank(attempt):
+        if not config.run.wait:
+            raise ConfigError(f"{held}: wait for it (run.wait=true does), end it, or give another run.name")
+        if stop.agreed():
+            raise StoppedEarlyError(f"asked to stop while waiting: {held}")
+        if ranks.is_main and time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            log.warning("%s: waiting for it (run.wait=true)", held)
+    for held_here in lease:
+        atexit.register(held_here.release)
+    return lease
+
+
+def _patterns(config: TrainingJob, folder: RunFolder) -> Patterns:
+    data = config.data
+    if data.shards != SYNTHETIC:
+        return data.shards
+    latent, size = config.autoencoder, data.image_size or 32
+    from_main_rank(
+        lambda: synthetic_shards(folder.path / "data", data.kind, size, latent.latent_channels, latent.factor)
+    )
+    return str(folder.path / "data" / "*.tar")
+
+
+def already_finished(config: TrainingJob, ranks: Ranks) -> bool:
+    """Whether the run in this folder has reached `train.max_steps`, which is then said."""
+    folder = RunFolder(config.run.dir)
+    changes(folder, plain(config))
+    step = folder.finished_step()
+    if step is None or step < config.train.max_steps:
+        return False
+    set_up_logging(None, ranks)
+    log.info(
+        "%s has finished: %d steps are done. A larger train.max_steps goes on with it", folder.path, step
+    )
+    return True

@@ -1,0 +1,224 @@
+"""Object stores by fsspec: which options they get, and reads that survive bad days of a network.
+
+A read is tried again, with waits that double, until it succeeds or the patience of the configuration is used up.
+Each try is bounded, too: a stalled connection costs one try, not the run. What is wrong for good (no such
+object, no access) is not tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+
+from ldmscale.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_FIRST_WAIT = 0.25  # seconds; doubles with each try
+_LONGEST_WAIT = 15.0
+_CREDENTIALS = (
+    "check its credentials (each backend's own environment variables and files, or data.storage.options) and "
+    "data.storage.endpoint"
+)
+_LISTING_TRIES = 3.0  # a listing of a large folder may take as long as so many reads
+
+T = TypeVar("T")
+
+
+class StoreError(DataError):
+    """A store that cannot be reached or refuses us. No sample's own fault: another one in its place would hide it."""
+
+
+class AccessError(StoreError):
+    """A store that answers, and refuses us."""
+
+
+class AbsentError(DataError):
+    """There is no such object."""
+
+
+class Short(Exception):
+    """Fewer bytes came than were asked for."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How remote shards are reached. A value: it travels to workers.
+
+    Attributes:
+        options: of fsspec's filesystem of any remote shard (`{"anon": true}`, `{"key": ..., "secret": ...}`).
+        endpoint: URL of an S3- or GCS-compatible store, in place of the public one.
+        patience_seconds: a read that has not succeeded after so long ends the run.
+        request_seconds: limit of one try.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    endpoint: str | None = None
+    patience_seconds: float = 120.0
+    request_seconds: float = 20.0
+
+    def locate(self, url: str) -> tuple[Any, str]:
+        """Returns (filesystem, path in it) of a remote URL.
+
+        Raises:
+            DataError: if the backend's package is not installed.
+        """
+        protocol = url.split("://", 1)[0]
+        try:
+            return fsspec.core.url_to_fs(url, **self._options_of(protocol))  # type: ignore[no-any-return]
+        except (ImportError, ValueError) as error:
+            raise DataError(
+                f"{url} cannot be read: {error}; s3 needs `pip install ldmscale[s3]`, gs `pip install ldmscale[gs]`, "
+                "http(s) `pip install aiohttp`"
+            ) from error
+
+    def read(self, url: str, start: int, end: int) -> bytes:
+        """Returns bytes [start, end) of an object.
+
+        Raises:
+            DataError: if there is no such object.
+            StoreError: if the store refuses access, or patience ran out.
+        """
+        fs, path = self.locate(url)
+
+        def once() -> bytes:
+            data = bytes(self.bounded(fs, "cat_file", path, start=start, end=end))
+            if len(data) != end - start:
+                raise Short(f"{len(data)} of {end - start} bytes came")
+            return data
+
+        return self.persist(once, f"{url} at byte {start}")
+
+    def info(self, url: str) -> dict[str, Any]:
+        """What the store says of an object: size, ETag ... Raises as `read`."""
+        fs, path = self.locate(url)
+        found: dict[str, Any] = self.persist(lambda: self.bounded(fs, "info", path), url)
+        return found
+
+    def content(self, url: str) -> bytes:
+        """All bytes of a small object. Raises as `read`, and AbsentError where there is none."""
+        return bytes(self.ask("cat_file", url))
+
+    def ask(self, method: str, url: str, *arguments: Any, tries: float = 1.0, **options: Any) -> Any:
+        """What a method of the filesystem says of an object; `tries`: how many tries' time it may take. Raises as `read`."""
+        fs, path = self.locate(url)
+        return self.persist(lambda: self.bounded(fs, method, path, *arguments, tries=tries, **options), url)
+
+    def listing(self, folder: str) -> list[dict[str, Any]]:
+        """What lies in a folder. Raises as `read`."""
+        fs, path = self.locate(folder)
+
+        def once() -> list[dict[str, Any]]:
+            fs.invalidate_cache()
+            return list(self.bounded(fs, "ls", path, tries=_LISTING_TRIES, detail=True))
+
+        return self.persist(once, folder)
+
+    def persist(self, work: Callable[[], T], what: str) -> T:
+        """Runs `work` until it succeeds, with waits between, for `patience_seconds` at most."""
+        deadline = time.monotonic() + self.patience_seconds
+        wait, tries = _FIRST_WAIT, 0
+        while True:
+            tries += 1
+            try:
+                return work()
+            except FileNotFoundError as error:
+                if not _passing(error.__cause__):
+                    raise AbsentError(f"{what}: there is no such object (any more)") from error
+                failure: BaseException = error.__cause__ or error
+            except PermissionError as error:
+                raise AccessError(f"{what}: the store refuses access ({error}); {_CREDENTIALS}") from error
+            except DataError:
+                raise
+            except Exception as error:  # every backend raises its own kinds
+                failure = error
+            reason = f"{type(failure).__name__}: {failure}".rstrip(": ")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                # Tried again all the same: the service that hands out a machine's keys has bad days as well.
+                remedy = _CREDENTIALS if "Credentials" in reason else "look at the store and the network"
+                raise StoreError(
+                    f"{what}: no success in {self.patience_seconds:g} s and {tries} tries (last: {reason}); {remedy}, and "
+                    "start the same command again; data.storage.patience_seconds is how long a run waits"
+                ) from failure
+            # Ranks that failed together must not come back together.
+            pause = min(wait, left) * (0.5 + random.random() / 2)
+            log.warning("%s: %s; trying again in %.1f s", what, reason, pause)
+            time.sleep(pause)
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+    def bounded(self, fs: Any, name: str, *arguments: Any, tries: float = 1.0, **options: Any) -> Any:
+        """One try of a method of a filesystem, for as long as so many tries may take."""
+        if isinstance(fs, AsyncFileSystem):
+            coroutine = getattr(fs, f"_{name}")
+            return sync(fs.loop, coroutine, *arguments, timeout=self.request_seconds * tries, **options)
+        return getattr(fs, name)(*arguments, **options)
+
+    def _options_of(self, protocol: str) -> dict[str, Any]:
+        given = dict(self.options)
+        if protocol in ("s3", "s3a"):
+            # botocore's own tries would multiply with ours; its connections are kept and need a limit.
+            own = {"retries": {"max_attempts": 2, "mode": "standard"}, "connect_timeout": 5}
+            own["read_timeout"] = max(1, round(self.request_seconds))
+            given["config_kwargs"] = {**own, **given.get("config_kwargs", {})}
+            if self.endpoint is not None:
+                given["endpoint_url"] = self.endpoint
+        elif protocol in ("gs", "gcs") and self.endpoint is not None:
+            given["endpoint_url"] = self.endpoint
+        return given
+
+
+def _passing(cause: BaseException | None) -> bool:
+    """Is it the network's doing? fsspec calls a file of a web server absent whatever went wrong, and keeps the cause."""
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 429)
+    network = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return network and not isinstance(cause, FileNotFoundError)
+
+
+def create(filesystem: Any, place: str, content: bytes) -> bool:
+    """Write an object of an fsspec filesystem unless it is there; whether `content` is what is there then.
+
+    S3 (`If-None-Match`), Google's store (generation 0) and files refuse the second writer. For others reading back must
+    do, so contents tell their writers apart. Raises what the store's library raises if there is nothing afterwards.
+    """
+    refused: Exception | None = None
+    try:
+        filesystem.pipe_file(place, content, mode="create")
+    except Exception as error:  # "it exists" is told by each store's library in its own way
+        refused = error
+    try:
+        found = bytes(filesystem.cat_file(place))  # the answer may have been lost after the deed
+    except FileNotFoundError:
+        if refused is not None:
+            raise refused from None
+        return False
+    return found == content
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """Tells one version of a shard from another: bytes, and the ETag (remote) or the mtime in ns (local)."""
+
+    size: int
+    version: str
+
+
+def state_of(entry: dict[str, Any]) -> ShardState:
+    version = (
+        entry.get("ETag")
+        or entry.get("etag")
+        or entry.get("LastModified")
+        or entry.get("Last-Modified")
+        or entry.get("mtime")
+        or entry.get("created")
+    )
+    return ShardState(int(entry.get("size") or 0), str(version or "").strip('"'))
