@@ -1,4 +1,4 @@
-"""What tests of several rooms share: running ldmscale as a user does."""
+"""What tests of several packages share: running ldmscale as a user does."""
 
 import os
 import signal

@@ -1,7 +1,7 @@
 """Which attention a process uses: wanted, probed at the model's own head sizes, recorded.
 
 xformers on CUDA, PyTorch's SDPA elsewhere. A backend is compared with SDPA in fp32, forward and backward, before
-the first step, because some fail at some sizes, and some silently (pain 36). What was found goes to the log and
+the first step, because some fail at some sizes, and some silently. What was found goes to the log and
 to run.json.
 """
 

@@ -1,1 +1,1 @@
-"""Networks only: no loss, no configuration, no logging. This room imports no other room of ldmscale."""
+"""Networks only: no loss, no configuration, no logging. This package imports no other package of ldmscale."""

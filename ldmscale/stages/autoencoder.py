@@ -130,7 +130,7 @@ class AutoencoderStage:
         return {}
 
     def finish(self) -> dict[str, float]:
-        """Measure the scale of latents: nothing later has to guess it (pain 13)."""
+        """Measures the latent scale factor; it is stored in the checkpoint."""
         meter = None
         with self._evaluating() as engine:
             for batch in self.measure_batches():

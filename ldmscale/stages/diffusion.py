@@ -124,7 +124,7 @@ class DiffusionStage:
         if preview is None:
             return
         engine = self.engines["denoiser"]
-        # Equal shares, padded with the last prompt: ranks that call a sharded network unequally often hang (pain 3).
+        # Equal shares, padded with the last prompt: ranks that call a sharded network unequally often hang.
         count = len(preview.titles)
         share = -(-count // self.ranks.size)
         mine = [min(self.ranks.rank * share + i, count - 1) for i in range(share)]

@@ -16,7 +16,7 @@ from ldmscale.stages import noise as draws
 
 
 class FirstStage:
-    """Encodes images and stored moments to scaled latents, and decodes them. Works in float32 (pain 23).
+    """Encodes images and stored moments to scaled latents, and decodes them. Works in float32.
 
     `tile_pixels` bounds its memory (models/tiling.py); None: images are encoded and decoded whole.
     """

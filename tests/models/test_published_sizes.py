@@ -63,7 +63,7 @@ def read(group: str, name: str) -> dict[str, Any]:
 
 
 def build(group: str, keys: dict[str, Any]) -> nn.Module:
-    """The network of a file, which holds constructor arguments and what only other rooms read."""
+    """The network of a file, which holds constructor arguments and what only other packages read."""
     if group == "pixels":
         return PixelAutoencoder()  # has no sizes: the file fills in what autoencoders must have
     keys = {key: value for key, value in keys.items() if key not in ("kind", "tokenizer")}

@@ -1,4 +1,4 @@
-"""Types that the settings of every room share."""
+"""Types that the sections of the configuration share."""
 
 from __future__ import annotations
 
