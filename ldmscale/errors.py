@@ -5,31 +5,44 @@ The command line turns a `ConfigError` or a `DataError` that is raised before tr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 
 class LdmscaleError(Exception):
-    """Base of all errors that ldmscale raises on purpose. `shared`: every rank raises it, and rank 0 tells it."""
+    """Base of all errors that ldmscale raises on purpose.
 
-    shared = False
+    Attributes:
+        shared: every rank raises this error. Rank 0 alone reports it, and the ranks can still save a checkpoint together.
+    """
+
+    def __init__(self, message: str = "", *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
+
+    def for_all_ranks(self) -> LdmscaleError:
+        """A copy with `shared` set, for an error of one rank that every rank raises."""
+        error = copy.copy(self).with_traceback(self.__traceback__)
+        error.__cause__ = self.__cause__
+        error.shared = True
+        return error
 
 
 class ConfigError(LdmscaleError):
     """The configuration cannot work. Carries every fault that was found, each with its remedy."""
 
-    shared = True  # ranks read the same configuration
-
-    def __init__(self, faults: str | Sequence[str]) -> None:
+    def __init__(self, faults: str | Sequence[str], *, shared: bool = True) -> None:
+        """`shared`: ranks read the same configuration."""
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
-        super().__init__("\n".join(self.faults))
+        super().__init__("\n".join(self.faults), shared=shared)
 
 
 class DataError(LdmscaleError):
     """The data cannot be read or are not what the run needs. Carries every fault that was found."""
 
-    def __init__(self, faults: str | Sequence[str]) -> None:
+    def __init__(self, faults: str | Sequence[str], *, shared: bool = False) -> None:
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
-        super().__init__("\n".join(self.faults))
+        super().__init__("\n".join(self.faults), shared=shared)
 
 
 class CheckpointError(LdmscaleError):
@@ -39,4 +52,5 @@ class CheckpointError(LdmscaleError):
 class StoppedEarlyError(LdmscaleError):
     """A signal or a time limit came before anything was begun: run me again."""
 
-    shared = True
+    def __init__(self, message: str, *, shared: bool = True) -> None:
+        super().__init__(message, shared=shared)

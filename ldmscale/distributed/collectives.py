@@ -135,8 +135,7 @@ def from_main_rank(work: Callable[[], T]) -> T:
             raise
     value, error = broadcast_object(outcome)
     if error is not None:
-        error.shared = True
-        raise error
+        raise error.for_all_ranks()
     return cast(T, value)
 
 

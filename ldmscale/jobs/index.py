@@ -64,9 +64,7 @@ def main(overrides: Sequence[str]) -> int:
     except DataError as error:
         faults = list(error.faults)
     if faults := gather_lists(faults):  # a rank that gave up must not leave the others waiting
-        told = DataError(faults)
-        told.shared = True
-        raise told
+        raise DataError(faults, shared=True)
     if ranks.size > 1:
         report = look(0, 1)  # every shard's record is there now
         close_world()

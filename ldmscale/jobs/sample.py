@@ -82,9 +82,7 @@ def _faults_of_ranks(fault: LdmscaleError | None) -> LdmscaleError | None:
         return None
     texts = list(dict.fromkeys(text for _, lines in told for text in lines))
     users = all(of_user for of_user, _ in told)
-    error = ConfigError(texts) if users else LdmscaleError("; ".join(texts))
-    error.shared = True
-    return error
+    return ConfigError(texts) if users else LdmscaleError("; ".join(texts), shared=True)
 
 
 def parameters(config: SampleConfig) -> dict[str, str]:

@@ -60,18 +60,14 @@ def next_for_all(loader: Loader, budget: Budget | None = None) -> Batch:
     )
     if failed:
         told = gather_lists([f"rank {loader.rank}: {fault}"] if fault else [])
-        raise _shared(LdmscaleError("\n".join(told)) if broke else DataError(told[:_LISTED])) from broken
+        if broke:
+            raise LdmscaleError("\n".join(told), shared=True) from broken
+        raise DataError(told[:_LISTED], shared=True)
     if replaced > _FREE_FAULTS and replaced > limits.max_share * read:
-        raise _shared(
-            DataError(
-                f"{replaced:.0f} of the {read:.0f} samples that were read since the start cannot be used, more than "
-                f"data.max_bad_share={limits.max_share}; data_ledger.jsonl names them; `ldmscale index "
-                "data.check=decode data.shards=...` looks through all"
-            )
+        raise DataError(
+            f"{replaced:.0f} of the {read:.0f} samples that were read since the start cannot be used, more than "
+            f"data.max_bad_share={limits.max_share}; data_ledger.jsonl names them; `ldmscale index "
+            "data.check=decode data.shards=...` looks through all",
+            shared=True,
         )
     return batch
-
-
-def _shared(error: LdmscaleError) -> LdmscaleError:
-    error.shared = True
-    return error
