@@ -19,6 +19,7 @@ from torch import Tensor
 from ldmscale.evaluation.held_out import HeldOut
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.bottleneck import Bottleneck, Codes
+from ldmscale.models.evaluation_mode import evaluation_mode
 from ldmscale.stages import noise as draws
 from ldmscale.stages.codebook import CodebookKeeper
 from ldmscale.stages.gan import Adversary
@@ -106,9 +107,8 @@ class AutoencoderStage:
     @torch.no_grad()
     def answer(self, batch: Batch) -> Tensor:
         engine = self.engines["generator"]
-        network = engine.network.eval()
-        output, _ = network(self._images(batch).to(engine.compute_dtype), None)
-        network.train()
+        with evaluation_mode(engine.network):
+            output, _ = engine.network(self._images(batch).to(engine.compute_dtype), None)
         assert isinstance(output, Tensor)
         return output
 
@@ -167,22 +167,15 @@ class AutoencoderStage:
     def _evaluating(self) -> Iterator[Engine]:
         """The generator without gradients and dropout, with its averaged weights where it has them."""
         engine = self.engines["generator"]
-        engine.network.eval()
-        try:
-            with torch.no_grad(), engine.averaged_weights(main_average(self.averages, "generator")):
-                yield engine
-        finally:
-            engine.network.train()
+        average = main_average(self.averages, "generator")
+        with torch.no_grad(), evaluation_mode(engine.network), engine.averaged_weights(average):
+            yield engine
 
     def _latents(self, images: Tensor) -> Tensor:
         """Latents [B,C,h,w] by the present weights, through the whole network, as an engine of ZeRO-3 expects."""
         engine = self.engines["generator"]
-        engine.network.eval()
-        try:
-            with torch.no_grad():
-                encoded: Bottleneck = engine.network(images.to(engine.compute_dtype), None)[1]
-        finally:
-            engine.network.train()
+        with torch.no_grad(), evaluation_mode(engine.network):
+            encoded: Bottleneck = engine.network(images.to(engine.compute_dtype), None)[1]
         return encoded.spread()[0]
 
     def _images(self, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import CheckpointError
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
+from ldmscale.models.evaluation_mode import evaluation_mode
 from ldmscale.models.frozen_text import FrozenTextEncoder
 from ldmscale.stages import noise as draws
 from ldmscale.stages.conditions import batch_conditions
@@ -97,7 +98,9 @@ class DiffusionStage:
         engine.backward(loss)
         if drop_spatial is not None:
             measured = measured | {"spatial/dropped": lost.float().mean()}
-        return {"loss/total": loss.detach(), **measured, "text/dropped": drop.float().mean()}
+        if dropped is not None:  # without a null condition nothing is dropped
+            measured = measured | {"text/dropped": drop.float().mean()}
+        return {"loss/total": loss.detach(), **measured}
 
     @torch.no_grad()
     def answer(self, batch: Batch) -> Tensor:
@@ -111,11 +114,11 @@ class DiffusionStage:
         )
         conditions = batch_conditions(batch, self.first_stage).to(self.device)
         kept = torch.zeros(len(positions), dtype=torch.bool, device=self.device)
-        denoiser = self._denoiser.eval()
-        output = denoiser(
-            noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, kept if denoiser.has_null else None
-        )
-        denoiser.train()
+        denoiser = self._denoiser
+        with evaluation_mode(denoiser):
+            output = denoiser(
+                noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, kept if denoiser.has_null else None
+            )
         assert isinstance(output, Tensor)
         return output
 
@@ -129,10 +132,10 @@ class DiffusionStage:
         share = -(-count // self.ranks.size)
         mine = [min(self.ranks.rank * share + i, count - 1) for i in range(share)]
         seeds = [preview.first_seed + i for i in mine]
-        denoiser = self._denoiser.eval()
-        with torch.no_grad(), engine.averaged_weights(main_average(self.averages, "denoiser")):
+        average = main_average(self.averages, "denoiser")
+        with torch.no_grad(), evaluation_mode(self._denoiser), engine.averaged_weights(average):
             latents = draw_latents(
-                denoiser,
+                self._denoiser,
                 preview.conditions.changed(lambda part: part[mine]).to(self.device),
                 starting_noise(seeds, self.latent_shape).to(self.device),
                 self.schedule,
@@ -140,7 +143,6 @@ class DiffusionStage:
                 engine.compute_dtype,
                 seeds,
             )
-        denoiser.train()
         images = gather_lists(list(to_uint8(self.first_stage.images(latents))))[:count]
         yield Picture("samples", np.stack(images), preview.titles)
 

@@ -21,6 +21,7 @@ from ldmscale.distributed.collectives import sum_tensor_over_ranks
 from ldmscale.evaluation.frechet import frechet_distance_of_features
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
+from ldmscale.models.evaluation_mode import evaluation_mode
 from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.validation import SEED
@@ -58,15 +59,14 @@ class GenerationFigures:
         self, denoiser: Denoiser, schedule: NoiseSchedule, latent_shape: Sequence[int], dtype: torch.dtype
     ) -> dict[str, float]:
         """The figures by the weights that the denoiser has now, the same on all ranks. Collective."""
-        denoiser.eval()
         told = [
             batch_conditions(batch, self.first_stage).to(self.first_stage.device) for batch in self.batches
         ]
-        drawn = self._features(
-            self._draw(denoiser, batch, conditions, schedule, latent_shape, dtype)
-            for batch, conditions in zip(self.batches, told, strict=True)
-        )
-        denoiser.train()
+        with evaluation_mode(denoiser):
+            drawn = self._features(
+                self._draw(denoiser, batch, conditions, schedule, latent_shape, dtype)
+                for batch, conditions in zip(self.batches, told, strict=True)
+            )
         found = {self.network.distance: frechet_distance_of_features(self._real, drawn)}
         if any(part is not None for part in told[0]):
             nearest = torch.cdist(drawn, self._real).argmin(dim=1)  # [N]

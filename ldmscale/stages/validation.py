@@ -18,6 +18,7 @@ from ldmscale.diffusion import process
 from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.models.denoiser import Denoiser
+from ldmscale.models.evaluation_mode import evaluation_mode
 from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.objective import Objective, add_noise
@@ -58,10 +59,9 @@ def held_out_loss(
     assert isinstance(network, Denoiser)
     objective = Objective(prediction, "l2", caption_dropout=0.0)
     measured: dict[str, float] = {}
-    network.eval()
     for average in (None, *averages):
         found: list[tuple[int, int, float]] = []  # number, timestep, loss of each sample
-        with engine.averaged_weights(average):
+        with evaluation_mode(network), engine.averaged_weights(average):
             for batch in held_out.batches:
                 numbers = batch["position"].tolist()
                 x0 = first_stage.batch_latents(batch, SEED)  # [B,C,h,w]
@@ -79,7 +79,6 @@ def held_out_loss(
             inside = [loss for _, t, loss in rows if t * held_out.timestep_bins // schedule.timesteps == k]
             if inside:
                 measured[f"{name}/bin_{k + 1}"] = _mean(inside)
-    network.train()
     return measured
 
 
