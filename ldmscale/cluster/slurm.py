@@ -23,7 +23,7 @@ def body_file() -> Path:
 
 
 def render(frozen: Frozen, job: str, name: str, logs: Path, directory: Path, cluster: ClusterConfig) -> str:
-    """The script of one submission.
+    """The script of one submission. Paths and names are those that `check_script_paths` and `check_cluster` accept.
 
     Args:
         frozen: the submission; the script names its folder.
@@ -58,6 +58,8 @@ def options(name: str, logs: Path, directory: Path, cluster: ClusterConfig) -> l
     """Options of sbatch, one a line."""
     nodes = f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else str(cluster.nodes)
     pattern = "slurm_%A_%a.out" if cluster.array else "slurm_%j.out"
+    # Slurm replaces %j, %x and the like in the name of the output, also where they are part of the folder's name.
+    output = f"{str(logs).replace('%', '%%')}/{pattern}"
     given = [
         ("job-name", name),
         ("nodes", nodes),
@@ -74,7 +76,7 @@ def options(name: str, logs: Path, directory: Path, cluster: ClusterConfig) -> l
         ("array", f"0-{cluster.array - 1}" if cluster.array else None),
         ("signal", f"B:USR1@{cluster.stop_before_end_seconds}"),
         ("chdir", directory),
-        ("output", logs / pattern),
+        ("output", output),
     ]
     return [
         *(f"--{key}={shlex.quote(str(value))}" for key, value in given if value is not None),

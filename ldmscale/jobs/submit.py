@@ -8,6 +8,8 @@ configuration, the code and the job script are frozen in the run folder, and Slu
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from ldmscale.cluster import submission as frozen
 from ldmscale.cluster.chain import Stage, stages_of
 from ldmscale.cluster.slurm import render
 from ldmscale.config import JOBS, AutoencoderJob, ClusterConfig, DiffusionJob, Job, LatentsJob, SubmitJob
-from ldmscale.config.checks.cluster import check_cluster
+from ldmscale.config.checks.cluster import check_cluster, check_script_paths
 from ldmscale.config.compose import compose_job, compose_valid
 from ldmscale.config.load import resolved
 from ldmscale.config.resume import changes
@@ -103,6 +105,7 @@ def _plan(stage: Stage) -> Planned:
     ]
     of_job = [word for word in stage.overrides if word not in of_cluster]
     cluster, faults = _cluster(of_cluster)
+    faults += check_script_paths(_paths(stage.job, of_job, cluster))
     sizes = [1]
     if cluster is not None:
         sizes = cluster.world_sizes if cluster.array is None else [cluster.tasks_per_node * cluster.nodes]
@@ -125,6 +128,20 @@ def _plan(stage: Stage) -> Planned:
     if isinstance(config, (AutoencoderJob, DiffusionJob)):
         changes(RunFolder(owner), plain(config))
     return Planned(stage.job, config, cluster, owner, ["ldmscale", stage.job, *of_job])
+
+
+def _paths(job: str, overrides: Sequence[str], cluster: ClusterConfig | None) -> dict[str, str]:
+    """What the job script and Slurm's options name, by its setting; also where other settings are faulty."""
+    values, _ = compose_valid(job, overrides)
+    found = {"the working folder": os.getcwd()}
+    if cluster is not None and cluster.python is None:
+        found["the interpreter"] = sys.executable
+    for key in ("run.name", "run.dir", "latents.path"):
+        section, name = key.split(".")
+        value = (values.get(section) or {}).get(name)
+        if isinstance(value, str):
+            found[key] = value
+    return found
 
 
 def _cluster(overrides: Sequence[str]) -> tuple[ClusterConfig | None, list[str]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from ldmscale.config import ClusterConfig, DoctorJob, WandbSyncJob
@@ -10,6 +13,9 @@ from ldmscale.config.compose import config_folder
 
 # sbatch's notations of a duration: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 _DURATION = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Unicode's categories of control characters and of halves of a surrogate pair, which stand for bytes that are not UTF-8.
+_UNWRITABLE = ("Cc", "Cs")
 
 
 def check_cluster(cluster: ClusterConfig) -> list[str]:
@@ -33,7 +39,53 @@ def check_cluster(cluster: ClusterConfig) -> list[str]:
         faults.append(
             f"cluster.min_nodes={cluster.min_nodes} is more than cluster.nodes={cluster.nodes}: give the smaller first"
         )
+    for name in cluster.environment:
+        if not _VARIABLE.fullmatch(name):
+            faults.append(
+                f"cluster.environment: {name!r} is not a name of a variable: expected letters, digits and underscores, "
+                "not a digit first; rename it"
+            )
+    if cluster.python is not None and cluster.python.startswith("-"):
+        faults.append(
+            f"cluster.python={cluster.python!r} begins with '-': srun reads it as an option; give a path"
+        )
+    return [*faults, *_unwritable(cluster)]
+
+
+def check_script_paths(paths: Mapping[str, str]) -> list[str]:
+    """Faults of `paths` (by the setting that each comes from) that a job script and Slurm's options cannot hold.
+
+    The quotes of a shell keep a newline, but Slurm's options are comment lines of the script, which a newline ends:
+    what follows it would run as a command. A backslash is an escape to Slurm, also within quotes and in file names.
+    """
+    faults = []
+    for setting, value in paths.items():
+        if found := _control_character(value):
+            faults.append(
+                f"{setting}={value!r} contains {found}, which a job script cannot hold: give another path"
+            )
+        elif "\\" in value:
+            faults.append(f"{setting}={value!r} contains a backslash, an escape to Slurm: give another path")
     return faults
+
+
+def _unwritable(cluster: ClusterConfig) -> Iterator[str]:
+    """Faults of texts that a job script cannot hold. A line of `setup` is shell code and may contain line ends."""
+    for field in fields(cluster):
+        value = getattr(cluster, field.name)
+        allowed = "\n\t" if field.name == "setup" else ""
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        for part in parts:
+            if isinstance(part, str) and (found := _control_character(part, allowed)):
+                yield f"cluster.{field.name}: {part!r} contains {found}, which a job script cannot hold; remove it"
+
+
+def _control_character(text: str, allowed: str = "") -> str | None:
+    """The first character of `text` that a job script cannot hold, in words; None if it holds none."""
+    for character in text:
+        if unicodedata.category(character) in _UNWRITABLE and character not in allowed:
+            return f"the control character {character!r}"
+    return None
 
 
 def check_doctor(config: DoctorJob) -> list[str]:
