@@ -42,7 +42,7 @@ def pillow(data: bytes) -> np.ndarray:
 
 
 def array(data: bytes) -> np.ndarray:
-    found: np.ndarray = np.load(io.BytesIO(data))
+    found: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     return found
 
 

@@ -115,7 +115,9 @@ def count_gpus(env: Mapping[str, str] = os.environ) -> int:
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return 0
-    listing = subprocess.run([smi, "-L"], capture_output=True, text=True, timeout=60, check=False)
+    listing = subprocess.run(
+        [smi, "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
     if listing.returncode != 0:
         return 0
     present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

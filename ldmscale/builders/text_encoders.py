@@ -43,7 +43,7 @@ def bare_text_encoder(config: FrozenTextConfig) -> FrozenTextEncoder:
     """
     kind = _network_class(config.kind)
     try:
-        settings = kind.config_class.from_pretrained(config.path)
+        settings = kind.config_class.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # no network, no such name, no access: the hub's client raises many kinds
         raise _unavailable(config, error) from error
     return _wrapped(kind(settings).to(_TYPES[config.dtype]), config)
@@ -57,12 +57,15 @@ def _network_class(kind: str) -> Any:
 
 
 def _from_pretrained(kind: Any, config: FrozenTextConfig) -> tuple[nn.Module, dict[str, Any]]:
-    wanted = {"dtype": _TYPES[config.dtype], "output_loading_info": True}
+    # Neither code of the folder nor a pickle that calls functions.
+    wanted = {"dtype": _TYPES[config.dtype], "output_loading_info": True, "weights_only": True}
     try:
         try:  # the local copy first: where there is no network the hub's client tries for most of a minute
-            network, report = kind.from_pretrained(config.path, local_files_only=True, **wanted)
+            network, report = kind.from_pretrained(
+                config.path, trust_remote_code=False, local_files_only=True, **wanted
+            )
         except OSError:
-            network, report = kind.from_pretrained(config.path, **wanted)
+            network, report = kind.from_pretrained(config.path, trust_remote_code=False, **wanted)
     except Exception as error:
         raise _unavailable(config, error) from error
     return network, report

@@ -122,7 +122,9 @@ def cancel(jobs: Sequence[str]) -> None:
 
 def _ask(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
     except FileNotFoundError:
         raise ConfigError(
             f"{command[0]} is not on this machine: submit on a login node of the cluster, or give --dry-run to see "

@@ -195,4 +195,5 @@ def _write(folder: Path, tokens: np.ndarray, vectors: np.ndarray, digest: str) -
 def _open(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """Rows of token ids, their vectors mapped from the file, and the encoder's digest."""
     digest = json.loads((folder / "encoder.json").read_text())["digest"]
-    return np.load(folder / "tokens.npy"), np.load(folder / "vectors.npy", mmap_mode="r"), str(digest)
+    tokens = np.load(folder / "tokens.npy", allow_pickle=False)
+    return tokens, np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False), str(digest)

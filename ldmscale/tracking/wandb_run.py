@@ -10,9 +10,11 @@ import logging
 import netrc
 import os
 import socket
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -136,18 +138,19 @@ def start_wandb(
         )
         chosen = _choose_mode(mode, settings.base_url)
         folder.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(
-            dir=str(folder),
-            mode=chosen,
-            id=run_id,
-            resume="allow" if chosen == "online" and run_id else None,  # means nothing to an offline run
-            name=name,
-            project=project,
-            entity=entity,
-            tags=list(tags),
-            config=dict(config or {}),
-            settings=settings,
-        )
+        with _no_answers():
+            run = wandb.init(
+                dir=str(folder),
+                mode=chosen,
+                id=run_id,
+                resume="allow" if chosen == "online" and run_id else None,  # means nothing to an offline run
+                name=name,
+                project=project,
+                entity=entity,
+                tags=list(tags),
+                config=dict(config or {}),
+                settings=settings,
+            )
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
     except Exception as error:  # see WandbRun._guarded
@@ -157,6 +160,18 @@ def start_wandb(
         return None
     log.info("W&B is %s in %s", chosen, folder / "wandb")
     return WandbRun(run, chosen, images_per_hour)
+
+
+@contextmanager
+def _no_answers() -> Iterator[None]:
+    """Empty standard input: without a key W&B asks for one on a terminal and waits, and takes prompts of a job for it."""
+    before = sys.stdin
+    with open(os.devnull) as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def _choose_mode(mode: Literal["auto", "offline", "online"], base_url: str) -> Literal["online", "offline"]:

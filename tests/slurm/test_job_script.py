@@ -124,7 +124,9 @@ def test_failures_are_tried_again_as_long_as_there_is_progress_and_what_cannot_w
     whole.ends("COMPLETED", "0:0", restarts=1)
 
 
-def test_a_folder_with_a_hostile_name_runs_nothing_and_gets_its_output(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_folder_with_a_hostile_name_runs_nothing_and_gets_its_output(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     folder = tmp_path / "%j it's $(touch PWNED); `touch PWNED` #SBATCH --wrap=x %%x \"ä"
     job = Job(cluster, folder, "0")
     job.ends("COMPLETED", "0:0", restarts=0)

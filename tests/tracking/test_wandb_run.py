@@ -1,6 +1,9 @@
 """W&B without a network: real offline runs, read back from the files that they leave."""
 
 import os
+import pty
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -105,3 +108,27 @@ def test_importing_the_tracker_does_not_import_wandb():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_run_without_a_key_asks_nothing_on_a_terminal(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from ldmscale.tracking.wandb_run import start_wandb; "
+        "assert sys.stdin.isatty() and sys.stderr.isatty(); "
+        f"print(start_wandb(Path({str(tmp_path)!r}), 'online', run_id='a', name='n', project='p'))"
+    )
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    shown = b""
+    with open(terminal, "rb", buffering=0) as screen:
+        while select.select([screen], [], [], 120)[0]:
+            try:
+                part = screen.read(4096)
+            except OSError:  # the program has ended
+                break
+            shown += part
+            if not part or b"Enter your choice" in shown:
+                break
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert b"Enter your choice" not in shown and shown.rstrip().endswith(b"None"), shown

@@ -188,7 +188,9 @@ def _run_pipe(url: str, path: Path) -> list[str]:
         command = [bash, "-o", "pipefail", "-c", url[len("pipe:") :]]
     try:
         with finished_file(path) as temporary, open(temporary, "wb") as stream:
-            done = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, check=False)
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.PIPE, check=False
+            )
             if done.returncode != 0:
                 last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
                 raise DataError(

@@ -75,11 +75,13 @@ def arcade_wheel() -> Path:
             "download",
             "--no-deps",
             "--only-binary=:all:",
+            "--no-input",
             "--disable-pip-version-check",
         ]
         try:
             done = subprocess.run(
                 [*command, ARCADE, "-d", temporary],
+                stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 timeout=_SECONDS,

@@ -168,6 +168,8 @@ def _from_hub(name: str) -> tokenizers.Tokenizer:
     try:
         backend: tokenizers.Tokenizer = from_hub(name).backend_tokenizer
         return backend
+    except DataError:
+        raise
     except Exception as error:  # no network, no such name, no access: the hub's client raises many kinds
         raise DataError(
             f"tokenizer {name!r} is no local folder and cannot be had from the model hub "

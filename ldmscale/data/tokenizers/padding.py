@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from ldmscale.errors import DataError
+
 
 def of_one_length(backend: tokenizers.Tokenizer, max_tokens: int, pad_id: int, pad_token: str) -> None:
     """Has the backend cut captions that are too long, and fill up the others."""
@@ -31,11 +33,25 @@ def decode(backend: tokenizers.Tokenizer, ids: Sequence[int] | np.ndarray) -> st
 
 
 def from_hub(name_or_folder: str) -> Any:
-    """The transformers tokenizer of a name or folder. Raises whatever the hub's client raises."""
+    """The transformers tokenizer of a name or folder. Raises whatever the hub's client raises.
+
+    Raises DataError where the tokenizer is Python code of the folder itself (`auto_map`): such code never runs.
+    """
     # transformers takes seconds to import, and a tokenizer that was kept does not need it.
     from transformers import AutoTokenizer
 
-    try:  # the local copy first: where there is no network the hub's client tries for most of a minute
-        return AutoTokenizer.from_pretrained(name_or_folder, local_files_only=True)
-    except OSError:
-        return AutoTokenizer.from_pretrained(name_or_folder)
+    try:
+        try:  # the local copy first: where there is no network the hub's client tries for most of a minute
+            return AutoTokenizer.from_pretrained(
+                name_or_folder, trust_remote_code=False, local_files_only=True
+            )
+        except OSError:
+            return AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        # The library advises its own switch, which would run the code.
+        raise DataError(
+            f"the tokenizer of {name_or_folder} is Python code in that folder (auto_map of tokenizer_config.json), which "
+            "ldmscale never runs; give a tokenizer that the transformers library has itself"
+        ) from error
