@@ -100,6 +100,12 @@ def test_a_library_is_imported_by_its_package_alone(library: str, homes: list[st
     assert [user for user in users if not user.startswith(tuple(homes))] == []
 
 
+def test_only_storage_renames_links_and_locks_files() -> None:
+    calls = re.compile(r"\bos\.(replace|link|rename)\(|\.(rename|hardlink_to)\(|\bfcntl\b")
+    users = {str(file.relative_to(CHECKOUT)) for file in FILES if calls.search(file.read_text())}
+    assert users and {user for user in users if not user.startswith("ldmscale/storage/")} == set()
+
+
 def test_no_name_that_begins_with_an_underscore_is_imported() -> None:
     private = [
         f"{module} imports {name.name} of {node.module}"

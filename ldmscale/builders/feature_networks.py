@@ -21,12 +21,13 @@ from ldmscale.models.perceptual import (
     LPIPS,
     VGG16_SHA256,
     EfficientNetLite0Distance,
-    file_sha256,
     load_efficientnet_lite0,
     load_tensors,
     packaged_efficientnet,
     read_weights,
 )
+from ldmscale.storage.digest import file_sha256
+from ldmscale.storage.hub import hub_file
 
 HUB = "hf://"
 # The first characters of its sha256 are in its published name.
@@ -146,10 +147,8 @@ def weights_file(given: str) -> Path:
     parts = given.removeprefix(HUB).split("/", 2)
     if len(parts) < 3 or not all(parts):
         raise ValueError(f"{given}: expected hf://OWNER/REPO/FILE")
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
+        return hub_file("/".join(parts[:2]), parts[2])
     except Exception as error:  # no network, no such repository, no right to it: each is told in its own way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(

@@ -11,6 +11,7 @@ from torch import nn
 from ldmscale.config import FrozenTextConfig
 from ldmscale.errors import ConfigError
 from ldmscale.models.frozen_text import FrozenTextEncoder
+from ldmscale.storage.hub import cached_first
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +61,11 @@ def _from_pretrained(kind: Any, config: FrozenTextConfig) -> tuple[nn.Module, di
     # Neither code of the folder nor a pickle that calls functions.
     wanted = {"dtype": _TYPES[config.dtype], "output_loading_info": True, "weights_only": True}
     try:
-        try:  # the local copy first: where there is no network the hub's client tries for most of a minute
-            network, report = kind.from_pretrained(
-                config.path, trust_remote_code=False, local_files_only=True, **wanted
+        network, report = cached_first(
+            lambda local: kind.from_pretrained(
+                config.path, trust_remote_code=False, local_files_only=local, **wanted
             )
-        except OSError:
-            network, report = kind.from_pretrained(config.path, trust_remote_code=False, **wanted)
+        )
     except Exception as error:
         raise _unavailable(config, error) from error
     return network, report

@@ -12,7 +12,6 @@ Only complete ones are ever read. The others go when the run has passed them.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Collection, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from ldmscale.checkpoint.shards import COMPLETE
+from ldmscale.storage.atomic import move
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _put_back(old: Path) -> None:
     if (old / COMPLETE).is_file() and not (target / COMPLETE).is_file():
         log.warning("a save of %s was cut off: its former content is put back", target.name)
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(old, target)
+        move(old, target)
 
 
 def undo(target: Path) -> None:
@@ -116,7 +116,7 @@ def undo(target: Path) -> None:
 def set_aside(folder: Path, ending: str) -> None:
     aside = folder.with_name(folder.name + ending)
     shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
+    move(folder, aside)
 
 
 def passed(folder: Path, step: int) -> list[Path]:

@@ -13,7 +13,6 @@ and removes what need not be kept. What lacks COMPLETE does not exist.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,8 @@ from ldmscale.checkpoint.shards import Piece, Reader, mark_complete, write_piece
 from ldmscale.checkpoint.two_phase import Outcome, TwoParts
 from ldmscale.distributed import collectives
 from ldmscale.errors import CheckpointError
-from ldmscale.storage.atomic import FileRecord, sync, write_text
+from ldmscale.storage.atomic import move, sync, write_text
+from ldmscale.storage.digest import FileRecord
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ class CheckpointManager:
                 folders.set_aside(later, ".abandoned")
         if target.exists():
             folders.set_aside(target, ".replaced")
-        os.replace(temporary, target)
+        move(temporary, target)
         mark_complete(target)
         sync(self.folder)
         # It counts from here on: what follows is for people, and for space.

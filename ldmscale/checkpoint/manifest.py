@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ldmscale.errors import CheckpointError
-from ldmscale.storage.atomic import FileRecord, digest, write_text
+from ldmscale.storage.atomic import write_text
+from ldmscale.storage.digest import FileRecord, file_xxh3
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -71,12 +72,12 @@ class Part:
 def write_part(path: Path, part: Part) -> FileRecord:
     """Write the description of a rank's file; returns the description's own record."""
     write_text(path, json.dumps(asdict(part)))
-    return FileRecord(path.name, path.stat().st_size, digest(path))
+    return FileRecord(path.name, path.stat().st_size, file_xxh3(path))
 
 
 def read_part(path: Path, written: FileRecord) -> Part:
     """Read it back; raises CheckpointError if it is not what was written, and OSError."""
-    if digest(path) != written.xxh3_128:
+    if file_xxh3(path) != written.xxh3_128:
         raise CheckpointError(f"{path} is not as its rank wrote it")
     raw = json.loads(path.read_text(encoding="utf-8"))
     pieces = {

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import secrets
 import socket
 import subprocess
@@ -17,6 +15,8 @@ from typing import Any, cast
 import yaml
 
 from ldmscale.errors import ConfigError
+from ldmscale.storage.atomic import write_json, write_text
+from ldmscale.storage.digest import sha256
 from ldmscale.storage.lease import Lease, check_held, take
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class RunFolder:
     def settle_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml in a new run; an old one keeps what it was started with."""
         if not self.config_file.exists():
-            _write(self.config_file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+            write_text(self.config_file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     def config(self) -> dict[str, Any]:
         """The configuration that the run was started with. Raises ConfigError where the folder is no run."""
@@ -92,7 +92,7 @@ class RunFolder:
 
     def note(self, identity: Mapping[str, Any]) -> None:
         """Replace run.json as a whole, so that no reader meets half of it."""
-        _write(self.identity_file, json.dumps(dict(identity), indent=2) + "\n")
+        write_json(self.identity_file, dict(identity))
 
     def finished_step(self) -> int | None:
         """The step at which the run ended as asked, or None."""
@@ -115,13 +115,6 @@ def latents_folder(path: str) -> Path:
     return Path("runs", "latents", path.split("://", 1)[1].strip("/")) if "://" in path else Path(path)
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def about_run(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values for a manifest: the configuration and its hash, W&B's id, the start of the run, host, revision."""
     return {
@@ -136,7 +129,7 @@ def about_run(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[st
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """sha256 of a configuration, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(config, sort_keys=True))
 
 
 # In the package folder of code that `submit` has frozen: the revision that was frozen.

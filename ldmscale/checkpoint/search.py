@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from ldmscale.checkpoint.remote import RemoteCheckpoints
 from ldmscale.checkpoint.shards import Reader
 from ldmscale.distributed import collectives
 from ldmscale.errors import CheckpointError
+from ldmscale.storage.atomic import move
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Search:
 
         def place() -> None:
             shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
+            move(temporary, target)
 
         collectives.from_main_rank(place)
         return self._faults(target)

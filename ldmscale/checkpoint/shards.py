@@ -20,7 +20,8 @@ from ldmscale.checkpoint import manifest as manifests
 from ldmscale.checkpoint.manifest import Entry, Manifest, Part, read_manifest
 from ldmscale.checkpoint.tensors import TensorFile, write_tensors
 from ldmscale.errors import CheckpointError
-from ldmscale.storage.atomic import digest, write_text
+from ldmscale.storage.atomic import write_text
+from ldmscale.storage.digest import file_xxh3
 
 COMPLETE = "COMPLETE"  # the file that is written last, with the hash of the manifest
 
@@ -59,7 +60,7 @@ def write_pieces(path: Path, rank: int, pieces: Sequence[Piece]) -> Part:
 
 def mark_complete(folder: Path) -> None:
     """Add the file that makes a checkpoint count, and that vouches for its manifest."""
-    write_text(folder / COMPLETE, digest(folder / manifests.NAME) + "\n")
+    write_text(folder / COMPLETE, file_xxh3(folder / manifests.NAME) + "\n")
 
 
 class Reader:
@@ -77,7 +78,7 @@ class Reader:
             )
         if (self.folder / manifests.NAME).is_file():
             vouched = (self.folder / COMPLETE).read_text(encoding="utf-8", errors="replace").strip()
-            if vouched != (found := digest(self.folder / manifests.NAME)):
+            if vouched != (found := file_xxh3(self.folder / manifests.NAME)):
                 raise CheckpointError(
                     f"{self.folder} is damaged: {manifests.NAME} has the hash {found}, {COMPLETE} says {vouched!r}"
                 )
@@ -96,7 +97,7 @@ class Reader:
         """Faults of the files number part, part + parts, ..., found by reading all their bytes."""
         faults = []
         for written in self.manifest.files[part::parts]:
-            found = digest(self.folder / written.name)
+            found = file_xxh3(self.folder / written.name)
             if found != written.xxh3_128:
                 faults.append(f"{written.name} has the hash {found}, the manifest says {written.xxh3_128}")
         return faults

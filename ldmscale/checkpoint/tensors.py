@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from ldmscale.errors import CheckpointError
-from ldmscale.storage.atomic import FileRecord
+from ldmscale.storage.digest import FileRecord
 
 _BLOCK_BYTES = 1 << 24
 _LONGEST_HEADER = 1 << 30

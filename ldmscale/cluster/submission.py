@@ -6,7 +6,6 @@ job reads nothing but this folder (and the interpreter's packages, whose version
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -23,6 +22,8 @@ import yaml
 from ldmscale.checkpoint.run_folder import REVISION, git_revision
 from ldmscale.config.compose import config_folder
 from ldmscale.errors import ConfigError
+from ldmscale.storage.atomic import write_json
+from ldmscale.storage.digest import folder_sha256
 
 SUBMISSIONS = "submissions"
 _START = '''"""Starts the frozen code, wherever the job stands: this file's folder comes first in the search for modules."""
@@ -81,14 +82,14 @@ def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[s
     # The manifests of its checkpoints shall say it, though no checkout is there any more.
     revision = git_revision()
     (frozen.code / "ldmscale" / REVISION).write_text(f"{revision or ''}\n")
-    _write_json(
+    write_json(
         frozen.record,
         {
             "job": job,
             "command": list(command),
             "directory": os.getcwd(),
             "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "code_sha256": _digest(frozen.code),
+            "code_sha256": folder_sha256(frozen.code),
             "git_revision": revision,
             "python": sys.version.split()[0],
             "packages": _versions(),
@@ -99,7 +100,7 @@ def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[s
 
 def note(frozen: Frozen, values: Mapping[str, Any]) -> None:
     """Add `values` to the record of the submission."""
-    _write_json(frozen.record, {**json.loads(frozen.record.read_text()), **values})
+    write_json(frozen.record, {**json.loads(frozen.record.read_text()), **values})
 
 
 def earlier(owner: Path) -> list[tuple[Frozen, dict[str, Any]]]:
@@ -128,16 +129,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _digest(folder: Path) -> str:
-    total = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        total.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
-    return total.hexdigest()
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    draft = file.with_suffix(".tmp")
-    draft.write_text(json.dumps(dict(values), indent=2) + "\n")
-    os.replace(draft, file)

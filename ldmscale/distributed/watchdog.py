@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ldmscale.distributed.environment import Ranks
+from ldmscale.storage.atomic import write_json
 
 log = logging.getLogger(__name__)
 
@@ -127,9 +128,7 @@ class Heartbeat:
             round(time.monotonic() - self._since, 1),
         )
         path = _file(self._folder, self._ranks.rank)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(asdict(beat)))
-        os.replace(draft, path)
+        write_json(path, asdict(beat), indent=None, durable=False)
 
     def _verdict(self, waited: float) -> str:
         try:

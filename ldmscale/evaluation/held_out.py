@@ -7,7 +7,6 @@ of calls (the last ones on images that do not count), as networks cut by ZeRO-3 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import DataError
 from ldmscale.evaluation.reconstruction import psnr, ssim
+from ldmscale.storage.digest import sha256
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two images [B,3,H,W] in [-1,1] -> [B]
 
@@ -139,4 +139,4 @@ class ImageSet:
         """How many samples all ranks have read, the sha256 of their names in order, and what could not be read. Collective."""
         named = sorted(set(gather_lists(self.keys)))
         faults = [fault for _, fault in sorted(set(gather_lists(self.faults)))]
-        return len(named), hashlib.sha256("\n".join(name for _, name in named).encode()).hexdigest(), faults
+        return len(named), sha256("\n".join(name for _, name in named)), faults

@@ -6,7 +6,6 @@ whole or not at all, so a set of any size goes on where it was interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldmscale.errors import ConfigError
 from ldmscale.storage.atomic import finished_file, write_file
+from ldmscale.storage.digest import file_sha256, listing_sha256, sha256
 from ldmscale.tracking.images import tile, write_png
 
 GRID_IMAGES = 64  # at most; a grid of thousands is no help
@@ -201,20 +201,14 @@ def free_folder(samples: Path, made_by: Mapping[str, str], prompts: Prompts) -> 
 
 def file_digest(path: str | Path) -> str:
     """What tells a file from another one of the same name: 12 characters of its SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    return file_sha256(path)[:12]
 
 
 def text_digest(text: str) -> str:
     """The same for a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return sha256(text)[:12]
 
 
 def listing_digest(path: Path) -> str:
     """The same for a model of many large files, by their names, sizes and times of change; drawn pictures do not count."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    told = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in files
-        if "samples" not in file.relative_to(path).parts
-    ]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+    return listing_sha256(path, without="samples")[:12]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from ldmscale.config import EvaluateJob
 from ldmscale.config.load import configured
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import DataError
+from ldmscale.storage.atomic import write_json
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def _run(config: EvaluateJob, ranks: Ranks) -> int:
     if ranks.is_main:
         chosen = config.evaluate
         out = chosen.out or str(Path(chosen.model) / "evaluation" / f"{chosen.kind}.json")
-        _write(Path(out), result)
+        write_json(Path(out), result, indent=1)
         log.info("%s; all of it is in %s", _said(result), out)
     close_world()
     return 0
@@ -55,11 +54,3 @@ def _said(result: dict[str, Any]) -> str:
         else:
             parts.append(f"{name} {value:.4f}")
     return f"{result['protocol']['images']} images: {', '.join(parts)}"
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)

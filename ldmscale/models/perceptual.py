@@ -7,7 +7,6 @@ mode, their weights never get a gradient, and they belong outside the training e
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmscale.models.efficientnet import EfficientNetLite0
+from ldmscale.storage.digest import file_sha256
 
 # First characters of each file's sha256, as published: torchvision's own file name carries the one of VGG16.
 VGG16_SHA256 = "397923af"
@@ -198,14 +198,6 @@ def read_weights(path: str | Path, sha256: str | None, what: str) -> dict[str, T
     else:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     return tensors
-
-
-def file_sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with Path(path).expanduser().open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from ldmscale.errors import ConfigError, DataError
 from ldmscale.models.frozen_text import FrozenTextEncoder, StoredTextEncoder
 from ldmscale.setup.index import open_index
 from ldmscale.setup.run import Run
+from ldmscale.storage.atomic import finished_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -186,10 +186,9 @@ def _write(folder: Path, tokens: np.ndarray, vectors: np.ndarray, digest: str) -
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "encoder.json").unlink(missing_ok=True)
     for name, values in (("tokens", tokens), ("vectors", vectors)):
-        beside = folder / f".{name}.npy"
-        np.save(beside, values)
-        os.replace(beside, folder / f"{name}.npy")
-    (folder / "encoder.json").write_text(json.dumps({"digest": digest, "captions": len(tokens)}) + "\n")
+        with finished_file(folder / f"{name}.npy") as temporary, open(temporary, "wb") as stream:
+            np.save(stream, values)
+    write_json(folder / "encoder.json", {"digest": digest, "captions": len(tokens)}, indent=None)
 
 
 def _open(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:

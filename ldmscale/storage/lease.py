@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ldmscale.errors import LdmscaleError
+from ldmscale.storage.atomic import create_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -232,23 +233,8 @@ def _told(folder: Path) -> str:
 
 def _create(folder: Path, number: int) -> Path | None:
     """The lease file with this number, or None if another process made it."""
-    text = json.dumps(asdict(this_process(number)))
     path = _path(folder, number)
-    draft = folder / f".lease_{number:08d}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-    draft.write_text(text)
-    try:
-        os.link(draft, path)  # appears whole, and for one process only, on network file systems too
-    except FileExistsError:
-        return None
-    except OSError:  # a file system without links
-        try:
-            with open(path, "x") as file:
-                file.write(text)
-        except FileExistsError:
-            return None
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
+    return path if create_file(path, json.dumps(asdict(this_process(number))).encode()) else None
 
 
 def _tidy(folder: Path, number: int) -> None:
@@ -263,10 +249,7 @@ def _tidy(folder: Path, number: int) -> None:
 
 def _mark(path: Path, what: str) -> None:
     """Add a note to a lease file, in one move."""
-    raw = json.loads(path.read_text()) | {what: True}
-    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    draft.write_text(json.dumps(raw))
-    os.replace(draft, path)
+    write_json(path, json.loads(path.read_text()) | {what: True}, indent=None, durable=False)
 
 
 def _process_space() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from ldmscale.storage.atomic import finished_file
 
 _GAP = 2  # pixels of white between tiles
 
@@ -34,13 +35,11 @@ def write_png(path: Path, picture: NDArray[np.uint8], captions: Sequence[str] = 
     """Write uint8 [H, W, 3] to `path`, whole or not at all; captions go into the text chunk "captions" as a
     JSON list.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     if captions:
         info.add_itxt("captions", json.dumps(list(captions), ensure_ascii=False))
-    beside = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(np.ascontiguousarray(picture)).save(beside, format="PNG", pnginfo=info)
-    os.replace(beside, path)
+    with finished_file(path, durable=False) as temporary:
+        Image.fromarray(np.ascontiguousarray(picture)).save(temporary, format="PNG", pnginfo=info)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ldmscale.storage.atomic import write_file
+
 
 class MetricsFile:
     """Appends lines {"step": ..., "images_seen": ..., "loss/total": ...}; one process writes a file."""
@@ -37,13 +39,8 @@ class MetricsFile:
         lines = self._path.read_bytes().splitlines(keepends=True)
         steps = [_step_of(line) for line in lines]
         kept = [line for line, at in zip(lines, steps, strict=True) if at <= step]
-        beside = self._path.with_name(self._path.name + ".tmp")
-        with open(beside, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(self._path, kept)
         self._file.close()
-        os.replace(beside, self._path)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         return int(max((at for at in steps if math.isfinite(at)), default=0))
 

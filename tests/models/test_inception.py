@@ -16,7 +16,7 @@ from torch import Tensor
 from ldmscale.builders.feature_networks import open_features
 from ldmscale.errors import ConfigError
 from ldmscale.models.inception import Inception
-from ldmscale.models.perceptual import file_sha256
+from ldmscale.storage.digest import file_sha256
 
 CPU = torch.device("cpu")
 

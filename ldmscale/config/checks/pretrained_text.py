@@ -13,6 +13,7 @@ from typing import Any
 
 from ldmscale.config import FrozenTextConfig, TextEncoderConfig
 from ldmscale.errors import ConfigError
+from ldmscale.storage.hub import hub_file
 
 # model_type in config.json, and what text_encoder.kind calls it
 KINDS = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}
@@ -69,14 +70,8 @@ def _described(settings: dict[str, Any]) -> TextShape:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
-        try:  # the local copy first: where there is no network the hub's client tries for most of a minute
-            return Path(hf_hub_download(name, "config.json", local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(hf_hub_download(name, "config.json"))
+        return hub_file(name, "config.json")
     except Exception as error:  # no network, no such name, no access: the hub's client raises many kinds
         raise ConfigError(
             f"{name} is no local folder and cannot be had from the model hub ({type(error).__name__}): on a machine with "

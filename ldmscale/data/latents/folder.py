@@ -8,15 +8,13 @@ wakes, can replace a finished shard or mix two, and a death at any moment leaves
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ldmscale.storage.atomic import write_file
+from ldmscale.storage.atomic import create_file, move, open_new, write_file
 from ldmscale.storage.lease import Lease, take_if_free
 
 MANIFEST = "manifest.json"
@@ -39,12 +37,12 @@ class LatentFolder:
     def draft(self, name: str) -> Iterator[tuple[Path, BinaryIO]]:
         """A file that becomes the shard if it is published before the block ends; else it is gone then."""
         self.path.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(prefix=draft_prefix(name), suffix=".part", dir=self.path)
+        path, stream = open_new(self.path, draft_prefix(name))
         try:
-            with os.fdopen(handle, "wb") as stream:
-                yield Path(made), stream
+            with stream:
+                yield path, stream
         finally:
-            Path(made).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def publish(self, draft: Path, name: str, record: dict[str, Any], check: Callable[[], None]) -> None:
         """Commits a shard, or throws it away if another process has finished it meanwhile.
@@ -54,31 +52,20 @@ class LatentFolder:
         path, named = self.path / name, self.path / named_after(name, record)
         check()
         try:
-            os.replace(draft, named)
+            move(draft, named)
         except FileNotFoundError:
             if self.settled(name) is None:
                 raise
             return  # who finished it has tidied up
-        handle, made = tempfile.mkstemp(prefix=draft_prefix(name), suffix=".json.part", dir=self.path)
-        text = Path(made)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(encoded(record))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(text, 0o644)
-            if not _link(text, self.path / record_name(name)):
-                if self.settled(name) is not None:
-                    named.unlink(missing_ok=True)
-                    return
-                check()  # a record whose tar somebody has lost or cut: make the shard anew
-                os.replace(named, path)
-                os.replace(text, self.path / record_name(name))
-            self.settled(name)
-        finally:
-            text.unlink(missing_ok=True)
-        for other in self.path.glob(f"{draft_prefix(name)}*.part"):
-            other.unlink(missing_ok=True)  # of those who were killed, or come too late
+        if not create_file(self.path / record_name(name), encoded(record)):
+            if self.settled(name) is not None:
+                named.unlink(missing_ok=True)
+                return
+            check()  # a record whose tar was lost or truncated: the shard is replaced
+            move(named, path)
+            write_file(self.path / record_name(name), encoded(record))
+        self.settled(name)
+        self._remove_drafts(name, record_name(name))  # of processes that were killed, or come too late
 
     def look_anew(self) -> None:
         """Nothing is remembered here."""
@@ -93,7 +80,7 @@ class LatentFolder:
             return None
         path = self.path / name
         with suppress(FileNotFoundError):
-            os.replace(self.path / named_after(name, record), path)
+            move(self.path / named_after(name, record), path)
         try:
             whole = path.stat().st_size == record["bytes"]
         except OSError:
@@ -117,12 +104,16 @@ class LatentFolder:
     def write_manifest(self, content: bytes) -> None:
         """Makes the set a finished one."""
         write_file(self.path / MANIFEST, content)
-        for draft in self.path.glob(".*.tar.*.part"):
-            draft.unlink(missing_ok=True)  # of those who were killed
+        self._remove_drafts("*.tar", "*.json")  # of processes that were killed
 
     def withdraw_manifest(self) -> None:
         """Makes it none."""
         (self.path / MANIFEST).unlink(missing_ok=True)
+
+    def _remove_drafts(self, *names: str) -> None:
+        for name in names:
+            for draft in self.path.glob(f"{draft_prefix(name)}*.part"):
+                draft.unlink(missing_ok=True)
 
 
 def record_name(name: str) -> str:
@@ -152,16 +143,3 @@ def decoded(content: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
-
-
-def _link(text: Path, record: Path) -> bool:
-    """Gives a file its second name; False if that is taken."""
-    try:
-        os.link(text, record)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links: the lease alone must do
-        if record.exists():
-            return False
-        os.replace(text, record)
-    return True

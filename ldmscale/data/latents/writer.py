@@ -181,7 +181,6 @@ class _Hashed:
         """Brings everything to the disk."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        os.fchmod(self._stream.fileno(), 0o644)
 
 
 def is_finished(

@@ -10,7 +10,6 @@ would be another.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from ldmscale.data.shards.selection import Selection
 from ldmscale.data.shards.urls import run_pipes, shard_name, shard_states
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import write_file
+from ldmscale.storage.digest import sha256
 from ldmscale.storage.object_store import ShardState, Storage
 
 __all__ = ["IndexReport", "ShardIndex", "check_shards"]
@@ -106,7 +106,7 @@ class ShardIndex:
         known = [names, self.sizes.tolist(), self.counts.tolist()]
         if self._selection is not None:
             known += [self._selection, self.bucket_counts.tolist()]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+        return sha256(json.dumps(known))[:16]
 
     @classmethod
     def open(
@@ -271,10 +271,8 @@ def _merged_parts(
 
 def _merged_path(urls: list[str], states: list[ShardState], selection: Selection | None) -> Path:
     wanted = [FORMAT, urls] if selection is None else [FORMAT, urls, selection.key]
-    which = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-    version = hashlib.sha256(
-        json.dumps([[state.size, state.version] for state in states]).encode()
-    ).hexdigest()[:16]
+    which = sha256(json.dumps(wanted))[:16]
+    version = sha256(json.dumps([[state.size, state.version] for state in states]))[:16]
     name = f"set-{which}-{version}.idx"
     return find(urls[0], name) or writable_folder(urls[0]) / name
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.selection import Selection
 from ldmscale.data.shards.urls import expand
 from ldmscale.errors import DataError
+from ldmscale.storage.digest import sha256
 from ldmscale.storage.object_store import Storage
 
 
@@ -94,7 +94,7 @@ class Mixture:
         if len(self.parts) == 1:
             return self.parts[0].fingerprint
         known = [[part.fingerprint for part in self.parts], self.weights.tolist()]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+        return sha256(json.dumps(known))[:16]
 
 
 def _normalised(weights: Sequence[float | None] | None, totals: Sequence[int]) -> np.ndarray:

@@ -8,7 +8,6 @@ They lie in `.ldmscale_index/` beside the shard, or in the cache where that fold
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from ldmscale.data.shards.tar import Read
 from ldmscale.data.shards.urls import is_local, local_path, shard_name
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import cache_folder, write_file
+from ldmscale.storage.digest import sha256
 from ldmscale.storage.object_store import ShardState, Storage
 
 log = logging.getLogger(__name__)
@@ -96,9 +96,9 @@ def _folders(url: str) -> list[Path]:
         parent = os.path.dirname(local_path(url))
         return [
             Path(parent) / FOLDER,
-            cache_folder("index") / hashlib.sha256(parent.encode()).hexdigest()[:24],
+            cache_folder("index") / sha256(parent)[:24],
         ]
-    return [cache_folder("index") / hashlib.sha256(url.rsplit("/", 1)[0].encode()).hexdigest()[:24]]
+    return [cache_folder("index") / sha256(url.rsplit("/", 1)[0])[:24]]
 
 
 def find(url: str, name: str) -> Path | None:

@@ -6,7 +6,6 @@ sample's turn comes, what is not selected has no turn.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from ldmscale.data.images.buckets import Shape, bucket_of
 from ldmscale.data.images.decode import ImageHeader
 from ldmscale.data.shards.filter import Condition
 from ldmscale.errors import DataError
+from ldmscale.storage.digest import sha256
 
 FORMAT = "ldmscale-selection-1"
 
@@ -66,7 +66,7 @@ class Selection:
     @cached_property
     def key(self) -> str:
         """Identifies the selection in file names and fingerprints."""
-        return hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()[:16]
+        return sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True))[:16]
 
     @cached_property
     def condition(self) -> Condition | None:

@@ -7,9 +7,7 @@ index needs random access, a pipe has none).
 
 from __future__ import annotations
 
-import fcntl
 import glob
-import hashlib
 import logging
 import os
 import shutil
@@ -22,7 +20,8 @@ import braceexpand
 from fsspec.exceptions import FSTimeoutError
 
 from ldmscale.errors import DataError
-from ldmscale.storage.atomic import cache_folder, finished_file
+from ldmscale.storage.atomic import cache_folder, finished_file, locked
+from ldmscale.storage.digest import sha256
 from ldmscale.storage.object_store import AccessError, ShardState, Storage, StoreError, state_of
 
 log = logging.getLogger(__name__)
@@ -166,9 +165,7 @@ def run_pipes(urls: Sequence[str]) -> None:
     for url in urls:
         if url.startswith("pipe:"):
             path = _pipe_copy(url)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path.with_suffix(".lock"), "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait, and find it done
+            with locked(path.with_suffix(".lock")):  # the others wait, and find it done
                 if not path.exists():
                     faults += _run_pipe(url, path)
     if faults:
@@ -177,7 +174,7 @@ def run_pipes(urls: Sequence[str]) -> None:
 
 def _pipe_copy(url: str) -> Path:
     command = url[len("pipe:") :]
-    return cache_folder("pipes") / (hashlib.sha256(command.encode()).hexdigest()[:24] + ".tar")
+    return cache_folder("pipes") / (sha256(command)[:24] + ".tar")
 
 
 def _run_pipe(url: str, path: Path) -> list[str]:

@@ -10,7 +10,6 @@ Sprites have KEY.map.png besides; their scenes are in scenes-train-00000.tar ...
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -27,6 +26,7 @@ from ldmscale.data.sources.wheel import ARCADE, sprite_files
 from ldmscale.data.sources.writer import Item, write_shards
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import write_file
+from ldmscale.storage.digest import sha256
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def split_heldout(items: Sequence[Item], *, seed: int, share: float) -> tuple[li
             f"{len(items)} image is too few: at least one to train on and one to hold out are needed"
         )
     wanted = min(len(items) - 1, max(1, round(len(items) * share)))
-    by_hash = sorted(items, key=lambda item: hashlib.sha256(f"{seed}:{item.key}".encode()).digest())
+    by_hash = sorted(items, key=lambda item: sha256(f"{seed}:{item.key}"))
     said = Counter(word for item in items for word in set(item.caption.split()))
     held: set[str] = set()
     for item in by_hash:
@@ -251,7 +251,7 @@ def _keys(paths: Sequence[str]) -> list[str]:
     ]
     often = Counter(names)
     return [
-        name if often[name] == 1 else f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+        name if often[name] == 1 else f"{name}-{sha256(path)[:8]}"
         for name, path in zip(names, paths, strict=True)
     ]
 

@@ -7,7 +7,6 @@ one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -22,6 +21,7 @@ from ldmscale.data.tokenizers.padding import decode, encode, from_hub, of_one_le
 from ldmscale.data.tokenizers.wordpiece import learn_pieces
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import write_file
+from ldmscale.storage.digest import sha256
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -116,9 +116,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Identifies vocabulary and length: models trained with another one do not understand these ids."""
         vocabulary = sorted(self._backend.get_vocab().items(), key=lambda entry: entry[1])
-        return hashlib.sha256(json.dumps([vocabulary, self.max_tokens, self.lowercase]).encode()).hexdigest()[
-            :16
-        ]
+        return sha256(json.dumps([vocabulary, self.max_tokens, self.lowercase]))[:16]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Saves tokenizer.json, vocab.txt and tokenizer_config.json, as BertTokenizerFast loads them."""

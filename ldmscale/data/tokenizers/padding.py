@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 
 from ldmscale.errors import DataError
+from ldmscale.storage.hub import cached_first
 
 
 def of_one_length(backend: tokenizers.Tokenizer, max_tokens: int, pad_id: int, pad_token: str) -> None:
@@ -41,12 +42,11 @@ def from_hub(name_or_folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        try:  # the local copy first: where there is no network the hub's client tries for most of a minute
-            return AutoTokenizer.from_pretrained(
-                name_or_folder, trust_remote_code=False, local_files_only=True
+        return cached_first(
+            lambda local: AutoTokenizer.from_pretrained(
+                name_or_folder, trust_remote_code=False, local_files_only=local
             )
-        except OSError:
-            return AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=False)
+        )
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import tokenizers
 
 from ldmscale.data.tokenizers.padding import decode, encode, from_hub, of_one_length
 from ldmscale.errors import DataError
+from ldmscale.storage.atomic import new_folder, replace_folder
+from ldmscale.storage.digest import sha256
 
 
 class EncoderTokenizer:
@@ -63,7 +63,7 @@ class EncoderTokenizer:
     @property
     def fingerprint(self) -> str:
         """Identifies vocabulary, rules and length."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+        return sha256(self._backend.to_str())[:16]
 
 
 def keep(name_or_folder: str, folder: str | os.PathLike[str]) -> None:
@@ -72,19 +72,15 @@ def keep(name_or_folder: str, folder: str | os.PathLike[str]) -> None:
     Raises DataError where there is none.
     """
     target = Path(folder)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         found = from_hub(name_or_folder)
-        found.save_pretrained(temporary)
-        if not (temporary / "tokenizer.json").is_file():
-            raise DataError(f"{type(found).__name__} cannot be written as tokenizer.json")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)  # left by a start that ended here
-        os.replace(temporary, target)
+        with new_folder(target) as temporary:
+            found.save_pretrained(temporary)
+            if not (temporary / "tokenizer.json").is_file():
+                raise DataError(f"{type(found).__name__} cannot be written as tokenizer.json")
+            replace_folder(temporary, target)  # an earlier start may have left one
     except Exception as error:  # no network, no such name, no access: the hub's client raises many kinds
         raise DataError(
             f"text_encoder.path={name_or_folder} gives no tokenizer ({type(error).__name__}: {error}): give the folder of "
             "model and tokenizer"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
