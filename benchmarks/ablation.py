@@ -33,11 +33,10 @@ from ldmscale.config import DiffusionJob
 from ldmscale.config.typed import read
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.sources.prepare import prepare
-from ldmscale.evaluation.frechet import FeatureSums, frechet_distance
-from ldmscale.evaluation.reconstruction import reconstruct
+from ldmscale.evaluation.metrics import FeatureSums, frechet_distance, reconstruct
 from ldmscale.inference.prompt_score import read_images
 from ldmscale.launcher import launch
-from ldmscale.models.pixels import FirstStageNetwork
+from ldmscale.models.first_stage import FirstStageNetwork
 from ldmscale.tracking.images import tile, write_png
 
 log = logging.getLogger(__name__)

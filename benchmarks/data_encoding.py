@@ -30,7 +30,7 @@ from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.models.autoencoder import KLAutoencoder
-from ldmscale.models.latent_scale import LatentScale
+from ldmscale.models.first_stage import LatentScale
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latents import Encoder, LatentsWork, make_shards
 

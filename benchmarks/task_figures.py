@@ -39,14 +39,12 @@ from ldmscale.data.loading.loader import Loader
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.mixture import Mixture, WeightedShards
 from ldmscale.data.sources.sprites import PALETTE, nearest_colours
-from ldmscale.evaluation.prompt_following import PromptFollowing, prompt_following
-from ldmscale.evaluation.reconstruction import reconstruct
+from ldmscale.evaluation.metrics import PromptFollowing, prompt_following, reconstruct
 from ldmscale.inference.prompt_score import RealImages, read_images
 from ldmscale.models.conditions import Conditions
-from ldmscale.models.pixels import FirstStageNetwork
+from ldmscale.models.first_stage import FirstStageNetwork
 from ldmscale.setup.index import map_reader, spatial_reader
-from ldmscale.stages.conditions import batch_conditions
-from ldmscale.stages.first_stage import FirstStage
+from ldmscale.stages.first_stage import FirstStage, batch_conditions
 from ldmscale.tracking.images import tile, to_uint8, write_png
 
 SIZE, BATCH, SHOWN, ZOOM = 32, 48, 10, 2

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmscale.evaluation.prompt_following import PromptFollowing, prompt_following
-from ldmscale.evaluation.reconstruction import reconstruct
+from ldmscale.evaluation.metrics import PromptFollowing, prompt_following, reconstruct
 from ldmscale.inference.load import load
 from ldmscale.inference.prompt_score import RealImages, draw, read_images
 from ldmscale.jobs import quickstart

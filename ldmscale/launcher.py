@@ -27,7 +27,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
-from ldmscale.distributed.launcher_link import LAUNCHER, PARTED, have_parted
+from ldmscale.distributed.environment import LAUNCHER, PARTED, have_parted
 from ldmscale.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -129,3 +129,15 @@ def test_what_a_login_node_runs_imports_no_torch(modules: str) -> None:
     program = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_files_have_one_subject_each() -> None:
+    """Files are short enough to be read at once and long enough to be worth opening (CONTRIBUTING, "Code")."""
+    lines = {
+        str(file.relative_to(CHECKOUT)): file.read_text().count("\n")
+        for file in FILES
+        if file.name not in ("__init__.py", "__main__.py")
+    }
+    assert not {name: count for name, count in lines.items() if count > 420}
+    assert len(lines) <= 225
+    assert sorted(lines.values())[len(lines) // 2] >= 130

@@ -5,13 +5,15 @@ Hydra composes plain YAML; `validate.read` turns it into these frozen dataclasse
 
 from ldmscale.config.schema.cluster import ClusterConfig, DoctorConfig
 from ldmscale.config.schema.data import DataConfig, EncoderConfig, LatentsConfig, SourceConfig
-from ldmscale.config.schema.interop import ExportJob, HeadsConfig, ImportJob
 from ldmscale.config.schema.jobs import (
     JOBS,
     AutoencoderJob,
     DiffusionJob,
     DoctorJob,
     EvaluateJob,
+    ExportJob,
+    HeadsConfig,
+    ImportJob,
     IndexJob,
     Job,
     LatentsJob,

@@ -1,7 +1,11 @@
-"""Composing a job's configuration with Hydra, and telling every fault of a command line at once.
+"""Composes a job's configuration with Hydra, and reports every fault of a command line at once.
 
-Hydra stops at the first override that it cannot place. A user who mistyped three keys wants to hear of three, so a
-failed composition is taken apart: each override is tried alone, and the good ones go on to the typed checks.
+Hydra stops at the first override that it cannot place. To report all mistyped keys together, a failed composition is
+taken apart: each override is tried alone, and the good ones go on to the typed checks.
+
+To Hydra braces, `=`, `#`, a lone quote and more are syntax, so it refuses `data.shards=/data/{00000..00009}.tar`,
+`data.shards=https://host/a.tar?key=1` and `run.dir=runs/a(1)`. A value that it cannot read is quoted here, entry by entry
+in lists and mappings. A value that it can read means what Hydra defines.
 """
 
 from __future__ import annotations
@@ -12,18 +16,27 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldmscale.config import JOBS
-from ldmscale.config.overrides import plain
 from ldmscale.errors import ConfigError
+
+_HARMLESS = re.compile(r"[\w./:*+-]*")  # read as they are; spares the parser's time
+
+
+_ENTRY = re.compile(r"\s*([A-Za-z_]\w*)\s*:(.*)", re.DOTALL)
+
+
+_OPEN, _CLOSE = "([{", ")]}"
 
 
 def config_folder() -> Path:
@@ -168,3 +181,56 @@ def _first_lines(error: Exception) -> str:
 def quiet_hydra() -> None:
     """Let Hydra raise instead of printing and leaving with status 1: the command line tells faults its own way."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+def plain(override: str) -> str:
+    """An override `key=value` as Hydra takes it: its value quoted where Hydra could not read it."""
+    key, equals, value = override.partition("=")
+    return f"{key}={_taken(value)}" if equals else override
+
+
+def _taken(value: str) -> str:
+    if _readable(value):
+        return value
+    text = value.strip()
+    if text[:1] == "[" and text[-1:] == "]":
+        return f"[{','.join(_taken(part.strip()) for part in _parts(text[1:-1]))}]"
+    if text[:1] == "{" and text[-1:] == "}":
+        entries = [_ENTRY.fullmatch(part) for part in _parts(text[1:-1])]
+        found = [f"{entry[1]}: {_taken(entry[2].strip())}" for entry in entries if entry]
+        if len(found) == len(entries):
+            return "{" + ", ".join(found) + "}"
+    # A backslash is itself, but before a quote.
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+
+
+def _parts(text: str) -> list[str]:
+    """Text cut at the commas that stand in no bracket and in no quotes."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and not parts[-1].strip():
+            quote = letter
+        elif letter in _OPEN + _CLOSE:
+            depth += 1 if letter in _OPEN else -1
+        elif letter == "," and depth == 0:
+            parts.append("")
+            continue
+        parts[-1] += letter
+    return parts
+
+
+def _readable(value: str) -> bool:
+    if _HARMLESS.fullmatch(value):
+        return True
+    try:
+        _parser().parse_override(f"x={value}")
+    except HydraException:
+        return False
+    return True
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldmscale.diffusion import multistep, samplers
+from ldmscale.diffusion import samplers
 from ldmscale.diffusion.guidance import Denoise, guided
+from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.diffusion.samplers import FreshNoise, Keep
-from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.diffusion.timesteps import Path, path_of
 from ldmscale.distributed.rng import generator
 from ldmscale.models.conditions import Conditions
@@ -136,9 +136,9 @@ def follow(
     if options.sampler == "euler":
         return samplers.euler(denoise, x, path, prediction=prediction, keep=keep)
     if options.sampler == "plms":
-        return multistep.plms(denoise, x, path, prediction=prediction, keep=keep)
+        return samplers.plms(denoise, x, path, prediction=prediction, keep=keep)
     if options.sampler == "dpmpp_2m":
-        return multistep.dpmpp_2m(denoise, x, path, prediction=prediction, keep=keep)
+        return samplers.dpmpp_2m(denoise, x, path, prediction=prediction, keep=keep)
     raise ValueError(f"sampler {options.sampler!r}: there is none of that name")
 
 

@@ -1,18 +1,44 @@
-"""Which rank is this process? Read without torch from the variables of torchrun, our launcher, or Slurm.
+"""The environment of this process: which rank it is, and the launcher that started it. Imports no torch.
 
-Slurm is believed only inside a job step (one task a rank, started by `srun`): the shell of a batch script and
-the interactive shell of `salloc` also carry SLURM_PROCID and SLURM_NTASKS, but there a command is one
-process, not a rank.
+The rank is read from the variables of torchrun, our launcher, or Slurm. Slurm is believed only inside a job step (one
+task per rank, started by `srun`): the shell of a batch script and the interactive shell of `salloc` also carry
+SLURM_PROCID and SLURM_NTASKS, but there a command is one process, not a rank.
+
+A rank whose launcher died ends itself: first in good order, and by force if that takes too long. The kernel reports the
+launcher's death by SIGTERM, which asks for a stop, but a rank that is stuck in a collective with a dead peer never reaches
+the boundary where stops are agreed on.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ldmscale.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+LAUNCHER = "LDMSCALE_LAUNCHER_PID"  # set by our launcher for its ranks
+
+
+GRACE = "LDMSCALE_ORPHAN_SECONDS"  # how long an orphan may take to save and end
+
+
+PARTED = "LDMSCALE_PARTED"  # a folder; set by our launcher for ranks that will part
+
+
+_DEFAULT_GRACE_SECONDS = 300.0
+
+
+_POLL_SECONDS = 1.0
+
 
 # Slurm numbers the steps that are no real steps (interactive 0xfffffffa, batch 0xfffffffb, extern 0xfffffffc)
 # from here on.
@@ -187,3 +213,37 @@ def _checked(ranks: Ranks, rank_name: str, size_name: str, local_name: str) -> R
             [*faults, f"Unset {rank_name} and {size_name} to run as one process, or start all ranks anew."]
         )
     return ranks
+
+
+def watch_launcher(on_death: Callable[[], None], env: Mapping[str, str] = os.environ) -> None:
+    """Call `on_death` from a thread once the launcher of this rank is gone, and end the process later.
+
+    Does nothing in a process that our launcher did not start.
+    """
+    launcher = env.get(LAUNCHER, "")
+    if launcher.isdigit() and os.getppid() == int(launcher):
+        grace = float(env.get(GRACE, _DEFAULT_GRACE_SECONDS))
+        watch = threading.Thread(target=_watch, args=(int(launcher), on_death, grace), daemon=True)
+        watch.start()
+
+
+def _watch(launcher: int, on_death: Callable[[], None], grace: float) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_POLL_SECONDS)
+    on_death()
+    time.sleep(grace)
+    log.critical(
+        "the launcher died %.0f s ago, and this rank could not stop in good order: it ends now", grace
+    )
+    os._exit(1)
+
+
+def part(rank: int, env: Mapping[str, str] = os.environ) -> None:
+    """Tell the launcher, if it is ours, that this rank waits for no other from now on."""
+    if folder := env.get(PARTED):
+        (Path(folder) / str(rank)).touch()
+
+
+def have_parted(folder: Path, ranks: Iterable[int]) -> bool:
+    """Whether all these ranks have."""
+    return all((folder / str(rank)).exists() for rank in ranks)

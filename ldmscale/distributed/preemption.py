@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-from ldmscale.distributed.launcher_link import watch_launcher
+from ldmscale.distributed.environment import watch_launcher
 
 # Exit status of a job that stopped by a signal or a time limit after a complete save: the same command goes
 # on from there.

@@ -8,8 +8,13 @@ number of ranks and workers, in any accumulation, and after any resume.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor  # inside the functions that need it: login nodes read this module without torch
 
 _WORD = 2**64
 
@@ -45,3 +50,20 @@ def shuffled(count: int, seed: int, number: int, purpose: str) -> np.ndarray:
     """
     words = generator(seed, number, purpose).bit_generator.random_raw(count)
     return np.argsort(np.asarray(words, dtype=np.uint64), kind="stable").astype(np.int64, copy=False)
+
+
+def normal(seed: int, positions: Sequence[int], purpose: str, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers, float32 [len(positions), *shape] on the CPU."""
+    import torch
+
+    drawn = [
+        generator(seed, int(p), purpose).standard_normal(tuple(shape), dtype=np.float32) for p in positions
+    ]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def uniform(seed: int, positions: Sequence[int], purpose: str) -> Tensor:
+    """Numbers in [0, 1), float64 [len(positions)] on the CPU."""
+    import torch
+
+    return torch.tensor([generator(seed, int(p), purpose).random() for p in positions], dtype=torch.float64)

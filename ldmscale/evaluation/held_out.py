@@ -22,7 +22,7 @@ from ldmscale.data.shards.reader import SampleReader
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import DataError
-from ldmscale.evaluation.reconstruction import psnr, ssim
+from ldmscale.evaluation.metrics import psnr, ssim
 from ldmscale.storage.digest import sha256
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two images [B,3,H,W] in [-1,1] -> [B]

@@ -17,8 +17,7 @@ from ldmscale.checkpoint.folders import complete_checkpoints
 from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.checkpoint.shards import Reader
 from ldmscale.errors import CheckpointError, ConfigError
-from ldmscale.train.engine.ema import MAIN
-from ldmscale.train.engine.power_ema import WIDEST, Profile, coefficients
+from ldmscale.train.engine.ema import MAIN, WIDEST, Profile, coefficients
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldmscale.data.conditions.annotations import GivenEmbeddings
 from ldmscale.data.conditions.boxes import LayoutTokens
-from ldmscale.data.conditions.embeddings import GivenEmbeddings
 from ldmscale.data.conditions.segmentation import map_of
 from ldmscale.data.images.decode import EXTENSIONS
 from ldmscale.errors import ConfigError, DataError
@@ -31,8 +31,7 @@ from ldmscale.inference.image_set import Wanted, file_digest, text_digest
 from ldmscale.inference.parts import Parts
 from ldmscale.inference.sample import conditions_of, size_step
 from ldmscale.models.conditions import Conditions, GivenContext
-from ldmscale.stages.conditions import masked_latents
-from ldmscale.stages.first_stage import FirstStage
+from ldmscale.stages.first_stage import FirstStage, masked_latents
 
 MASK = "_mask"  # ends the stem of a mask's file
 ARRAYS = ("json", "npy")  # layouts and embeddings: what tells no size of the image

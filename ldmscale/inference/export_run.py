@@ -13,7 +13,7 @@ from ldmscale.errors import ConfigError
 from ldmscale.inference.load import load
 from ldmscale.inference.parts import Parts
 from ldmscale.interop.model import Model, Part, PartConfig
-from ldmscale.models.latent_scale import LatentScale
+from ldmscale.models.first_stage import LatentScale
 
 
 def read_run(path: Path, ema: bool | str) -> Model:

@@ -11,22 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmscale.builders.networks import build_autoencoder, build_denoiser, build_first_stage, build_schedule
-from ldmscale.builders.text_encoders import open_text_encoder
+from ldmscale.builders.networks import (
+    build_autoencoder,
+    build_denoiser,
+    build_first_stage,
+    build_schedule,
+    open_text_encoder,
+)
 from ldmscale.checkpoint.manager import newest_checkpoint
 from ldmscale.checkpoint.run_folder import RunFolder, is_foreign
 from ldmscale.checkpoint.shards import Reader
 from ldmscale.config import AutoencoderJob, DiffusionJob, FrozenTextConfig, TextEncoderConfig
 from ldmscale.config.compose import compose_job, config_folder
 from ldmscale.config.typed import read
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.conditions.boxes import LayoutTokens
-from ldmscale.data.conditions.labels import ClassLabels
 from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
 from ldmscale.errors import CheckpointError, ConfigError
 from ldmscale.inference.averages import average_taken, chosen_weights
 from ldmscale.inference.parts import Parts
-from ldmscale.models.latent_scale import LatentScale, digest
+from ldmscale.models.first_stage import LatentScale, digest
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ldmscale.config import (
     TextEncoderConfig,
     UNetConfig,
 )
-from ldmscale.data.conditions.labels import ClassLabels
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.errors import DataError
 from ldmscale.inference.parts import Parts

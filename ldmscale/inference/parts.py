@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.conditions.boxes import LayoutTokens
-from ldmscale.data.conditions.labels import ClassLabels
 from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
-from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.models.conditions import ClassEmbedder, SpatialRescaler
 from ldmscale.models.denoiser import Denoiser
-from ldmscale.models.frozen_text import FrozenTextEncoder
-from ldmscale.models.latent_scale import LatentScale
-from ldmscale.models.pixels import FirstStageNetwork
-from ldmscale.models.text_encoder import TextTransformer
+from ldmscale.models.first_stage import FirstStageNetwork, LatentScale
+from ldmscale.models.text_encoder import FrozenTextEncoder, TextTransformer
 from ldmscale.models.unet import UNet
 
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from ldmscale.config import ScoreConfig
-from ldmscale.data.conditions.captions import caption_of
+from ldmscale.data.conditions.annotations import caption_of
 from ldmscale.data.images.decode import decode_image, image_member
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.errors import DataError
-from ldmscale.evaluation.prompt_following import PromptFollowing, prompt_following
-from ldmscale.evaluation.reconstruction import psnr, reconstruct
+from ldmscale.evaluation.metrics import PromptFollowing, prompt_following, psnr, reconstruct
 from ldmscale.inference.load import load
 from ldmscale.inference.parts import Parts
 from ldmscale.inference.sample import sample

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import SampleConfig
-from ldmscale.data.conditions.labels import ClassLabels
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.errors import ConfigError, DataError
 
 

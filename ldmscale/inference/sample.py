@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmscale.data.conditions.labels import ClassLabels
+from ldmscale.data.conditions.annotations import ClassLabels
+from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.diffusion.sample_latents import (
     Given,
     Negative,
@@ -19,7 +20,6 @@ from ldmscale.diffusion.sample_latents import (
     starting_noise,
     steps_of_strength,
 )
-from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.diffusion.timesteps import SAMPLERS, SPACINGS, path_of
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.inference.parts import Parts

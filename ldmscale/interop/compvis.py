@@ -23,7 +23,7 @@ from ldmscale.interop import compvis_names as names_there
 from ldmscale.interop import compvis_shapes as shapes_there
 from ldmscale.interop.compvis_config import Hints, matches, schedule_of
 from ldmscale.interop.model import Model, Part, PartConfig
-from ldmscale.interop.tensor_map import Slot, faults_of, given, shapes_of, taken
+from ldmscale.interop.tensors import Slot, faults_of, given, shapes_of, taken
 
 log = logging.getLogger(__name__)
 

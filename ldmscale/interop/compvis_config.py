@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from ldmscale.config import ClassEmbedderConfig, DiffusionConfig, SpatialConfig, UNetConfig
-from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.errors import DataError
 from ldmscale.interop.model import Model
 

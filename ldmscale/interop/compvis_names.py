@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from ldmscale.config import AutoencoderConfig, UNetConfig
-from ldmscale.interop.tensor_map import Slot
+from ldmscale.interop.tensors import Slot
 from ldmscale.models.unet import heads_of
 
 RESNET = {

@@ -25,8 +25,17 @@ from ldmscale.interop.compvis_names import TEXT_HEAD
 from ldmscale.interop.diffusers_names import schedule_config, schedule_values
 from ldmscale.interop.model import Model, Part, PartConfig
 from ldmscale.interop.pickles import read_pickle
-from ldmscale.interop.tensor_files import read_json, read_safetensors, write_json, write_safetensors
-from ldmscale.interop.tensor_map import Slot, faults_of, given, shapes_of, taken
+from ldmscale.interop.tensors import (
+    Slot,
+    faults_of,
+    given,
+    read_json,
+    read_safetensors,
+    shapes_of,
+    taken,
+    write_json,
+    write_safetensors,
+)
 
 log = logging.getLogger(__name__)
 

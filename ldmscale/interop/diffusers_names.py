@@ -11,7 +11,7 @@ from typing import Any
 
 from ldmscale.config import DiffusionConfig
 from ldmscale.errors import DataError
-from ldmscale.interop.tensor_map import Slot
+from ldmscale.interop.tensors import Slot
 
 _NETWORK = (
     (r"^((?:encoder\.)?down_blocks\.\d+)\.resample\.", r"\1.downsamplers.0."),

@@ -30,8 +30,8 @@ from ldmscale.config import (
 from ldmscale.config.typed import read as read_values
 from ldmscale.errors import DataError
 from ldmscale.interop.compvis_names import TEXT_HEAD
-from ldmscale.interop.tensor_files import read_json, read_safetensors, write_json, write_safetensors
-from ldmscale.models.latent_scale import LatentScale
+from ldmscale.interop.tensors import read_json, read_safetensors, write_json, write_safetensors
+from ldmscale.models.first_stage import LatentScale
 
 MODEL_FILE = "model.json"
 FORMAT = "ldmscale imported model"

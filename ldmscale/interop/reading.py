@@ -29,7 +29,7 @@ from ldmscale.interop.compvis_config import Hints, find_yaml, load_yaml, read_hi
 from ldmscale.interop.diffusers_folder import is_diffusers, read_folder
 from ldmscale.interop.model import MODEL_FILE, SCHEDULE_KEYS, Model, read_model
 from ldmscale.interop.pickles import plain, read_pickle
-from ldmscale.interop.tensor_files import read_safetensors
+from ldmscale.interop.tensors import read_safetensors
 
 log = logging.getLogger(__name__)
 

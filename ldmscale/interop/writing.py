@@ -14,7 +14,7 @@ from ldmscale.errors import ConfigError
 from ldmscale.interop import compvis, compvis_config
 from ldmscale.interop.diffusers_folder import write_folder
 from ldmscale.interop.model import Model
-from ldmscale.interop.tensor_files import own_storage, write_safetensors
+from ldmscale.interop.tensors import own_storage, write_safetensors
 from ldmscale.storage.atomic import appearing, appearing_file
 
 log = logging.getLogger(__name__)

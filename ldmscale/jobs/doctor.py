@@ -33,9 +33,8 @@ def _run(folder: Path) -> int:
 
 
 def _machine(config: DoctorJob, ranks: Ranks) -> int:
-    from ldmscale.cluster.doctor_machine import examine
+    from ldmscale.cluster.doctor_machine import examine, examine_folder, examine_room, examine_shards
     from ldmscale.cluster.doctor_run import Findings
-    from ldmscale.cluster.doctor_storage import examine_folder, examine_room, examine_shards
     from ldmscale.data.shards.urls import expand
     from ldmscale.distributed.collectives import gather_lists
     from ldmscale.distributed.process_group import close_world, open_world

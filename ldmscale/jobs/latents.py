@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from ldmscale.config import LatentsJob
 from ldmscale.config.load import configured
-from ldmscale.distributed.environment import Ranks
-from ldmscale.distributed.launcher_link import part
+from ldmscale.distributed.environment import Ranks, part
 from ldmscale.distributed.preemption import EXIT_STOPPED, StopFlag
 from ldmscale.errors import DataError
 

@@ -20,8 +20,7 @@ from ldmscale.models.conditions import (
     NullContext,
     SpatialRescaler,
 )
-from ldmscale.models.frozen_text import FrozenTextEncoder
-from ldmscale.models.text_encoder import TextTransformer
+from ldmscale.models.text_encoder import FrozenTextEncoder, TextTransformer
 from ldmscale.models.unet import UNet
 
 NOTHING = Conditions()

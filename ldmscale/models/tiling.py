@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ldmscale.models.autoencoder import Blocks, KLAutoencoder, VQAutoencoder
 from ldmscale.models.bottleneck import Posterior
+from ldmscale.models.first_stage import FirstStageNetwork, PixelAutoencoder
 from ldmscale.models.layers import GroupNorm, ResnetBlock, at_least_fp32
-from ldmscale.models.pixels import FirstStageNetwork, PixelAutoencoder
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,9 @@ from ldmscale.setup.engines import averages_of, engine_options, rate_curve
 from ldmscale.setup.index import open_index, shapes_of
 from ldmscale.setup.run import Run, already_finished, open_run
 from ldmscale.setup.trainer import train
-from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms
+from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance, LossTerms
 from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
 from ldmscale.stages.gan import Adversary, AdversaryTerms, RealAndFake
-from ldmscale.stages.log_variance import LogVariance
 from ldmscale.train.engine.engine import Engine, sharded_construction
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ldmscale.config import ClassEmbedderConfig, DataConfig, LayoutConfig, TextEncoderConfig
+from ldmscale.data.conditions.annotations import ClassLabels, raw_label
 from ldmscale.data.conditions.boxes import LayoutTokens, raw_boxes
-from ldmscale.data.conditions.labels import ClassLabels, raw_label
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.distributed.collectives import from_main_rank
 from ldmscale.errors import ConfigError, DataError

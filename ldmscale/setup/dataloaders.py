@@ -16,8 +16,7 @@ from ldmscale.errors import DataError
 from ldmscale.setup.index import open_index
 from ldmscale.setup.run import Run
 from ldmscale.stages.first_stage import FirstStage
-from ldmscale.stages.generation_metrics import FeatureNetwork, GenerationFigures
-from ldmscale.stages.validation import HeldOut
+from ldmscale.stages.validation import FeatureNetwork, GenerationFigures, HeldOut
 
 
 def make_loader(

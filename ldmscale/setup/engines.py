@@ -9,8 +9,7 @@ from ldmscale.config import EmaConfig, OptimConfig, TrainConfig, ZeroConfig
 from ldmscale.setup.run import Run
 from ldmscale.train.engine.ema import PowerEma, ShardedEma, decay_kind
 from ldmscale.train.engine.engine import Engine
-from ldmscale.train.engine.optim import learning_rate
-from ldmscale.train.engine.options import EngineOptions
+from ldmscale.train.engine.options import EngineOptions, learning_rate
 
 
 def engine_options(

@@ -17,11 +17,11 @@ from ldmscale.config import EvaluateJob
 from ldmscale.data.shards.urls import expand
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import ConfigError, DataError
-from ldmscale.evaluation.frechet import FeatureSums, frechet_distance
 from ldmscale.evaluation.held_out import ImageSet, ReconstructionScores
+from ldmscale.evaluation.metrics import FeatureSums, frechet_distance
 from ldmscale.inference.load import load
 from ldmscale.models.autoencoder import KLAutoencoder
-from ldmscale.models.latent_scale import digest
+from ldmscale.models.first_stage import digest
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from ldmscale.data.shards.urls import is_local, local_path
 from ldmscale.errors import DataError
 from ldmscale.inference.load import load
 from ldmscale.inference.parts import Parts
-from ldmscale.models.latent_scale import LatentScale
+from ldmscale.models.first_stage import LatentScale
 from ldmscale.setup.index import storage_of
 from ldmscale.setup.run import Run
 from ldmscale.stages.first_stage import FirstStage

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ldmscale.config import DataConfig, DiffusionJob, EmbeddingsConfig
 from ldmscale.config.schema.data import WeightedShardsConfig
-from ldmscale.data.conditions.embeddings import GivenEmbeddings
+from ldmscale.data.conditions.annotations import GivenEmbeddings
 from ldmscale.data.conditions.segmentation import ClassMaps
 from ldmscale.data.conditions.spatial import Holes, SmallImages
 from ldmscale.data.images.buckets import Shape, bucket_shapes

@@ -16,7 +16,7 @@ from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.inference.load import load
 from ldmscale.models.autoencoder import KLAutoencoder
-from ldmscale.models.latent_scale import LatentScale, digest
+from ldmscale.models.first_stage import LatentScale, digest
 from ldmscale.setup.index import selection_of, storage_of
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.storage.object_store import AbsentError, ShardState, Storage, StoreError

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from ldmscale.config import DiffusionJob
+from ldmscale.data.conditions.annotations import ClassLabels, caption_of
 from ldmscale.data.conditions.boxes import LayoutTokens
-from ldmscale.data.conditions.captions import caption_of
-from ldmscale.data.conditions.labels import ClassLabels
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
@@ -20,9 +19,8 @@ from ldmscale.errors import ConfigError, DataError
 from ldmscale.models.conditions import Conditions
 from ldmscale.setup.index import open_index
 from ldmscale.setup.run import Run
-from ldmscale.stages.conditions import batch_conditions
 from ldmscale.stages.diffusion import PreviewConditions
-from ldmscale.stages.first_stage import FirstStage
+from ldmscale.stages.first_stage import FirstStage, batch_conditions
 from ldmscale.train.stage import Batch
 
 log = logging.getLogger(__name__)

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldmscale.builders.text_encoders import open_text_encoder
+from ldmscale.builders.networks import open_text_encoder
 from ldmscale.config import DiffusionJob, FrozenTextConfig, TextEncoderConfig
-from ldmscale.data.conditions.captions import caption_of
+from ldmscale.data.conditions.annotations import caption_of
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.tokenizers.bert import Tokenizer, train_wordpiece
 from ldmscale.data.tokenizers.pretrained import EncoderTokenizer, keep
 from ldmscale.distributed.collectives import from_main_rank
 from ldmscale.errors import ConfigError, DataError
-from ldmscale.models.frozen_text import FrozenTextEncoder, StoredTextEncoder
+from ldmscale.models.text_encoder import FrozenTextEncoder, StoredTextEncoder
 from ldmscale.setup.index import open_index
 from ldmscale.setup.run import Run
 from ldmscale.storage.atomic import finished_file, write_json

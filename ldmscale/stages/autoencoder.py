@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmscale.distributed import rng as draws
+from ldmscale.distributed.collectives import mean_over_ranks, sum_over_ranks, sums_over_ranks
 from ldmscale.evaluation.held_out import HeldOut
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.bottleneck import Bottleneck, Codes
 from ldmscale.models.evaluation_mode import evaluation_mode
-from ldmscale.stages import noise as draws
 from ldmscale.stages.codebook import CodebookKeeper
 from ldmscale.stages.gan import Adversary
-from ldmscale.stages.latent_scale import ScaleMeter
-from ldmscale.stages.log_variance import LogVariance
 from ldmscale.tracking.images import side_by_side, to_uint8
 from ldmscale.train.engine.ema import Averages, ShardedEma, main_average
 from ldmscale.train.engine.engine import Engine
@@ -43,6 +42,85 @@ class LossTerms:
     perceptual_weight: float
     kl_weight: float
     codebook_weight: float
+
+
+class LogVariance:
+    """The number s that weighs reconstruction against the other terms, rec / exp(s) + s.
+
+    It lives outside the engines: one number is the same on every rank as long as its gradient is averaged over them, and
+    needs no shards. Where it is trained, it has Adam's two moments (Kingma & Ba 2015) and no weight decay. The published
+    configurations never train it (no optimiser holds it), so that is off by default.
+    """
+
+    def __init__(
+        self, start: float, *, learned: bool, passes: int, betas: tuple[float, float], eps: float
+    ) -> None:
+        self.value, self.learned = start, learned
+        self.passes, self.betas, self.eps = passes, betas, eps  # passes: of one step
+        self.mean = self.square = 0.0
+        self.updates = 0
+        self._gradients: list[Tensor] = []
+
+    def collect(self, gradient: Tensor, rate: float) -> None:
+        """Take in the gradient of one pass (a scalar); the last pass of a step updates s. Collective then."""
+        if not self.learned:
+            return
+        self._gradients.append(gradient.detach())
+        if len(self._gradients) < self.passes:
+            return
+        here = float(torch.stack(self._gradients).double().mean())
+        self._gradients = []
+        found = mean_over_ranks({"gradient": here})["gradient"]
+        if not math.isfinite(found):
+            return  # the engine throws such a step away, too
+        self.updates += 1
+        first, second = self.betas
+        self.mean = first * self.mean + (1 - first) * found
+        self.square = second * self.square + (1 - second) * found * found
+        width = math.sqrt(self.square / (1 - second**self.updates)) + self.eps
+        self.value -= rate * self.mean / (1 - first**self.updates) / width
+
+    def state(self) -> dict[str, Any]:
+        return {"value": self.value, "mean": self.mean, "square": self.square, "updates": self.updates}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.value, self.updates = float(state["value"]), int(state["updates"])
+        self.mean, self.square = float(state["mean"]), float(state["square"])
+
+
+class ScaleMeter:
+    """Sums over the latents of this rank; `measured` adds up all ranks and returns the scale (paper, section G).
+
+    The statistics come from the moments of the posterior by the law of total variance, so that no draws are needed:
+    Var[z] = E[mean^2 + exp(logvar)] - E[mean]^2.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0  # latent positions
+        self.sums = torch.zeros(channels, dtype=torch.float64)
+        self.squares = torch.zeros(channels, dtype=torch.float64)
+
+    def add(self, mean: Tensor, logvar: Tensor | None) -> None:
+        """Posterior means [B,C,H,W] and log-variances of the same shape (None: a point, as VQ gives)."""
+        mean = mean.detach().double().cpu()
+        second = mean.square() if logvar is None else mean.square() + logvar.detach().double().cpu().exp()
+        self.count += mean.numel() // mean.shape[1]
+        self.sums += mean.sum((0, 2, 3))
+        self.squares += second.sum((0, 2, 3))
+
+    def measured(self) -> dict[str, Any]:
+        """Mean and std of each channel, the single factor 1/std of all values, and the count. Collective."""
+        count = sum_over_ranks(self.count)
+        mean = torch.tensor(sums_over_ranks(self.sums.tolist()), dtype=torch.float64) / count
+        second = torch.tensor(sums_over_ranks(self.squares.tolist()), dtype=torch.float64) / count
+        std = (second - mean.square()).clamp(min=0).sqrt()
+        overall = (second.mean() - mean.mean().square()).sqrt()
+        return {
+            "channel_mean": mean.tolist(),
+            "channel_std": std.tolist(),
+            "factor": 1 / float(overall),
+            "positions": int(count),
+        }
 
 
 class AutoencoderStage:

@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 
 from ldmscale.diffusion import process
+from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.diffusion.sample_latents import SamplerOptions, draw_latents, starting_noise
-from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.distributed import rng as draws
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import CheckpointError
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.evaluation_mode import evaluation_mode
-from ldmscale.models.frozen_text import FrozenTextEncoder
-from ldmscale.stages import noise as draws
-from ldmscale.stages.conditions import batch_conditions
-from ldmscale.stages.first_stage import FirstStage
-from ldmscale.stages.generation_metrics import GenerationFigures
+from ldmscale.models.text_encoder import FrozenTextEncoder
+from ldmscale.stages.first_stage import FirstStage, batch_conditions
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
-from ldmscale.stages.validation import HeldOut, held_out_loss
+from ldmscale.stages.validation import GenerationFigures, HeldOut, held_out_loss
 from ldmscale.tracking.images import to_uint8
 from ldmscale.tracking.metrics import PartialMean
 from ldmscale.train.engine.ema import Averages, ShardedEma, main_average

@@ -1,4 +1,7 @@
-"""The trained autoencoder as the diffusion stage needs it: frozen, whole on each rank, outside every engine."""
+"""Turns a batch into what the denoiser reads: scaled latents, and the conditions that belong to them.
+
+The trained autoencoder has no gradients here. Each rank holds the whole of it, outside every engine.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ldmscale.distributed import rng as draws
 from ldmscale.models.bottleneck import Posterior
-from ldmscale.models.latent_scale import LatentScale, digest
-from ldmscale.models.pixels import FirstStageNetwork
+from ldmscale.models.conditions import Conditions
+from ldmscale.models.first_stage import FirstStageNetwork, LatentScale, digest
 from ldmscale.models.tiling import decode_in_tiles, encode_in_tiles
-from ldmscale.stages import noise as draws
+from ldmscale.train.stage import Batch
 
 
 class FirstStage:
@@ -67,3 +72,38 @@ class FirstStage:
         """Scaled latents of a batch from either kind of shard."""
         moments = batch["latent"] if "latent" in batch else self.moments(batch["image"])
         return self.latents(moments, batch["position"].tolist(), seed)
+
+
+def batch_conditions(batch: Batch, first_stage: FirstStage) -> Conditions:
+    """What the readers put into a batch; nothing for a model without conditions.
+
+    "tokens" int64 [B,L], "label" int64 [B], "embeddings" float32 [B,L,D], "spatial" (a small image float32 [B,3,h,w], or
+    a map int64 [B,H,W]), or "mask" uint8 [B,1,H,W], of which `masked_latents` is made with the images.
+    """
+    spatial = batch.get("spatial")
+    if "mask" in batch:
+        spatial = masked_latents(first_stage, batch["image"], batch["mask"])
+    return Conditions(
+        token_ids=batch.get("tokens"),
+        labels=batch.get("label"),
+        embeddings=batch.get("embeddings"),
+        spatial=spatial,
+    )
+
+
+def masked_latents(first_stage: FirstStage, images: Tensor, masks: Tensor) -> Tensor:
+    """The condition of inpainting, as released: the encoded image with a black hole, and the mask of the latent's size.
+
+    The mean of a posterior is taken, not a draw of it. The mask is -1 where the image is known and 1 in the hole, and
+    brought to size by its nearest values.
+
+    Args:
+        images: uint8 [B,3,H,W]. masks: uint8 [B,1,H,W], 1 in the hole.
+
+    Returns:
+        float32 [B,C+1,h,w] on the first stage's device.
+    """
+    moments = first_stage.moments(images * (1 - masks))
+    latents = first_stage.scale.scale(moments[:, : len(first_stage.scale.factor)])  # [B,C,h,w]
+    holes = F.interpolate(masks.to(latents.device, torch.float32), size=latents.shape[-2:])  # [B,1,h,w]
+    return torch.cat([latents, 2 * holes - 1], dim=1)

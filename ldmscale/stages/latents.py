@@ -31,9 +31,9 @@ from ldmscale.data.loading.skipped_samples import Ledger
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.shards.urls import is_local
+from ldmscale.distributed import rng as draws
 from ldmscale.errors import DataError
 from ldmscale.models.bottleneck import Posterior
-from ldmscale.stages import noise as draws
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.storage.lease import LeaseLostError
 from ldmscale.storage.object_store import StoreError

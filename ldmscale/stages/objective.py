@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ldmscale.diffusion import process
-from ldmscale.diffusion.schedule import NoiseSchedule
-from ldmscale.stages import noise as draws
+from ldmscale.diffusion.process import NoiseSchedule
+from ldmscale.distributed import rng as draws
 from ldmscale.tracking.metrics import PartialMean
 
 

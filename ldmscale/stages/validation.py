@@ -1,26 +1,34 @@
-"""The loss on held-out samples with fixed noise and timesteps: a curve without the noise of the training loss.
+"""Measures a diffusion model on held-out samples: the loss, and figures of generated images.
 
-Each sample has its own noise and timestep, functions of its number alone, and captions are never dropped. So the value
-is the same on any number of ranks, and two runs on the same samples can be compared. It is the plain mean squared error
-whatever weighting trains the network.
+The loss uses fixed noise and timesteps, functions of a sample's number alone, and captions are never dropped. So the
+value is the same on any number of ranks, and two runs on the same samples can be compared. It is the plain mean squared
+error whatever weighting trains the network.
+
+One image is generated per held-out sample, under its own condition, by all ranks together. The Frechet distance in a
+network's features compares the set with the held-out images. The share of generated images whose nearest held-out image
+is that of their own sample shows whether the condition has an effect; chance is one over the number of samples. The
+held-out images are compared as the autoencoder decodes them, so that its errors do not count. Features are ordered by
+sample, so the number of ranks changes nothing but the rounding of the network's batches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ldmscale.diffusion import process
-from ldmscale.diffusion.schedule import NoiseSchedule
-from ldmscale.distributed.collectives import gather_lists
+from ldmscale.diffusion.process import NoiseSchedule
+from ldmscale.diffusion.sample_latents import SamplerOptions, draw_latents, starting_noise
+from ldmscale.distributed.collectives import gather_lists, sum_tensor_over_ranks
+from ldmscale.evaluation.metrics import frechet_distance_of_features
+from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.evaluation_mode import evaluation_mode
-from ldmscale.stages.conditions import batch_conditions
-from ldmscale.stages.first_stage import FirstStage
+from ldmscale.stages.first_stage import FirstStage, batch_conditions
 from ldmscale.stages.objective import Objective, add_noise
 from ldmscale.train.engine.ema import ShardedEma
 from ldmscale.train.engine.engine import Engine
@@ -84,3 +92,74 @@ def held_out_loss(
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """Describes images by vectors: `of` takes float [B,3,H,W] in [-1,1] and gives [B,width]."""
+
+    distance: str  # what a Frechet distance of them is called
+    width: int
+    of: Callable[[Tensor], Tensor]
+
+
+class GenerationFigures:
+    """The held-out samples of this rank, and the features of all of them on every rank. Made by all ranks together."""
+
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        samples: int,
+        network: FeatureNetwork,
+        sampler: SamplerOptions,
+        first_seed: int,
+        first_stage: FirstStage,
+    ) -> None:
+        """`batches`: as many on every rank; their positions are the samples' numbers, from `samples` on padding."""
+        self.batches, self.samples, self.network = batches, samples, network
+        self.sampler, self.first_seed, self.first_stage = sampler, first_seed, first_stage
+        self._real = self._features(first_stage.batch_latents(batch, SEED) for batch in batches)
+
+    @torch.no_grad()
+    def measure(
+        self, denoiser: Denoiser, schedule: NoiseSchedule, latent_shape: Sequence[int], dtype: torch.dtype
+    ) -> dict[str, float]:
+        """The figures by the weights that the denoiser has now, the same on all ranks. Collective."""
+        told = [
+            batch_conditions(batch, self.first_stage).to(self.first_stage.device) for batch in self.batches
+        ]
+        with evaluation_mode(denoiser):
+            drawn = self._features(
+                self._draw(denoiser, batch, conditions, schedule, latent_shape, dtype)
+                for batch, conditions in zip(self.batches, told, strict=True)
+            )
+        found = {self.network.distance: frechet_distance_of_features(self._real, drawn)}
+        if any(part is not None for part in told[0]):
+            nearest = torch.cdist(drawn, self._real).argmin(dim=1)  # [N]
+            own = nearest == torch.arange(self.samples, device=nearest.device)
+            found["own_nearest_share"] = float(own.double().mean())
+        return found
+
+    def _draw(
+        self,
+        denoiser: Denoiser,
+        batch: Batch,
+        conditions: Conditions,
+        schedule: NoiseSchedule,
+        latent_shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        seeds = [self.first_seed + number for number in batch["position"].tolist()]
+        noise = starting_noise(seeds, latent_shape).to(self.first_stage.device)
+        return draw_latents(denoiser, conditions, noise, schedule, self.sampler, dtype, seeds)
+
+    def _features(self, latents: Iterator[Tensor]) -> Tensor:
+        """Of the decoded latents of all ranks' batches, in the order of the samples, float64 [N,width]."""
+        device = self.first_stage.device
+        rows = torch.zeros(self.samples, self.network.width, dtype=torch.float64, device=device)
+        for batch, scaled in zip(self.batches, latents, strict=True):
+            numbers = batch["position"].to(device)
+            counts = numbers < self.samples
+            images = self.first_stage.images(scaled).clamp(-1, 1)
+            rows[numbers[counts]] = self.network.of(images)[counts].double()
+        return sum_tensor_over_ranks(rows)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ldmscale.distributed.environment import Ranks
 from ldmscale.tracking.console import ProgressDisplay
 from ldmscale.tracking.images import tile, write_png
-from ldmscale.tracking.jsonl import MetricsFile
+from ldmscale.tracking.metrics import MetricsFile
 from ldmscale.tracking.wandb_run import WandbRun, start_wandb
 
 

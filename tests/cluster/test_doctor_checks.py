@@ -1,7 +1,6 @@
 """What the doctor says of ranks that differ, of disks without room, and of shards that are not there."""
 
-from ldmscale.cluster.doctor_machine import RankFacts, compare
-from ldmscale.cluster.doctor_storage import examine_folder, examine_room, examine_shards
+from ldmscale.cluster.doctor_machine import RankFacts, compare, examine_folder, examine_room, examine_shards
 from ldmscale.storage.object_store import Storage
 
 

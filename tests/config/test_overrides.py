@@ -2,8 +2,7 @@
 
 import pytest
 
-from ldmscale.config.compose import compose_job
-from ldmscale.config.overrides import plain
+from ldmscale.config.compose import compose_job, plain
 
 PATTERNS = [
     "/data/{00000..00009}.tar",

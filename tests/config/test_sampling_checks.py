@@ -12,7 +12,7 @@ from ldmscale.config.checks import check
 from ldmscale.config.checks.sampling import check_sample
 from ldmscale.config.compose import compose_job
 from ldmscale.config.typed import plain, read
-from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.diffusion.timesteps import SAMPLERS, SPACINGS, path_of
 
 

@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_snr
 
 from ldmscale.diffusion import process
-from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.process import NoiseSchedule
 
 EVERY_TIMESTEP = torch.arange(1000)
 BETAS = {"linear": (1e-4, 2e-2), "scaled_linear": (0.00085, 0.012), "cosine": (0.0001, 0.02)}

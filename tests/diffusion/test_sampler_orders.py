@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmscale.diffusion.multistep import dpmpp_2m, plms
-from ldmscale.diffusion.samplers import ddim, ddpm, euler
-from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.process import NoiseSchedule
+from ldmscale.diffusion.samplers import ddim, ddpm, dpmpp_2m, euler, plms
 from ldmscale.diffusion.timesteps import Path, path_of
 
 MEAN, SPREAD = 0.7, 0.4  # of the data: x0 is normal with this mean and standard deviation

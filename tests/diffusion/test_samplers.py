@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmscale.diffusion.multistep import dpmpp_2m, plms
-from ldmscale.diffusion.samplers import ddim, ddpm, euler
-from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.process import NoiseSchedule
+from ldmscale.diffusion.samplers import ddim, ddpm, dpmpp_2m, euler, plms
 from ldmscale.diffusion.timesteps import path_of
 
 PUBLISHED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from ldmscale.diffusion import process
 from ldmscale.diffusion.guidance import guide, guided, needed, rescale
-from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.process import NoiseSchedule
 
 
 def published() -> NoiseSchedule:

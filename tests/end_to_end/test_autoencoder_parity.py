@@ -18,7 +18,7 @@ from ldmscale.config.typed import read
 from ldmscale.data.loading.loader import Loader
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.index import ShardIndex
-from ldmscale.stages import noise as draws
+from ldmscale.distributed import rng as draws
 
 pytestmark = pytest.mark.distributed
 

@@ -23,8 +23,8 @@ from ldmscale.data.latents.format import LatentManifest
 from ldmscale.data.loading.loader import Loader
 from ldmscale.data.loading.transforms import LatentItem
 from ldmscale.data.shards.mixture import Mixture, WeightedShards
-from ldmscale.evaluation.frechet import FeatureSums, frechet_distance
-from ldmscale.models.latent_scale import digest
+from ldmscale.evaluation.metrics import FeatureSums, frechet_distance
+from ldmscale.models.first_stage import digest
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.validation import SEED
 

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from ldmscale.evaluation.prompt_following import prompt_following
-from ldmscale.evaluation.reconstruction import psnr
+from ldmscale.evaluation.metrics import prompt_following, psnr
 
 
 def test_psnr_of_one_grey_level_is_20_log_255():

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ldmscale.evaluation.frechet import FeatureSums, frechet_distance, frechet_distance_of_features
 from ldmscale.evaluation.held_out import HeldOut, NumberedBatch, shares
-from ldmscale.evaluation.reconstruction import psnr, ssim
+from ldmscale.evaluation.metrics import (
+    FeatureSums,
+    frechet_distance,
+    frechet_distance_of_features,
+    psnr,
+    ssim,
+)
 
 
 def pictures(seed: int, count: int = 2, height: int = 20, width: int = 17) -> torch.Tensor:

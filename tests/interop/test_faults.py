@@ -16,7 +16,7 @@ from ldmscale.config import DiffusionConfig, SpatialConfig
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop.diffusers_folder import write_folder
 from ldmscale.interop.writing import write
-from ldmscale.models.latent_scale import LatentScale
+from ldmscale.models.first_stage import LatentScale
 
 
 def test_missing_unknown_and_misshaped_tensors_are_named_together(tmp_path, capfd):

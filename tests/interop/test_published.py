@@ -15,7 +15,7 @@ from ldmscale.interop import compvis_names as names_there
 from ldmscale.interop import compvis_shapes as shapes_there
 from ldmscale.interop import diffusers_config
 from ldmscale.interop.reading import published_unets
-from ldmscale.interop.tensor_map import Slot
+from ldmscale.interop.tensors import Slot
 
 
 def configs(group: str, kind: type) -> dict:

@@ -58,7 +58,7 @@ def test_safetensors_come_back_too(name, tmp_path):
 def test_a_diffusers_folder_comes_back(name, tmp_path):
     model = model_of(FAMILIES[name])
     if "unet" in model.parts and "autoencoder" in model.parts:
-        from ldmscale.models.latent_scale import LatentScale
+        from ldmscale.models.first_stage import LatentScale
 
         channels = model.autoencoder.latent_width
         model.scale = LatentScale(torch.zeros(channels), torch.full((channels,), 0.18215))

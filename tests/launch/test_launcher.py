@@ -74,7 +74,7 @@ def test_a_dying_rank_ends_the_others_and_its_status_is_kept():
 
 PARTING = """
 from pathlib import Path
-from ldmscale.distributed.launcher_link import PARTED, have_parted, part
+from ldmscale.distributed.environment import PARTED, have_parted, part
 def all_have_parted():
     return have_parted(Path(os.environ[PARTED]), [0, 1])
 """

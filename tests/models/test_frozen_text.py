@@ -7,7 +7,7 @@ import text_folders
 import torch
 from transformers import AutoTokenizer, CLIPModel, CLIPTextModel, T5EncoderModel
 
-from ldmscale.builders.text_encoders import bare_text_encoder, open_text_encoder
+from ldmscale.builders.networks import bare_text_encoder, open_text_encoder
 from ldmscale.config import FrozenTextConfig
 from ldmscale.data.tokenizers.pretrained import EncoderTokenizer, keep
 from ldmscale.errors import ConfigError, DataError

@@ -14,7 +14,7 @@ from torch import nn
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.discriminator import PatchDiscriminator
-from ldmscale.models.pixels import PixelAutoencoder
+from ldmscale.models.first_stage import PixelAutoencoder
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
 

@@ -6,7 +6,7 @@ import gan_case as case
 import torch
 import torch.nn.functional as F
 
-from ldmscale.stages import noise as draws
+from ldmscale.distributed import rng as draws
 
 
 def reference(setting: case.Case) -> list[dict[str, float]]:

@@ -8,10 +8,9 @@ import gan_case as case
 import torch
 import torch.distributed as dist
 
-from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms
+from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance, LossTerms
 from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
 from ldmscale.stages.gan import Adversary, AdversaryTerms, RealAndFake
-from ldmscale.stages.log_variance import LogVariance
 from ldmscale.train.engine.ema import ShardedEma
 from ldmscale.train.engine.engine import Engine, sharded_construction
 from ldmscale.train.engine.options import EngineOptions

@@ -27,7 +27,7 @@ from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.tokenizers.bert import Tokenizer, train_wordpiece
 from ldmscale.errors import DataError
 from ldmscale.models.autoencoder import KLAutoencoder
-from ldmscale.models.latent_scale import LatentScale, digest
+from ldmscale.models.first_stage import LatentScale, digest
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latents import LatentsWork, make_shards
 from ldmscale.storage.lease import LeaseLostError

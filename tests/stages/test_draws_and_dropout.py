@@ -5,11 +5,11 @@ import torch
 
 from ldmscale.diffusion.process import drop_mask
 from ldmscale.diffusion.sample_latents import starting_noise
+from ldmscale.distributed import rng as draws
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
-from ldmscale.stages import noise as draws
 
 
 def test_draws_of_a_sample_do_not_depend_on_its_batch():

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.diffusion.sample_latents import SamplerOptions
-from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.distributed.environment import Ranks
 from ldmscale.models.conditions import ClassEmbedder, Conditions
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.evaluation_mode import evaluation_mode
-from ldmscale.models.latent_scale import LatentScale
+from ldmscale.models.first_stage import LatentScale
 from ldmscale.models.unet import UNet
 from ldmscale.stages.diffusion import DiffusionStage, PreviewConditions
 from ldmscale.stages.first_stage import FirstStage

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ldmscale.models.latent_scale import LatentScale
-from ldmscale.stages.latent_scale import ScaleMeter
+from ldmscale.models.first_stage import LatentScale
+from ldmscale.stages.autoencoder import ScaleMeter
 
 
 def drawn() -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,7 +44,7 @@ from ldmscale.data.loading.transforms import LatentItem
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.reader import Sample
 from ldmscale.data.tokenizers.bert import Tokenizer
-from ldmscale.models.latent_scale import LatentScale
+from ldmscale.models.first_stage import LatentScale
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latents import make_shards
 

@@ -7,9 +7,9 @@ from ldmscale.config import DiffusionJob
 from ldmscale.config.compose import compose_job
 from ldmscale.config.typed import read
 from ldmscale.diffusion import process
-from ldmscale.diffusion.schedule import NoiseSchedule
+from ldmscale.diffusion.process import NoiseSchedule
+from ldmscale.distributed import rng as draws
 from ldmscale.setup.diffusion import build_objective
-from ldmscale.stages import noise as draws
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
 
 SCHEDULE = NoiseSchedule.make("scaled_linear", 1000, 0.00085, 0.012)

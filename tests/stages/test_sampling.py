@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ldmscale import Parts, build, sample
 from ldmscale.data.tokenizers.bert import Tokenizer, train_wordpiece
+from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.diffusion.sample_latents import SamplerOptions, follow, starting_noise
-from ldmscale.diffusion.schedule import NoiseSchedule
 from ldmscale.diffusion.timesteps import path_of
 from ldmscale.errors import ConfigError
 from ldmscale.inference.sample import conditions_of
-from ldmscale.models.latent_scale import LatentScale
+from ldmscale.models.first_stage import LatentScale
 
 PROMPTS = ["red circle", "blue square", "green triangle"]
 

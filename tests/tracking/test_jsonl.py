@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ldmscale.tracking.jsonl import MetricsFile
+from ldmscale.tracking.metrics import MetricsFile
 
 
 def lines(path):

@@ -20,8 +20,7 @@ from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.errors import CheckpointError
 from ldmscale.train.engine.ema import PowerEma, ShardedEma
 from ldmscale.train.engine.engine import Engine, sharded_construction
-from ldmscale.train.engine.optim import learning_rate
-from ldmscale.train.engine.options import EngineOptions
+from ldmscale.train.engine.options import EngineOptions, learning_rate
 from ldmscale.train.engine.process import connect, disconnect
 from ldmscale.train.snapshot import restore, snapshot
 

@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from ldmscale.config.schema import STRICT, NotNegative, Positive
 from ldmscale.config.schema.data import StorageConfig
-from ldmscale.config.schema.values import STRICT, NotNegative, Positive
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.schema.values import STRICT, NotNegative, Positive, PositiveNumber, Share
+from ldmscale.config.schema import STRICT, NotNegative, Positive, PositiveNumber, Share
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.schema.values import STRICT, NotNegative, Positive, Share
+from ldmscale.config.schema import STRICT, NotNegative, Positive, Share
 
 # What is kept for the backward pass: everything; inputs of blocks and results of attention; inputs of blocks
 Checkpointing = Literal["off", "selective", "full"]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.schema.values import STRICT, NotNegative, Positive, Prompt, Share
+from ldmscale.config.schema import STRICT, NotNegative, Positive, Prompt, Share
 
 
 @dataclass(frozen=True, config=STRICT)

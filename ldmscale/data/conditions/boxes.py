@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldmscale.data.conditions.labels import ClassLabels
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.images.decode import View
 from ldmscale.errors import DataError
 

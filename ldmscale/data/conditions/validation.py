@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ldmscale.data.conditions.annotations import ClassLabels, GivenEmbeddings, raw_label
 from ldmscale.data.conditions.boxes import raw_boxes
-from ldmscale.data.conditions.embeddings import GivenEmbeddings
-from ldmscale.data.conditions.labels import ClassLabels, raw_label
 from ldmscale.data.conditions.segmentation import read_map
 from ldmscale.data.images.decode import ImageHeader, image_header
 from ldmscale.errors import DataError

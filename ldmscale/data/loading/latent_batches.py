@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldmscale.data.conditions.captions import caption_in
+from ldmscale.data.conditions.annotations import caption_in
 from ldmscale.data.images.decode import LATENT
 from ldmscale.data.latents.format import to_stored
 from ldmscale.data.loading.fetch import Fetched, Fetcher, Run

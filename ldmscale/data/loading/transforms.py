@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ldmscale.data.conditions.annotations import ClassLabels, GivenEmbeddings, caption_of
 from ldmscale.data.conditions.boxes import LayoutTokens, size_told
-from ldmscale.data.conditions.captions import caption_of
-from ldmscale.data.conditions.embeddings import GivenEmbeddings
-from ldmscale.data.conditions.labels import ClassLabels
 from ldmscale.data.conditions.segmentation import ClassMaps
 from ldmscale.data.conditions.spatial import Holes, SmallImages
 from ldmscale.data.images.buckets import Shape

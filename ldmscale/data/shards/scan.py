@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ldmscale.data.conditions.captions import caption_member, caption_of
+from ldmscale.data.conditions.annotations import caption_member, caption_of
 from ldmscale.data.conditions.validation import ConditionChecks
 from ldmscale.data.images.decode import (
     EXTENSIONS,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from ldmscale.data.conditions.captions import caption_member, caption_of
+from ldmscale.data.conditions.annotations import caption_member, caption_of
 from ldmscale.data.images.buckets import Shape, bucket_of
 from ldmscale.data.images.decode import ImageHeader
 from ldmscale.data.shards.filter import Condition

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a frozen text encoder (CLIP, T5): captions to the ids that encoder was trained on."""
+"""Tokenizers of pretrained text encoders (CLIP, T5), and what all tokenizers share: rows of ids of one length."""
 
 from __future__ import annotations
 
@@ -6,14 +6,35 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 
-from ldmscale.data.tokenizers.padding import decode, encode, from_hub, of_one_length
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import new_folder, replace_folder
 from ldmscale.storage.digest import sha256
+from ldmscale.storage.hub import cached_first
+
+
+def of_one_length(backend: tokenizers.Tokenizer, max_tokens: int, pad_id: int, pad_token: str) -> None:
+    """Has the backend cut captions that are too long, and fill up the others."""
+    # The library warns, and turns itself off, when a process forks after it has used its threads; rows are short.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    backend.enable_truncation(max_tokens)
+    backend.enable_padding(pad_id=pad_id, pad_token=pad_token, length=max_tokens)
+
+
+def encode(backend: tokenizers.Tokenizer, captions: Sequence[str], max_tokens: int) -> np.ndarray:
+    """Token ids int64 [B, max_tokens]."""
+    if not captions:
+        return np.empty((0, max_tokens), dtype=np.int64)
+    return np.array([row.ids for row in backend.encode_batch(list(captions))], dtype=np.int64)
+
+
+def decode(backend: tokenizers.Tokenizer, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of one row of ids, special tokens left out."""
+    return str(backend.decode([int(value) for value in ids], skip_special_tokens=True))
 
 
 class EncoderTokenizer:
@@ -83,4 +104,28 @@ def keep(name_or_folder: str, folder: str | os.PathLike[str]) -> None:
         raise DataError(
             f"text_encoder.path={name_or_folder} gives no tokenizer ({type(error).__name__}: {error}): give the folder of "
             "model and tokenizer"
+        ) from error
+
+
+def from_hub(name_or_folder: str) -> Any:
+    """The transformers tokenizer of a name or folder. Raises whatever the hub's client raises.
+
+    Raises DataError where the tokenizer is Python code of the folder itself (`auto_map`): such code never runs.
+    """
+    # transformers takes seconds to import, and a tokenizer that was kept does not need it.
+    from transformers import AutoTokenizer
+
+    try:
+        return cached_first(
+            lambda local: AutoTokenizer.from_pretrained(
+                name_or_folder, trust_remote_code=False, local_files_only=local
+            )
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        # The library advises its own switch, which would run the code.
+        raise DataError(
+            f"the tokenizer of {name_or_folder} is Python code in that folder (auto_map of tokenizer_config.json), which "
+            "ldmscale never runs; give a tokenizer that the transformers library has itself"
         ) from error

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from ldmscale.distributed.collectives import any_true
 from ldmscale.train.engine.ema import ShardedEma, exchange
 from ldmscale.train.engine.master_weights import Fragment, Layout, layout_of, zero3_range
-from ldmscale.train.engine.optim import parameter_groups
-from ldmscale.train.engine.options import EngineOptions, deepspeed_json
+from ldmscale.train.engine.options import EngineOptions, deepspeed_json, parameter_groups
 from ldmscale.train.engine.process import connect, disconnect, give_back_freed_memory, quieten
 from ldmscale.train.engine.replicated import Replicated
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.conditions.boxes import Box, LayoutTokens, size_told
-from ldmscale.data.conditions.labels import ClassLabels
 from ldmscale.data.images.decode import View
 from ldmscale.data.latents.format import LatentFormat
 from ldmscale.data.loading.transforms import ImageItem, LatentItem

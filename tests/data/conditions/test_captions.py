@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ldmscale.data.conditions.captions import caption_member, caption_of, check_source
+from ldmscale.data.conditions.annotations import caption_member, caption_of, check_source
 from ldmscale.errors import ConfigError, DataError
 
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from ldmscale.data.conditions.embeddings import GivenEmbeddings
+from ldmscale.data.conditions.annotations import GivenEmbeddings
 from ldmscale.errors import DataError
 
 READER = GivenEmbeddings("embeddings.npy", 4, 3)

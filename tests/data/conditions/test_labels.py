@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ldmscale.data.conditions.labels import ClassLabels
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.errors import DataError
 
 

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from ldmscale.data.conditions.labels import ClassLabels
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.conditions.validation import Classes, ConditionChecks
 from ldmscale.data.shards.report import check_shards
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import webdataset
 
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.conditions.boxes import LayoutTokens
-from ldmscale.data.conditions.labels import ClassLabels
 from ldmscale.data.latents.format import LatentFormat
 from ldmscale.data.latents.writer import LatentShardWriter
 from ldmscale.data.loading.fetch import Fetcher, Run

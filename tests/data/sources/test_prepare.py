@@ -16,8 +16,16 @@ from PIL import Image
 
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.report import check_shards
-from ldmscale.data.sources.file_names import caption_of_path, class_of_path, unique_captions, words_of
-from ldmscale.data.sources.prepare import images_in, prepare, split_heldout, sprites
+from ldmscale.data.sources.prepare import (
+    caption_of_path,
+    class_of_path,
+    images_in,
+    prepare,
+    split_heldout,
+    sprites,
+    unique_captions,
+    words_of,
+)
 from ldmscale.data.sources.sprites import SCENES
 from ldmscale.data.sources.wheel import arcade_wheel
 from ldmscale.data.sources.writer import Item, write_shards

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmscale.data.tokenizers.bert import SPECIAL, Tokenizer, train_wordpiece
-from ldmscale.data.tokenizers.wordpiece import learn_pieces
+from ldmscale.data.tokenizers.bert import SPECIAL, Tokenizer, learn_pieces, train_wordpiece
 from ldmscale.errors import DataError
 
 CAPTIONS = ["cards hearts 5", "cards spades k", "tiles grass corner left", "Alien Blue walking, café"] * 3

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from ldmscale.train.engine.optim import learning_rate, parameter_groups
-from ldmscale.train.engine.options import EngineOptions, deepspeed_json
+from ldmscale.train.engine.options import EngineOptions, deepspeed_json, learning_rate, parameter_groups
 
 
 def test_warm_up_is_linear_and_reaches_the_base() -> None:

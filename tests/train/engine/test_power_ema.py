@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldmscale.train.engine.ema import PowerEma
-from ldmscale.train.engine.power_ema import Profile, coefficients, exponent, inner_product
+from ldmscale.train.engine.ema import PowerEma, Profile, coefficients, exponent, inner_product
 
 
 def profile(gamma: float, last: float, at: np.ndarray) -> np.ndarray:

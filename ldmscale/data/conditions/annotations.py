@@ -1,0 +1,202 @@
+"""Annotations of a sample that are read from its members: caption, class label, embeddings.
+
+A caption is a text member or a key of the sample's json. A class label is a number, or a name that a list turns into a
+number. Embeddings are arrays, such as those of an image's neighbours (retrieval-augmented models).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ldmscale.data.images.decode import decode_array
+from ldmscale.errors import ConfigError, DataError
+from ldmscale.storage.atomic import write_file
+
+
+def check_source(source: str) -> None:
+    """Checks where captions are to come from.
+
+    Raises:
+        ConfigError: if `source` is neither "txt" nor "json:KEY".
+    """
+    if source != "txt" and not (source.startswith("json:") and len(source) > len("json:")):
+        raise ConfigError(f"data.caption must be 'txt' or 'json:KEY', got {source!r}")
+
+
+def caption_member(source: str) -> str:
+    """Extension of the member that holds the caption: "txt" or "json"."""
+    return source.split(":", 1)[0]
+
+
+def caption_of(members: Mapping[str, bytes], source: str = "txt") -> str:
+    """Returns a sample's caption with runs of white space made single spaces.
+
+    Args:
+        members: extension to bytes, as `samples.Sample.members`.
+        source: "txt", or "json:KEY" for a key of the sample's json.
+
+    Raises:
+        DataError: if the member or the key is missing, not UTF-8, or empty.
+    """
+    member = caption_member(source)
+    if member not in members:
+        raise DataError(
+            f"has no {member} member for the caption (members: {', '.join(sorted(members)) or 'none'})"
+        )
+    return caption_in(members[member], source)
+
+
+def caption_in(data: bytes, source: str = "txt") -> str:
+    """The caption in the bytes of the member that holds it. As `caption_of`."""
+    try:
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the caption ({caption_member(source)}) is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from error
+    if source != "txt":
+        text = _json_caption(text, source.split(":", 1)[1])
+    caption = " ".join(text.split())
+    if not caption:
+        raise DataError(f"the caption ({source}) is empty")
+    return caption
+
+
+def _json_caption(text: str, key: str) -> str:
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"the json member is no valid json: {error}") from error
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, str):
+        known = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"the json member has no text under {key!r} (it has: {known})")
+    return value
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """Reads labels of 0 to count - 1. A value, so that loading processes can have it.
+
+    Attributes:
+        source: "cls" (a member with the number or name as text) or "json:KEY".
+        count: of classes.
+        names: of the classes in their order; None where labels are numbers.
+    """
+
+    source: str
+    count: int
+    names: tuple[str, ...] | None = None
+
+    def of(self, members: Mapping[str, bytes]) -> int:
+        """The label of a sample.
+
+        Raises:
+            DataError: if it has none, or one that is no class.
+        """
+        return self.number(raw_label(members, self.source))
+
+    def number(self, label: int | str) -> int:
+        """A class number as it is, checked; a name as its number; digits as the number that they write.
+
+        Raises:
+            DataError: if there is no such class.
+        """
+        if isinstance(label, str) and self.names is not None and label in self.names:
+            return self.names.index(label)
+        if isinstance(label, str) and not label.isdecimal():
+            known = "they are numbers" if self.names is None else ", ".join(self.names[:8])
+            raise DataError(f"there is no class {label!r} among the {self.count} ({known} ...)")
+        number = int(label)
+        if not 0 <= number < self.count:
+            raise DataError(f"the label {number} is out of range: there are {self.count} classes")
+        return number
+
+    def title(self, number: int) -> str:
+        """What a picture of the class is called."""
+        return str(number) if self.names is None else self.names[number]
+
+    def save(self, path: Path) -> None:
+        """Writes the classes, in their order, for whoever loads the model."""
+        record = {"source": self.source, "count": self.count, "names": self.names}
+        write_file(path, json.dumps(record, indent=1, ensure_ascii=False).encode("utf-8"))
+
+    @classmethod
+    def load(cls, path: Path) -> ClassLabels:
+        """What `save` wrote."""
+        record = json.loads(path.read_text(encoding="utf-8"))
+        names = None if record["names"] is None else tuple(record["names"])
+        return cls(record["source"], record["count"], names)
+
+
+def raw_label(members: Mapping[str, bytes], source: str) -> int | str:
+    """The label as the sample has it.
+
+    Args:
+        members: extension to bytes, as `samples.Sample.members`.
+        source: "cls" or "json:KEY".
+
+    Raises:
+        DataError: if it is missing, or neither a whole number nor a text.
+    """
+    member, _, key = source.partition(":")
+    if member not in members:
+        raise DataError(
+            f"has no {member} member for the label (members: {', '.join(sorted(members)) or 'none'})"
+        )
+    try:
+        text = members[member].decode("utf-8-sig")
+        value = json.loads(text)[key] if member == "json" else text.strip()
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"its label ({source}) cannot be read: {type(error).__name__} {error}") from error
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or value == "":
+        raise DataError(f"its label ({source}) is {value!r}; expected a whole number or a name")
+    return value
+
+
+@dataclass(frozen=True)
+class GivenEmbeddings:
+    """Reads a context. A value, so that loading processes can have it.
+
+    Attributes:
+        member: of the sample, such as "embeddings.npy": [L, width], L from 1 to max_tokens, floats.
+        width: D. max_tokens: rows of the result.
+    """
+
+    member: str
+    width: int
+    max_tokens: int
+
+    def of(self, members: Mapping[str, bytes]) -> np.ndarray:
+        """float32 [max_tokens, width], zeros behind the sample's own rows, as they stand for no embedding.
+
+        Raises:
+            DataError: if there are none, or of another shape, or some that are not finite.
+        """
+        if self.member not in members:
+            raise DataError(
+                f"has no {self.member} member for the embeddings (members: {', '.join(sorted(members)) or 'none'})"
+            )
+        try:
+            found = decode_array(members[self.member])
+        except DataError as error:
+            raise DataError(f"its embeddings ({self.member}) are no array of finite floats") from error
+        if found.ndim != 2 or found.shape[1] != self.width or not 1 <= found.shape[0] <= self.max_tokens:
+            raise DataError(
+                f"its embeddings ({self.member}) have shape {found.shape}; expected 1 to {self.max_tokens} rows of "
+                f"{self.width}"
+            )
+        if found.dtype.kind != "f":
+            raise DataError(f"its embeddings ({self.member}) are {found.dtype}; expected floats")
+        whole = np.zeros((self.max_tokens, self.width), dtype=np.float32)
+        with np.errstate(over="ignore"):  # said below
+            whole[: len(found)] = found
+        if not np.isfinite(whole).all():
+            raise DataError(f"its embeddings ({self.member}) are not all finite")
+        return whole
