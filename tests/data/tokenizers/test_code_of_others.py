@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 # Opens each folder as runs do; prints how each attempt ended.
 PROGRAM = """
 import json, sys
-from ldmscale.builders.text_encoders import bare_text_encoder, open_text_encoder
+from ldmscale.builders.networks import bare_text_encoder, open_text_encoder
 from ldmscale.config import FrozenTextConfig
 from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.data.tokenizers.pretrained import keep
