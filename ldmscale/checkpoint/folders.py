@@ -24,7 +24,7 @@ from ldmscale.storage.atomic import move
 
 log = logging.getLogger(__name__)
 
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_([0-9]{8,18})")  # more digits are no step, and int refuses some thousands of them
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 from ldmscale.errors import CheckpointError
 from ldmscale.storage.atomic import write_text
 from ldmscale.storage.digest import FileRecord, file_xxh3
+from ldmscale.storage.names import RANK_FILE, accepted
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -155,6 +156,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_text(folder / NAME, json.dumps(raw))
 
 
+def file_names(raw: Any, source: object) -> list[str]:
+    """Names of the files of tensors in a parsed manifest.
+
+    Raises CheckpointError, once for all names, where one is none of those that ranks write.
+    """
+    try:
+        names = [file["name"] for file in raw["files"]]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{source} lists no files ({error!r}): take an older checkpoint") from error
+    return [accepted(name, RANK_FILE, source, CheckpointError) for name in names]
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError if there is none, or it is torn, or of another format."""
     path = folder / NAME
@@ -169,6 +182,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path} has format {written!r}, this version reads {FORMAT}: use the version that wrote it"
         )
+    names = file_names(raw, path)
     try:
         keys = {
             key: Entry(
@@ -181,7 +195,9 @@ def read_manifest(folder: Path) -> Manifest:
             images_seen=raw["images_seen"],
             world_size=raw["world_size"],
             libraries=raw["libraries"],
-            files=tuple(FileRecord(**file) for file in raw["files"]),
+            files=tuple(
+                FileRecord(**{**file, "name": name}) for file, name in zip(raw["files"], names, strict=True)
+            ),
             keys=keys,
             state=raw["state"],
         )

@@ -36,6 +36,7 @@ from ldmscale.interop.tensors import (
     write_json,
     write_safetensors,
 )
+from ldmscale.storage.names import FOLDER, SAFETENSORS, accepted, has_form, shown
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,14 @@ def read_folder(folder: Path) -> Model:
         if (index or {}).get("_class_name") == TEXT_PIPELINE and model.latent_size and model.autoencoder:
             # The pipeline makes an image of sample_size times the factor, and takes an eighth of it for the latents.
             model.latent_size = model.latent_size * model.autoencoder.factor // 8
-        told = {name for name, entry in (index or {}).items() if isinstance(entry, list) and entry[0]}
-        faults += [f"{name}/ is missing" for name in sorted(told) if not (folder / name).is_dir()]
+        told = {
+            name for name, entry in (index or {}).items() if isinstance(entry, list) and entry and entry[0]
+        }
+        foreign = {name for name in told if not has_form(name, FOLDER)}
+        faults += [
+            f"model_index.json names {shown(name)}: expected {FOLDER.words}" for name in sorted(foreign)
+        ]
+        faults += [f"{name}/ is missing" for name in sorted(told - foreign) if not (folder / name).is_dir()]
     if faults:
         raise DataError([f"{folder}: {fault}" for fault in faults])
     if (folder / BESIDE / "kept.safetensors").is_file():
@@ -182,7 +189,7 @@ def _read_weights(
     if plain.is_file():
         found, file = read_safetensors(plain), plain.name
     elif index.is_file():
-        parts = sorted(set(read_json(index)["weight_map"].values()))
+        parts = _parts_of(index)
         found, file = {}, plain.name
         for name in parts:
             found |= read_safetensors(folder / name)
@@ -199,6 +206,15 @@ def _read_weights(
         log.warning("%s: %s are copies of the same weights by their names and are not read", folder, unread)
     copies = None if other is None else read_safetensors(variants[other])
     return found, copies, {"file": file, "other": other}
+
+
+def _parts_of(index: Path) -> list[str]:
+    """Names of the files that a model is split into. Raises DataError where one is not in the index's own folder."""
+    values = read_json(index)
+    places = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise DataError(f"{index} has no weight_map of tensors and files: download it again")
+    return sorted({accepted(name, SAFETENSORS, index, DataError) for name in places.values()})
 
 
 def write_folder(model: Model, folder: Path, ema: bool) -> None:

@@ -32,6 +32,7 @@ from ldmscale.errors import DataError
 from ldmscale.interop.compvis_names import TEXT_HEAD
 from ldmscale.interop.tensors import read_json, read_safetensors, write_json, write_safetensors
 from ldmscale.models.first_stage import LatentScale
+from ldmscale.storage.names import FOLDER, SAFETENSORS, accepted, shown
 
 MODEL_FILE = "model.json"
 FORMAT = "ldmscale imported model"
@@ -170,6 +171,7 @@ def read_model(folder: Path) -> Model:
             f"{folder / MODEL_FILE} is of {values.get('format')!r} {values.get('version')}, expected {FORMAT!r} {VERSION}: "
             "import the source again"
         )
+    _check_names(values, folder / MODEL_FILE)
     model = Model(
         diffusion=None if values["diffusion"] is None else DiffusionConfig(**values["diffusion"]),
         scale=None if values["scale"] is None else LatentScale.from_plain(values["scale"]),
@@ -196,6 +198,22 @@ def read_model(folder: Path) -> Model:
     if (folder / "lightning.json").is_file():
         model.lightning = read_lightning(folder)
     return model
+
+
+def _check_names(values: Mapping[str, Any], file: Path) -> None:
+    """Raises DataError where the file names parts that are none, or places outside the folder that an export writes."""
+    if unknown := sorted(set(values["parts"]) - set(KINDS)):
+        raise DataError(f"{file} names the part {shown(unknown[0])}: expected {', '.join(KINDS)}")
+    source = values["source"]
+    components = [*source.get("components", {}).values(), source.get("scheduler") or {}]
+    folders = [entry["name"] for entry in components if "name" in entry]
+    folders += [source["tokenizer"]] if "tokenizer" in source else []
+    for name in folders:
+        if name:  # a single network lies in no folder
+            accepted(name, FOLDER, file, DataError)
+    for entry in components:
+        if "file" in entry:
+            accepted(entry["file"], SAFETENSORS, file, DataError)
 
 
 def write_lightning(values: Mapping[str, Any], folder: Path) -> None:

@@ -28,6 +28,7 @@ from ldmscale.config.resume import changes
 from ldmscale.config.typed import plain, read
 from ldmscale.distributed.environment import Ranks, in_slurm_step
 from ldmscale.errors import ConfigError
+from ldmscale.storage.names import SLURM_JOB, has_form
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,8 @@ def _refuse_second(owner: Path) -> None:
     """Two jobs of one run folder would only wait for each other, or fail."""
     for submission, record in frozen.earlier(owner):
         number = record.get("slurm_job")
-        state = None if number is None else queue.unfinished(str(number), submission.script)
+        known = has_form(str(number), SLURM_JOB)  # anything else would be an option or a user of squeue
+        state = queue.unfinished(str(number), submission.script) if known else None
         if state is not None:
             raise ConfigError(
                 f"{owner} is submitted already, as Slurm job {number} ({state.lower()}): wait for it, "

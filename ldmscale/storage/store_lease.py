@@ -26,7 +26,7 @@ from ldmscale.storage.store_folder import StoreFolder
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"(.+)\.(\d{8})\.json")
+_NAME = re.compile(r"([^/\\.][^/\\]*)\.([0-9]{8})\.json")
 _KNOWN = ("number", "host", "pid", "since", "processes", "started")
 _LOOK_SECONDS = 1.0  # a look at all leases serves for so long
 

@@ -14,8 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ldmscale.errors import DataError
 from ldmscale.storage.atomic import create_file, move, open_new, write_file
 from ldmscale.storage.lease import Lease, take_if_free
+from ldmscale.storage.names import SHA256, accepted
 
 MANIFEST = "manifest.json"
 CLAIMS = ".claims"
@@ -127,8 +129,12 @@ def draft_prefix(name: str) -> str:
 
 
 def named_after(name: str, record: Mapping[str, Any]) -> str:
-    """Where a tar stands until its record is committed: its name follows from the record."""
-    return f"{draft_prefix(name)}{record['sha256']}.part"
+    """Where a tar stands until its record is committed: its name follows from the record.
+
+    Raises DataError where the record, which another process or person may have written, has no checksum.
+    """
+    checksum = accepted(record.get("sha256"), SHA256, f"{record_name(name)} of a set of latents", DataError)
+    return f"{draft_prefix(name)}{checksum}.part"
 
 
 def encoded(record: Mapping[str, Any]) -> bytes:

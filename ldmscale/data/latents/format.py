@@ -16,6 +16,7 @@ import numpy as np
 from ldmscale.data.images.decode import LATENT, decode_array
 from ldmscale.data.shards.urls import is_local
 from ldmscale.errors import DataError
+from ldmscale.storage.names import TAR, accepted
 from ldmscale.storage.object_store import AbsentError, Storage
 
 FORMAT = "ldmscale-latents-1"
@@ -120,7 +121,7 @@ class LatentManifest:
             )
         return cls(
             format=LatentFormat(**record["format"]),
-            shards=tuple(record["shards"]),
+            shards=tuple(accepted(name, TAR, path, DataError) for name in record["shards"]),
             samples=record["samples"],
             skipped=record["skipped"],
             scale_factor=record["scale_factor"],

@@ -95,6 +95,7 @@ def keep(name_or_folder: str, folder: str | os.PathLike[str]) -> None:
     target = Path(folder)
     try:
         found = from_hub(name_or_folder)
+        found.chat_template = None  # its names become names of files, and captions need none
         with new_folder(target) as temporary:
             found.save_pretrained(temporary)
             if not (temporary / "tokenizer.json").is_file():
