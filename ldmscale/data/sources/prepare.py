@@ -27,6 +27,7 @@ from ldmscale.data.sources.writer import Item, write_shards
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import write_file
 from ldmscale.storage.digest import sha256
+from ldmscale.storage.names import TAR, has_form
 
 log = logging.getLogger(__name__)
 
@@ -287,8 +288,8 @@ def _known(target: Path, settings: dict[str, Any]) -> Prepared | None:
         return None
     if any(record.get(name) != value for name, value in settings.items()):
         return None
-    shards = [target / name for name in [*record["train"], *record["heldout"], *record["scenes"]]]
-    if not all(path.is_file() for path in shards):
+    names = [*record["train"], *record["heldout"], *record["scenes"]]
+    if not all(has_form(name, TAR) and (target / name).is_file() for name in names):
         return None
     return Prepared(
         train=tuple(str(target / name) for name in record["train"]),
