@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fault_proxy import FaultProxy
+from jobs import Host
 from object_store import ObjectStore, serve
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -28,12 +29,33 @@ def signal_handlers_as_they_were() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ldmscale() -> Run:
-    """ldmscale(JOB, ..., cwd=PATH, ranks=N, given=TEXT): one process, or N gloo ranks by launch/local.sh; its input."""
+def host_process() -> Iterator[Host]:
+    host = Host()
+    yield host
+    host.close()
+
+
+@pytest.fixture(scope="session")
+def ldmscale(host_process: Host) -> Run:
+    """ldmscale(JOB, ..., cwd=PATH, ranks=N, given=TEXT): one process, or N gloo ranks; its input.
+
+    The processes are forks of one that has imported everything (job_host.py), unless the test has changed the environment:
+    then, and with cold=True, they are started as users start them.
+    """
 
     def run(
-        *arguments: str, cwd: Path, ranks: int | None = None, timeout: int = 300, given: str | None = None
-    ):
+        *arguments: str,
+        cwd: Path,
+        ranks: int | None = None,
+        timeout: int = 300,
+        given: str | None = None,
+        cold: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        present, before = dict(os.environ), dict(host_process.environment)
+        for variables in (present, before):
+            variables.pop("PYTEST_CURRENT_TEST", None)
+        if not cold and present == before:
+            return host_process.completed(list(arguments), cwd, ranks, timeout, given)
         command = [sys.executable, "-m", "ldmscale", *arguments]
         if ranks is not None:
             command = [str(CHECKOUT / "launch" / "local.sh"), "-n", str(ranks), "--cpu", *arguments]

@@ -4,11 +4,12 @@ One process imports everything and forks: first a launcher, which forks its rank
 does. Ranks and launchers are processes like any other, to be killed by their numbers; what runs in a rank is
 the real command line. A line of JSON on standard input starts a job:
 
-    {"arguments": [...], "ranks": 2, "folder": "...", "log": "...", "keys": "...", "environment": {}, "beside": false}
+    {"arguments": [...], "ranks": 2, "folder": "...", "stdin": "...", "stdout": "...", "stderr": "...", "keys": "...",
+     "environment": {}, "beside": false}
 
 and the answers are {"launcher": PID, "ranks": [PID, ...]}, later {"status": STATUS}; that of a job which runs beside
-others comes when {"wait": PID} asks for it. Each rank appends the keys of the
-samples that it trains on, with their positions, to keys.jsonl in the folder of the run.
+others comes when {"wait": PID} asks for it. With "ranks": null the job runs without a launcher, and there is one answer.
+With "keys" each rank appends the keys of the samples that it trains on, with their positions, to that file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import faulthandler
 import gc
 import json
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -48,21 +50,21 @@ launcher._PATIENCE_AFTER_FAILURE = 0.3
 launcher._SECONDS_TO_TERMINATE = 2.0
 
 
-class WatchedLoader(loader.Loader):
-    """Writes down what it hands out."""
+def watch_loader(keys: str) -> None:
+    """In a forked process: write down what the loader yields."""
 
-    def __next__(self) -> dict[str, Any]:
-        batch = super().__next__()
-        lines = [
-            json.dumps({"position": position, "key": key})
-            for position, key in zip(batch["position"].tolist(), batch["key"], strict=True)
-        ]
-        with open(os.environ["CHAOS_KEYS"], "a") as file:
-            file.write("\n".join(lines) + "\n")
-        return batch
+    class WatchedLoader(loader.Loader):
+        def __next__(self) -> dict[str, Any]:
+            batch = super().__next__()
+            lines = [
+                json.dumps({"position": position, "key": key})
+                for position, key in zip(batch["position"].tolist(), batch["key"], strict=True)
+            ]
+            with open(keys, "a") as file:
+                file.write("\n".join(lines) + "\n")
+            return batch
 
-
-loaders.Loader = WatchedLoader  # type: ignore[misc]
+    loaders.Loader = WatchedLoader  # type: ignore[misc]
 
 
 class Rank:
@@ -86,12 +88,9 @@ class InRank(Exception):
     """Unwinds the host's stack in a forked rank."""
 
 
-def start(job: dict[str, Any]) -> None:
+def start(job: dict[str, Any], answers: int) -> None:
     """In the launcher's process: fork the ranks, tell their numbers, wait for them."""
     folder = Path(job["folder"])
-    os.chdir(folder)
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 2)
     shared = launcher.shared_environment(os.environ, job["ranks"], 0)
     parted = None
     if job["arguments"][0] in launcher._INDEPENDENT:
@@ -104,11 +103,12 @@ def start(job: dict[str, Any]) -> None:
         if (pid := os.fork()) == 0:
             assert ask is not None
             ask()
-            os.dup2(log, 1)
+            if rank:
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.environ.update(shared | own)
             raise InRank
         ranks.append(Rank(pid))
-    tell({"launcher": os.getpid(), "ranks": [rank.pid for rank in ranks]})
+    reply({"launcher": os.getpid(), "ranks": [rank.pid for rank in ranks]}, answers)
     os._exit(launcher._wait(ranks, parted))  # type: ignore[arg-type]
 
 
@@ -117,8 +117,8 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
 
 
-def tell(answer: dict[str, Any]) -> None:
-    os.write(1, (json.dumps(answer) + "\n").encode())
+def reply(answer: dict[str, Any], answers: int = 1) -> None:
+    os.write(answers, (json.dumps(answer) + "\n").encode())
 
 
 def jobs() -> Iterator[dict[str, Any]]:
@@ -134,19 +134,32 @@ def main() -> int:
     gc.freeze()  # a rank's collector would otherwise touch, and so copy, everything that it shares with this process
     for job in jobs():
         if "wait" in job:
-            tell({"status": os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])})
+            reply({"status": os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1])})
             continue
         pid = os.fork()
         if pid == 0:
             end_with_parent()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.environ.update({"CHAOS_KEYS": job["keys"]} | job["environment"])
+            os.environ.update(job["environment"])
+            os.chdir(job["folder"])
+            answers = os.dup(1)
+            for number, part in ((1, "stdout"), (2, "stderr")):
+                os.dup2(os.open(job[part], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            os.dup2(os.open(job.get("stdin", os.devnull), os.O_RDONLY), 0)
+            sys.stdin = open(0, closefd=False)  # noqa: SIM115
+            random.seed()  # the launcher chooses its port by it, and every fork begins with the same state
+            if job.get("keys"):
+                watch_loader(job["keys"])
+            if job["ranks"] is None:
+                os.close(answers)
+                return cli.main(job["arguments"])
             try:
-                start(job)
+                start(job, answers)
             except InRank:
+                os.close(answers)
                 return cli.main(job["arguments"])
         if not job["beside"]:
-            tell({"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
+            reply({"status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
     return 0
 
 
