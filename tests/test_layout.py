@@ -88,6 +88,7 @@ def test_modules_import_in_one_direction() -> None:
         ("wandb", ["ldmscale/tracking/", "ldmscale/jobs/wandb_sync.py"]),
         ("xformers", ["ldmscale/models/attention.py"]),
         ("hydra", ["ldmscale/config/", "ldmscale/cli.py"]),
+        ("fsspec", ["ldmscale/storage/"]),
     ],
 )
 def test_a_library_is_imported_by_its_package_alone(library: str, homes: list[str]) -> None:

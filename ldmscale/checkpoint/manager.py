@@ -30,9 +30,10 @@ from ldmscale.checkpoint.search import Search
 from ldmscale.checkpoint.shards import Piece, Reader, mark_complete, write_pieces
 from ldmscale.checkpoint.two_phase import Outcome, TwoParts
 from ldmscale.distributed import collectives
-from ldmscale.errors import CheckpointError
+from ldmscale.errors import CheckpointError, DataError
 from ldmscale.storage.atomic import move, sync, write_text
 from ldmscale.storage.digest import FileRecord
+from ldmscale.storage.object_store import Storage
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class CheckpointManager:
 
     With `url` every complete checkpoint is copied there, at most one at a time; a newer one that is complete
     by then goes next. A failed upload is told and never stops a run, unless a later start has claimed the URL. `beside`
-    names files and folders next to `folder` that go there too, as they are then.
+    names files and folders next to `folder` that go there too, as they are then. `storage` has the options, time limits and
+    retries of the store.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class CheckpointManager:
         fence: Callable[[], None] | None = None,
         url: str | None = None,
         beside: Sequence[str] = (),
+        storage: Storage | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.retention = retention or Retention()
@@ -94,7 +97,7 @@ class CheckpointManager:
         self.last_seconds = 0.0  # from the copy of the last save to its end
         self._fence = fence or (lambda: None)
         self._beside = beside
-        self.remote = None if url is None else RemoteCheckpoints(url)
+        self.remote = None if url is None else RemoteCheckpoints(url, storage)
         self._upload: tuple[int, TwoParts[None]] | None = None
         self._next_upload: int | None = None
         together = dist.is_available() and dist.is_initialized()
@@ -206,12 +209,13 @@ class CheckpointManager:
             return
         remote, folder = self.remote, self.folder / folder_name(step)
 
+        def withdraw() -> None:
+            self._fence()
+            remote.claim(str(self.folder.absolute().parent))
+            remote.check_claim()
+            remote.withdraw(step)
+
         def send() -> None:
-            if self.rank == 0:
-                self._fence()
-                remote.claim(str(self.folder.absolute().parent))
-                remote.check_claim()
-                remote.withdraw(step)
             names = [file.name for file in manifests.read_manifest(folder).files]
             remote.put(folder, names[self.rank :: self.world_size])
 
@@ -227,7 +231,15 @@ class CheckpointManager:
                 if old not in stay:
                     remote.remove(old)
 
-        self._upload = step, TwoParts(self.rank, send, publish, ("upload its file", "publish the upload"))
+        # A file of a checkpoint that counts must not be replaced: no rank sends before rank 0 has removed the manifest.
+        work = TwoParts(
+            self.rank,
+            send,
+            publish,
+            ("upload its file", "publish the upload"),
+            before=(withdraw, "begin the upload"),
+        )
+        self._upload = step, work
 
     def _end_of_upload(self, step: int, outcome: Outcome) -> None:
         assert self.remote is not None
@@ -322,7 +334,7 @@ class CheckpointManager:
             try:
                 state = remote.state(step) if remote is not None else manifests.read_manifest(folder).state
                 self._known[folder.name] = self._kept(step, state)
-            except (CheckpointError, OSError, ValueError):
+            except (CheckpointError, DataError, OSError, ValueError):
                 self._known[folder.name] = Kept(step)
         return self._known[folder.name]
 

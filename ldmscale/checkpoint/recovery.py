@@ -8,6 +8,7 @@ from typing import Any
 from ldmscale.checkpoint.remote import RemoteCheckpoints
 from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.errors import ConfigError
+from ldmscale.storage.object_store import Storage
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 BESIDE = ("metrics.jsonl", "skipped_steps.jsonl", "classes.json", "tokenizer")
 
 
-def recover(folder: RunFolder, url: str | None) -> None:
+def recover(folder: RunFolder, url: str | None, storage: Storage) -> None:
     """Write configuration, W&B's id and metrics of the run behind `url` into a folder that holds no run yet; rank 0 only.
 
     Then the run is resumed like any other: a configuration that differs is refused or told. Raises ConfigError if the
@@ -23,7 +24,7 @@ def recover(folder: RunFolder, url: str | None) -> None:
     """
     if url is None or folder.config_file.exists():
         return
-    store = RemoteCheckpoints(url)
+    store = RemoteCheckpoints(url, storage)
     try:
         steps = store.steps()
         if not steps:

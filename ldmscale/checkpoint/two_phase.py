@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ldmscale.distributed import collectives
-from ldmscale.errors import CheckpointError, LdmscaleError
+from ldmscale.errors import CheckpointError, DataError, LdmscaleError
 
 R = TypeVar("R")
 
@@ -22,9 +22,10 @@ class Outcome:
 
 
 class TwoParts(Generic[R]):
-    """`everywhere` runs on each rank at once; when all have done it, `on_main` runs on rank 0 with their results.
+    """`everywhere` runs on each rank; when all have done it, `on_main` runs on rank 0 with their results.
 
-    Neither contains a collective. `advance` does: all ranks call it together, while none of them is `busy`.
+    With `before`, a function and its name in messages, rank 0 runs that first, and `everywhere` begins on no rank until it
+    has ended. None of them contains a collective. `advance` does: all ranks call it together, while none of them is `busy`.
     Results must pickle and be small. `what` names the two parts in messages.
     """
 
@@ -34,15 +35,21 @@ class TwoParts(Generic[R]):
         everywhere: Callable[[], R],
         on_main: Callable[[list[R]], None],
         what: tuple[str, str],
+        *,
+        before: tuple[Callable[[], None], str] | None = None,
     ) -> None:
-        self._rank, self._on_main, self._what = rank, on_main, what
-        self._first = Background(everywhere, what[0])
-        self._second: Background[None] | None = None
-        self._agreed = False  # on the first part
+        self._rank, self._everywhere, self._on_main, self._what = rank, everywhere, on_main, what
+        self._main: Background[None] | None = None  # what rank 0 does alone, before or after the others
+        self._main_name = ""
+        self._first: Background[R] | None = None
+        if before is None:
+            self._first = Background(everywhere, what[0])
+        else:
+            self._begin_on_main(*before)
 
     @property
     def _work(self) -> Background[Any] | None:
-        return self._second if self._agreed else self._first
+        return self._main if self._main_name else self._first
 
     @property
     def busy(self) -> bool:
@@ -55,27 +62,40 @@ class TwoParts(Generic[R]):
             self._work.wait()
 
     def advance(self) -> Outcome | None:
-        """Agree on the part that has ended, and begin the next; the outcome once both have ended."""
-        if self._agreed:
-            error = None if self._second is None else self._second.error
-            told = () if error is None else (f"rank 0 could not {self._what[1]}: {error!r}",)
-            return collectives.broadcast_object(Outcome(told, _final(error)))
+        """Agree on the part that has ended, and begin the next; the outcome once all have ended."""
+        if self._main_name:
+            outcome = self._outcome_on_main()
+            if self._first is not None or outcome.failures:
+                return outcome
+            self._main_name = ""
+            self._first = Background(self._everywhere, self._what[0])
+            return None
+        assert self._first is not None
         error = self._first.error
         failed = None if error is None else f"rank {self._rank} could not {self._what[0]}: {error!r}"
         value = self._first.value if error is None else None
         reports = collectives.gather_lists([(failed, _final(error), value)])
         if failures := tuple(failure for failure, _, _ in reports if failure is not None):
             return Outcome(failures, any(final for _, final, _ in reports))
-        self._agreed = True
-        if self._rank == 0:
-            results = [result for _, _, result in reports if result is not None]
-            self._second = Background(lambda: self._on_main(results), self._what[1])
+        results = [result for _, _, result in reports if result is not None]
+        self._begin_on_main(lambda: self._on_main(results), self._what[1])
         return None
+
+    def _begin_on_main(self, work: Callable[[], None], name: str) -> None:
+        self._main_name = name
+        self._main = Background(work, name) if self._rank == 0 else None
+
+    def _outcome_on_main(self) -> Outcome:
+        error = None if self._main is None else self._main.error
+        failures = () if error is None else (f"rank 0 could not {self._main_name}: {error!r}",)
+        return collectives.broadcast_object(Outcome(failures, _final(error)))
 
 
 def _final(error: BaseException | None) -> bool:
-    """What ldmscale raises on purpose, and is not about this one checkpoint, holds for all later ones."""
-    return isinstance(error, LdmscaleError) and not isinstance(error, CheckpointError)
+    """Whether later checkpoints fail, too: errors of ldmscale, but those about one checkpoint or of a store that does
+    not answer.
+    """
+    return isinstance(error, LdmscaleError) and not isinstance(error, (CheckpointError, DataError))
 
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from ldmscale.distributed.environment import Ranks, export_rendezvous
 from ldmscale.distributed.preemption import StopFlag
 from ldmscale.distributed.process_group import choose_device
 from ldmscale.errors import ConfigError, StoppedEarlyError
-from ldmscale.setup.index import Patterns, open_index
+from ldmscale.setup.index import Patterns, open_index, storage_of
 from ldmscale.storage.lease import Lease, LeaseHeldError
 from ldmscale.tracking.logs import quiet_libraries, set_up_logging
 from ldmscale.train.engine.process import connect
@@ -93,7 +93,7 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
 
 def _settle(folder: RunFolder, config: TrainingJob) -> list[str]:
     """Write the configuration of a new run down; what a resume changes, else. Also of a run whose folder was lost."""
-    recover(folder, config.checkpoint.url)
+    recover(folder, config.checkpoint.url, storage_of(config.data))
     changed = changes(folder, plain(config))
     folder.settle_config(plain(config))
     return changed

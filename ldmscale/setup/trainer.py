@@ -18,8 +18,10 @@ from ldmscale.distributed.collectives import barrier
 from ldmscale.distributed.preemption import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.watchdog import Heartbeat
 from ldmscale.setup.dataloaders import first_sample, make_loader
+from ldmscale.setup.index import storage_of
 from ldmscale.setup.run import Run
 from ldmscale.setup.warm_start import begin_with
+from ldmscale.storage.object_store import Storage
 from ldmscale.tracking.throughput import Throughput, peak_flops
 from ldmscale.tracking.tracker import Tracker
 from ldmscale.train.engine.process import disconnect
@@ -81,7 +83,7 @@ def train(
             step_timeout_seconds=60 * config.safety.step_timeout_minutes,
         ),
         rates,
-        _checkpoints(run, config.checkpoint),
+        _checkpoints(run, config.checkpoint, storage_of(config.data)),
         CheckpointManager(
             run.folder.averages,
             retention=Retention(keep_last=sys.maxsize),
@@ -135,7 +137,7 @@ def _safety(config: SafetyConfig) -> SafetyOptions:
     )
 
 
-def _checkpoints(run: Run, config: CheckpointConfig) -> CheckpointManager:
+def _checkpoints(run: Run, config: CheckpointConfig, storage: Storage) -> CheckpointManager:
     return CheckpointManager(
         run.folder.checkpoints,
         retention=Retention(
@@ -150,4 +152,5 @@ def _checkpoints(run: Run, config: CheckpointConfig) -> CheckpointManager:
         fence=run.fence,
         url=config.url,
         beside=BESIDE,
+        storage=storage,
     )

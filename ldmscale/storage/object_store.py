@@ -1,8 +1,8 @@
-"""Object stores by fsspec: which options they get, and reads that survive bad days of a network.
+"""The client of object stores, on fsspec: its options, and requests that survive transient faults of a network.
 
-A read is tried again, with waits that double, until it succeeds or the patience of the configuration is used up.
-Each try is bounded, too: a stalled connection costs one try, not the run. What is wrong for good (no such
-object, no access) is not tried again.
+A request is retried, with waits that double, until it succeeds or the patience of the configuration is used up.
+Each try has a time limit, too: a stalled connection costs one try, not the run. Permanent faults (no such object, no
+access) are not retried. URLs of local files work as well; they get no options.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.exceptions import FSTimeoutError
 
 from ldmscale.errors import DataError
+from ldmscale.storage.atomic import create_file
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,10 @@ class StoreError(DataError):
 
 class AccessError(StoreError):
     """A store that answers, and refuses us."""
+
+
+class StoreTimeoutError(StoreError):
+    """The last try did not end within its time limit."""
 
 
 class AbsentError(DataError):
@@ -70,7 +77,7 @@ class Storage:
         Raises:
             DataError: if the backend's package is not installed.
         """
-        protocol = url.split("://", 1)[0]
+        protocol = url.split("://", 1)[0] if "://" in url else "file"
         try:
             return fsspec.core.url_to_fs(url, **self._options_of(protocol))  # type: ignore[no-any-return]
         except (ImportError, ValueError) as error:
@@ -111,6 +118,33 @@ class Storage:
         fs, path = self.locate(url)
         return self.persist(lambda: self.bounded(fs, method, path, *arguments, tries=tries, **options), url)
 
+    def create(self, url: str, content: bytes) -> bool:
+        """Creates an object unless it exists. Returns whether `content` is what it holds then.
+
+        S3 (`If-None-Match`), Google's store (generation 0) and local files refuse the second writer. For others the
+        object is read back, so contents must differ between writers. Raises as `read`.
+        """
+        fs, path = self.locate(url)
+        if "file" in _protocols(fs):
+            return self.persist(lambda: create_file(Path(path), content), url)
+
+        def once() -> bool:
+            refused: Exception | None = None
+            try:
+                self.bounded(fs, "pipe_file", path, content, mode="create")
+            except Exception as error:  # each store's library reports an existing object in its own way
+                refused = error
+            try:
+                # The answer to a request that succeeded may have been lost.
+                found = bytes(self.bounded(fs, "cat_file", path))
+            except FileNotFoundError:
+                if refused is not None:
+                    raise refused from None
+                return False
+            return found == content
+
+        return self.persist(once, url)
+
     def listing(self, folder: str) -> list[dict[str, Any]]:
         """What lies in a folder. Raises as `read`."""
         fs, path = self.locate(folder)
@@ -135,6 +169,8 @@ class Storage:
                 failure: BaseException = error.__cause__ or error
             except PermissionError as error:
                 raise AccessError(f"{what}: the store refuses access ({error}); {_CREDENTIALS}") from error
+            except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+                raise StoreError(f"{what}: {error}; give another path or URL") from error
             except DataError:
                 raise
             except Exception as error:  # every backend raises its own kinds
@@ -144,7 +180,8 @@ class Storage:
             if left <= 0:
                 # Tried again all the same: the service that hands out a machine's keys has bad days as well.
                 remedy = _CREDENTIALS if "Credentials" in reason else "look at the store and the network"
-                raise StoreError(
+                kind = StoreTimeoutError if isinstance(failure, FSTimeoutError) else StoreError
+                raise kind(
                     f"{what}: no success in {self.patience_seconds:g} s and {tries} tries (last: {reason}); {remedy}, and "
                     "start the same command again; data.storage.patience_seconds is how long a run waits"
                 ) from failure
@@ -162,6 +199,8 @@ class Storage:
         return getattr(fs, name)(*arguments, **options)
 
     def _options_of(self, protocol: str) -> dict[str, Any]:
+        if protocol in ("file", "local"):
+            return {}
         given = dict(self.options)
         if protocol in ("s3", "s3a"):
             # botocore's own tries would multiply with ours; its connections are kept and need a limit.
@@ -184,24 +223,8 @@ def _passing(cause: BaseException | None) -> bool:
     return network and not isinstance(cause, FileNotFoundError)
 
 
-def create(filesystem: Any, place: str, content: bytes) -> bool:
-    """Write an object of an fsspec filesystem unless it is there; whether `content` is what is there then.
-
-    S3 (`If-None-Match`), Google's store (generation 0) and files refuse the second writer. For others reading back must
-    do, so contents tell their writers apart. Raises what the store's library raises if there is nothing afterwards.
-    """
-    refused: Exception | None = None
-    try:
-        filesystem.pipe_file(place, content, mode="create")
-    except Exception as error:  # "it exists" is told by each store's library in its own way
-        refused = error
-    try:
-        found = bytes(filesystem.cat_file(place))  # the answer may have been lost after the deed
-    except FileNotFoundError:
-        if refused is not None:
-            raise refused from None
-        return False
-    return found == content
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""A folder of an object store that is written into: s3://bucket/prefix, gs://bucket/prefix.
+"""A folder of an object store that is written into: s3://bucket/prefix, gs://bucket/prefix, or a path.
 
-Every request is repeated as `storage` says, so each may be made twice: what is written here bears that. Nothing is
-believed of earlier listings: fsspec's cache of them is switched off.
+Every request is retried as `storage` says, so each may be made twice: what is written here allows that. fsspec's cache of
+listings is switched off.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ldmscale.storage.object_store import AbsentError, ShardState, Storage, create, state_of
+from ldmscale.storage.object_store import AbsentError, ShardState, Short, Storage, state_of
 
 _BYTES_A_TRY = 16 * 2**20  # of a large object, in the time that one try may take
 _LISTING_TRIES = 3.0
@@ -39,6 +40,18 @@ class StoreFolder:
         probe = f".probe.{secrets.token_hex(8)}"
         self.write(probe, b"probe")
         self.remove(probe)
+
+    def make(self, folder: str = "") -> None:
+        """Makes the folder, or one within, where the store has folders. One that exists is no fault."""
+        self.storage.ask("makedirs", f"{self.url}/{folder}" if folder else self.url, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """Names of the objects and folders in it, sorted."""
+        try:
+            found = self.storage.listing(self.url)
+        except AbsentError:
+            return []
+        return sorted({entry["name"].rstrip("/").rpartition("/")[2] for entry in found})
 
     def entries(self) -> dict[str, ShardState]:
         """What lies in it, but not in folders within."""
@@ -91,8 +104,7 @@ class StoreFolder:
 
     def create(self, name: str, content: bytes) -> bool:
         """Makes an object unless it is there; whether `content` is there then."""
-        fs, path = self.storage.locate(f"{self.url}/{name}")
-        return self.storage.persist(lambda: create(fs, path, content), f"{self.url}/{name}")
+        return self.storage.create(f"{self.url}/{name}", content)
 
     def write(self, name: str, content: bytes) -> None:
         """Makes or replaces a small object."""
@@ -105,6 +117,19 @@ class StoreFolder:
         self.storage.persist(
             lambda: self.storage.bounded(fs, "put_file", str(file), path, tries=tries), f"{self.url}/{name}"
         )
+
+    def download(self, name: str, file: Path) -> None:
+        """Writes an object into a local file. Raises AbsentError if it is not there."""
+        url = f"{self.url}/{name}"
+        size = int(self.storage.info(url)["size"])
+        fs, path = self.storage.locate(url)
+
+        def once() -> None:
+            self.storage.bounded(fs, "get_file", path, str(file), tries=2 + size / _BYTES_A_TRY)
+            if (found := file.stat().st_size) != size:
+                raise Short(f"{found} of {size} bytes came")
+
+        self.storage.persist(once, url)
 
     def move(self, old: str, new: str) -> bool:
         """Gives an object another name, by a copy within the store; False if it is not there."""
@@ -125,6 +150,11 @@ class StoreFolder:
                 self.storage.ask("rm_file", f"{self.url}/{name}")
             except AbsentError:
                 continue
+
+    def remove_folder(self, name: str) -> None:
+        """Removes a folder within and all below it, whether or not it is there."""
+        with suppress(AbsentError):
+            self.storage.ask("rm", f"{self.url}/{name}", tries=_LISTING_TRIES, recursive=True)
 
     def _path(self, name: str) -> str:
         return str(self.storage.locate(f"{self.url}/{name}" if name else self.url)[1])

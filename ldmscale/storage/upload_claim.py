@@ -1,79 +1,67 @@
-"""Who may upload to a URL: each start of a run claims it by a number there, and the highest number has it.
+"""Which start of a run may upload to a URL: each start claims it by a number, and the highest number holds it.
 
     URL/starts/00000003.json     the third start: host, process, run folder
 
-The lease of a run folder says nothing of another folder on another host, from which a start that was given up may wake up
-and go on uploading. So each start looks here before it touches a checkpoint in the store, and ends where a later one came.
-Where the store can create an object under a condition (S3, files), two starts never get the same number; elsewhere each
-reads back what it wrote. What no store can do is to look and to write in one move: a process that is stopped for long just
-between the two may still finish the one object that it was about to write.
+The lease of a run folder does not cover another folder on another host, from which a start that was given up may resume
+and upload. So each start checks here before it touches a checkpoint in the store, and ends where a later one came.
+Two starts never get the same number (see `Storage.create`). No store can check and write in one request: a process that
+is suspended between the two may still finish the one object that it was about to write.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import secrets
-import socket
 import time
 from contextlib import suppress
-from typing import Any
 
-from ldmscale.storage.lease import LeaseLostError
-from ldmscale.storage.object_store import create
+from ldmscale.errors import DataError
+from ldmscale.storage.lease import LeaseLostError, this_process
+from ldmscale.storage.object_store import StoreError
+from ldmscale.storage.store_folder import StoreFolder
 
 _NAME = re.compile(r"(\d{8})\.json")
 _TRIES = 20
-_REFUSALS = 3
 
 
 class Claim:
-    """One start's claim on `folder` of a file system of fsspec. Methods raise what the store's library raises."""
+    """One start's claim on a folder of a store. Methods raise StoreError as those of `StoreFolder`."""
 
-    def __init__(self, filesystem: Any, folder: str, owner: str) -> None:
-        """Claim it. `owner` tells people what claims it: a run folder."""
-        self._fs, self._folder = filesystem, folder
-        about = {"host": socket.gethostname(), "process": os.getpid(), "run": owner}
-        about |= {"since": time.strftime("%Y-%m-%d %H:%M:%S"), "token": secrets.token_hex(8)}
-        content = json.dumps(about).encode()
-        filesystem.makedirs(folder, exist_ok=True)
-        refusals = 0  # of a number that nobody has
+    def __init__(self, folder: StoreFolder, owner: str) -> None:
+        """Claims the folder. `owner` names the claiming run folder for messages."""
+        self._folder = folder
+        folder.make()
         for _ in range(_TRIES):
             self.number = max(self._numbers(), default=0) + 1
-            try:
-                if create(filesystem, self._place(self.number), content):
-                    break
-            except Exception:  # each store's library has its own
-                refusals += 1
-                if refusals > _REFUSALS:
-                    raise
-            time.sleep(random.uniform(0.05, 0.4))  # another start is at it
+            me = this_process(self.number)
+            about = {"host": me.host, "process": me.pid, "run": owner, "since": me.since}
+            about["token"] = secrets.token_hex(8)
+            if folder.create(_name(self.number), json.dumps(about).encode()):
+                break
+            time.sleep(random.uniform(0.05, 0.4))  # another start claims it at this moment
         else:
-            raise OSError(f"{folder}: other starts were faster {_TRIES} times")
-        for number in self._numbers():
-            if number < self.number - 1:
-                with suppress(Exception):  # whoever else tidies up
-                    filesystem.rm_file(self._place(number))
+            raise StoreError(
+                f"{folder.url}: other starts were faster {_TRIES} times; let only one start use it"
+            )
+        with suppress(DataError):  # other starts remove old claims, too
+            folder.remove(*(_name(number) for number in self._numbers() if number < self.number - 1))
 
     def check(self) -> None:
         """Raise LeaseLostError if a later start has claimed it."""
         if (latest := max(self._numbers(), default=0)) > self.number:
-            told = json.loads(self._fs.cat_file(self._place(latest)))
+            content = self._folder.read(_name(latest))
+            by = json.loads(content or b"{}")
             raise LeaseLostError(
-                f"{self._folder.rpartition('/')[0]} was claimed by a later start (process {told['process']} on "
-                f"{told['host']}, since {told['since']}, of {told['run']}): this one uploads nothing more and ends. Two "
-                "runs must not share a checkpoint.url"
+                f"{self._folder.url.rpartition('/')[0]} was claimed by a later start (process {by.get('process')} on "
+                f"{by.get('host')}, since {by.get('since')}, of {by.get('run')}): this one uploads nothing more and ends. "
+                "Two runs must not share a checkpoint.url"
             )
 
     def _numbers(self) -> list[int]:
-        self._fs.invalidate_cache()
-        try:
-            names = [str(path).rpartition("/")[2] for path in self._fs.ls(self._folder, detail=False)]
-        except FileNotFoundError:
-            return []
-        return [int(found[1]) for name in names if (found := _NAME.fullmatch(name))]
+        return [int(found[1]) for name in self._folder.names() if (found := _NAME.fullmatch(name))]
 
-    def _place(self, number: int) -> str:
-        return f"{self._folder}/{number:08d}.json"
+
+def _name(number: int) -> str:
+    return f"{number:08d}.json"

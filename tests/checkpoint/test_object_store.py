@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from ldmscale.checkpoint.remote import RemoteCheckpoints
 from ldmscale.checkpoint.shards import Piece, Reader
 from ldmscale.errors import CheckpointError
 from ldmscale.storage.lease import LeaseLostError
+from ldmscale.storage.object_store import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,3 +169,63 @@ def test_of_many_starts_that_claim_a_url_at_once_one_is_the_latest(bucket: str, 
             except LeaseLostError:
                 lost += 1
         assert lost == 5
+
+
+def test_the_settings_of_data_storage_reach_the_url_and_its_time_limits_and_retries_hold(
+    object_store: ObjectStore,
+    fault_proxy: FaultProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in object_store.environment():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # no credentials from the machine
+    url, run = object_store.bucket(f"settings-{time.time_ns()}") + "/run", tmp_path / "run"
+    options = object_store.options()
+    del options["client_kwargs"]["endpoint_url"]
+    storage = Storage(options, fault_proxy.endpoint, patience_seconds=60.0, request_seconds=1.0)
+    manager = CheckpointManager(run / "checkpoints", url=url, storage=storage)
+    # A request that hangs for longer than its time limit, and more refusals in a row than the client's library retries.
+    fault_proxy.stall_seconds = 15.0
+    fault_proxy.only, fault_proxy.plan = "^(PUT|POST) .*safetensors", ["stall", *["503"] * 12]
+    manager.save(1, pieces(1), {})
+    manager.finish(uploads=True)
+    assert fault_proxy.injected == 13 and "trying again" in caplog.text and "is not in" not in caplog.text
+    fault_proxy.calm()
+    fault_proxy.only, fault_proxy.plan = "^GET .*safetensors", ["stall", "503", "short"]
+    elsewhere = CheckpointManager(tmp_path / "elsewhere", url=url, storage=storage)
+    assert value(elsewhere.newest()) == 1.0 and fault_proxy.injected == 3
+    # Patience ends, and the run goes on.
+    fault_proxy.calm()
+    fault_proxy.only, fault_proxy.always = "^(PUT|POST) .*safetensors", "503"
+    impatient = replace(storage, patience_seconds=1.0)
+    manager = CheckpointManager(run / "checkpoints", url=url, storage=impatient)
+    manager.save(2, pieces(2), {})
+    manager.finish(uploads=True)
+    assert f"step 2 is not in {url}, only in {run / 'checkpoints'}" in caplog.text
+    assert "data.storage.patience_seconds" in caplog.text
+
+
+@pytest.mark.distributed
+def test_no_rank_sends_files_before_the_manifest_of_the_same_step_is_gone(
+    bucket: str, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    fault_proxy.only = "^(DELETE|PUT|POST) .*(manifest|safetensors)"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = [
+        str(Path(__file__).with_name("program_upload.py")),
+        str(tmp_path / "run"),
+        f"{bucket}/run",
+        "1,1",
+        "1",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *program], env=environment, check=True, timeout=240)
+    done = [
+        (request.split()[0], request.split("?")[0].rpartition("/")[2]) for request in fault_proxy.requests
+    ]
+    files = [("PUT", f"rank_0000{rank}.safetensors") for rank in (0, 1)]
+    assert sorted(done[:2]) == sorted(done[4:6]) == files
+    assert done[2:4] == [("PUT", "manifest.json"), ("DELETE", "manifest.json")]
+    assert done[6:] == [("PUT", "manifest.json")]

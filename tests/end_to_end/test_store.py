@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_proxy import FaultProxy
 from object_store import ObjectStore
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -20,7 +21,7 @@ COMMAND = [
 
 
 def test_a_run_whose_folder_is_gone_goes_on_from_the_store(
-    host: Any, object_store: ObjectStore, tmp_path: Path
+    host: Any, object_store: ObjectStore, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
     keys, run = tmp_path / "keys.jsonl", tmp_path / "run"
     url = object_store.bucket(f"runs-{time.time_ns()}") + "/one"
@@ -41,7 +42,16 @@ def test_a_run_whose_folder_is_gone_goes_on_from_the_store(
     assert host.run([*command, "train.max_steps=6", "optim.lr=0.5"], keys, **reach) == 2
     assert "optim.lr=0.5, but run was started with" in host.log
     shutil.rmtree(run)
-    host.finish([*command, "train.max_steps=6"], keys, **reach)
+    # The endpoint and the credentials of data.storage hold for the URL, and a transient fault is survived.
+    fault_proxy.only, fault_proxy.plan = "^(GET|PUT|POST) .*(manifest|safetensors)", ["503", "reset"]
+    options = object_store.options()
+    del options["client_kwargs"]["endpoint_url"]
+    settings = [
+        f"data.storage.endpoint={fault_proxy.endpoint}",
+        "data.storage.options=" + json.dumps(options).replace('"', ""),
+    ]
+    host.finish([*command, "train.max_steps=6", *settings], keys)
+    assert fault_proxy.injected == 2
     after = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert after[: len(before)] == before and [line["step"] for line in after] == [1, 2, 3, 4, 5, 6]
     assert json.loads((run / "run.json").read_text())["wandb_id"] == identity["wandb_id"]

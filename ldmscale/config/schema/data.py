@@ -22,7 +22,9 @@ class WeightedShardsConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class StorageConfig:
-    """How shards behind s3://, gs:// and http(s):// are reached. Credentials: best left to each backend's environment."""
+    """How s3://, gs:// and http(s):// URLs are reached: shards, latents.path and checkpoint.url. Credentials: best left to
+    each backend's environment.
+    """
 
     endpoint: str | None = None  # URL of an S3- or GCS-compatible store
     options: dict[str, Any] = field(default_factory=dict)  # of fsspec's filesystem; written into config.yaml

@@ -17,12 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import braceexpand
-from fsspec.exceptions import FSTimeoutError
 
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import cache_folder, finished_file, locked
 from ldmscale.storage.digest import sha256
-from ldmscale.storage.object_store import AccessError, ShardState, Storage, StoreError, state_of
+from ldmscale.storage.object_store import (
+    AccessError,
+    ShardState,
+    Storage,
+    StoreError,
+    StoreTimeoutError,
+    state_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -235,11 +241,9 @@ def _listing(folder: str, storage: Storage) -> dict[str, ShardState]:
         return {}
     try:
         found = storage.listing(folder)
-    except AccessError:  # a store that does not let us list: asked object by object
-        return {}
-    except StoreError as error:
-        if isinstance(error.__cause__, FSTimeoutError):
-            return {}  # a folder of too many objects, perhaps
+    except (AccessError, StoreTimeoutError):
+        return {}  # no right to list, or too many objects in the folder: each shard is looked up on its own
+    except StoreError:
         raise  # it was waited for long enough
     except DataError:  # an absent folder
         return {}
