@@ -107,6 +107,19 @@ def test_only_storage_renames_links_and_locks_files() -> None:
     assert users and {user for user in users if not user.startswith("ldmscale/storage/")} == set()
 
 
+def test_private_state_of_deepspeed_is_used_in_one_file() -> None:
+    """Its names, as attributes, strings for getattr, or in comments."""
+    names = (
+        r"_is_gradient_accumulation_boundary|micro_steps|global_steps|global_samples|averaged_gradients|all_grad_tensors|"
+        r"fp(16|32)_(partitioned_)?groups\w*|single_partition_of_fp32_groups|_hp_mapping|hp_fragment_address|ds_(tensor|shape|"
+        r"numel|id|status|persist)|partition_numel|_get_param_partition_rank|_reassign_or_swap_out_partitioned_parameters|"
+        r"checkpoint_event_(pro|epi)logue|empty_partition_cache|update_lp_params|ipg_buckets|__compatible_ops__"
+    )
+    private = re.compile(rf"\b({names})\b")
+    users = {str(file.relative_to(CHECKOUT)) for file in FILES if private.search(file.read_text())}
+    assert users == {"ldmscale/train/engine/deepspeed_internals.py"}
+
+
 def test_no_name_that_begins_with_an_underscore_is_imported() -> None:
     private = [
         f"{module} imports {name.name} of {node.module}"

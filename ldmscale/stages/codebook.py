@@ -170,10 +170,10 @@ def overwrite_rows(
     engine.refuse_averaged("overwrite_rows")
     if not engine.at_boundary:
         raise RuntimeError(f"{name} of {engine.name} cannot be written inside an accumulation window")
-    shape = next((p for n, p in engine.network.named_parameters() if n == name and p.requires_grad), None)
-    if shape is None:
+    parameter = dict(engine.network.named_parameters()).get(name)
+    if parameter is None or not parameter.requires_grad:
         raise KeyError(f"{engine.name} has no trained parameter {name}")
-    whole = torch.Size(getattr(shape, "ds_shape", shape.shape))
+    whole = engine.shapes()[name]
     values = values.detach().to(engine.device, torch.float32)
     fresh = torch.zeros(whole, device=engine.device).index_copy_(0, rows.to(engine.device), values).view(-1)
     chosen = torch.zeros(whole, dtype=torch.bool, device=engine.device)
@@ -193,4 +193,4 @@ def overwrite_rows(
         for kind in _MOMENTS:
             if kind in moments:
                 fragment.of(moments[kind]).masked_fill_(here, 0.0)
-    engine.layout.publish()
+    engine.layout.sync_params_from_master()

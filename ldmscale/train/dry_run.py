@@ -50,9 +50,10 @@ def rehearse(stage: Stage, batch: Batch, step: int) -> None:
             f"{peaks}): give a smaller train.rank_micro_batch, unet.checkpointing=full (or autoencoder.checkpointing), "
             "zero=3, or more ranks"
         ) from error
-    torch.set_rng_state(random_state)
-    if gpu_state is not None:
-        torch.cuda.set_rng_state(gpu_state)
+    finally:
+        torch.set_rng_state(random_state)
+        if gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state)
     log.info(
         "a dry run of one micro-batch went well in %.1f s; GiB held / in theory:", time.perf_counter() - began
     )

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmscale.checkpoint.shards import Piece, Reader
 from ldmscale.errors import CheckpointError
@@ -121,7 +121,7 @@ def _pieces_of(
                 yield from _piece(copies, name, kind, fragment, fragment.of(moments[kind]))
     for average in averages:
         yield from _average_pieces(copies, name, engine, average)
-    for fragment, values in frozen_fragments(engine):
+    for fragment, values in engine.frozen_fragments():
         yield from _piece(copies, name, "frozen", fragment, values)
     if dist.get_rank() == 0:
         for buffer_name, buffer in engine.buffers():
@@ -147,25 +147,13 @@ def _piece(
         yield Piece(key, fragment.shape, offset, copies.take(key, values))
 
 
-def frozen_fragments(engine: Engine) -> Iterator[tuple[Fragment, Tensor]]:
-    """Each frozen parameter's fragment on this rank, with a view of its elements."""
-    for name, parameter in engine.frozen():
-        shard: Tensor | None = getattr(parameter, "ds_tensor", None)
-        if shard is None:
-            fragment = Fragment(name, tuple(parameter.shape), 0, parameter.numel(), flat=-1, replicated=True)
-            yield fragment, parameter.detach().view(-1)
-        else:
-            offset, numel = engine.zero3_range(parameter)
-            fragment = Fragment(name, whole_shape(parameter), offset, numel, flat=-1)
-            yield fragment, shard.detach().view(-1)[:numel]
-
-
 def _differences(reader: Reader, name: str, engine: Engine) -> list[str]:
     """How the checkpoint's tensors of a network differ from the network's, in words."""
     if name not in reader.networks():
         return [f"it has no network {name!r}, only {reader.networks()}"]
+    shapes = engine.shapes()
     wanted = {
-        f"{name}/{'master' if parameter.requires_grad else 'frozen'}/{key}": whole_shape(parameter)
+        f"{name}/{'master' if parameter.requires_grad else 'frozen'}/{key}": shapes[key]
         for key, parameter in engine.network.named_parameters()
     } | {f"{name}/buffer/{key}": tuple(buffer.shape) for key, buffer in engine.buffers()}
     found = {
@@ -183,10 +171,6 @@ def _differences(reader: Reader, name: str, engine: Engine) -> list[str]:
     return sorted(faults)
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 @torch.no_grad()
 def _restore_engine(reader: Reader, name: str, engine: Engine) -> None:
     engine.refuse_averaged("restore")
@@ -199,11 +183,11 @@ def _restore_engine(reader: Reader, name: str, engine: Engine) -> None:
         for kind in _MOMENTS:
             key = f"{name}/{kind}/{fragment.name}"
             reader.fill(key, fragment.offset, fragment.of(moments[fragment.flat][kind]))
-    for fragment, values in frozen_fragments(engine):
+    for fragment, values in engine.frozen_fragments():
         reader.fill(f"{name}/frozen/{fragment.name}", fragment.offset, values)
     for buffer_name, buffer in engine.buffers():
         buffer.copy_(reader.tensor(f"{name}/buffer/{buffer_name}"))
-    engine.layout.publish()
+    engine.layout.sync_params_from_master()
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from torch import Tensor
 from ldmscale.checkpoint.shards import Reader
 from ldmscale.errors import CheckpointError
 from ldmscale.train.engine.engine import Engine
-from ldmscale.train.snapshot import frozen_fragments, whole_shape
 
 
 class Weights(Protocol):
@@ -65,7 +64,7 @@ def warm_start(engine: Engine, weights: Weights, origin: str) -> None:
     Raises CheckpointError, before anything is changed, naming what does not fit. Averages must start anew after it.
     """
     found = weights.shapes()
-    wanted = {name: whole_shape(parameter) for name, parameter in engine.network.named_parameters()}
+    wanted = engine.shapes()
     wanted |= {name: tuple(buffer.shape) for name, buffer in engine.buffers()}
     faults = [f"{name} is missing there" for name in sorted(wanted.keys() - found.keys())]
     faults += [f"{name} is not in this model" for name in sorted(found.keys() - wanted.keys())]
@@ -82,10 +81,10 @@ def warm_start(engine: Engine, weights: Weights, origin: str) -> None:
         )
     for fragment in engine.fragments():
         weights.fill(fragment.name, fragment.offset, fragment.of(engine.masters[fragment.flat]))
-    for fragment, values in frozen_fragments(engine):
+    for fragment, values in engine.frozen_fragments():
         weights.fill(fragment.name, fragment.offset, values)
     for name, buffer in engine.buffers():
         values = torch.empty(buffer.numel(), dtype=buffer.dtype)
         weights.fill(name, 0, values)
         buffer.copy_(values.view_as(buffer))
-    engine.layout.publish()
+    engine.layout.sync_params_from_master()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldmscale.errors import LdmscaleError
-from ldmscale.train.engine.engine import poison_unless_finite
+from ldmscale.train.engine.engine import nan_if_nonfinite
 from ldmscale.train.update_guard import Guard, SafetyOptions, SpikeDetector
 
 
@@ -95,8 +95,8 @@ def test_returns_that_do_not_help_end_the_run(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_has_a_gradient_that_is_not() -> None:
     for value in (math.inf, -math.inf, math.nan):
         weight = torch.ones(2, requires_grad=True)
-        poison_unless_finite(weight.sum() + value).backward()
+        nan_if_nonfinite(weight.sum() + value).backward()
         assert weight.grad is not None and torch.isnan(weight.grad).all()
     weight = torch.ones(2, requires_grad=True)
-    poison_unless_finite(3 * weight.sum()).backward()
+    nan_if_nonfinite(3 * weight.sum()).backward()
     assert weight.grad is not None and weight.grad.tolist() == [3.0, 3.0]

@@ -168,7 +168,7 @@ def main_average(averages: Averages, network: str) -> ShardedEma | None:
 
 
 @torch.no_grad()
-def exchange(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+def swap_(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
     """Swap the contents of tensors pairwise, in place, through a small buffer."""
     for one, other in zip(left, right, strict=True):
         ones, others = one.detach().view(-1), other.view(-1)

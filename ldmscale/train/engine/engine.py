@@ -1,113 +1,32 @@
-"""The training engine: DeepSpeed behind a small typed surface. Beside `connection` no other file imports deepspeed.
+"""The training engine: a small typed interface over DeepSpeed (ZeRO-1 to 3) and `ReplicatedEngine` (ZeRO-0).
 
-DeepSpeed is imported inside functions, because its import takes seconds and fixes the accelerator for the
-process. Nothing here reads the run's configuration: `EngineOptions` holds plain values.
+Nothing here reads the run's configuration: `EngineOptions` holds plain values.
 """
 
 from __future__ import annotations
 
-import gc
-import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldmscale.distributed.collectives import any_true
-from ldmscale.train.engine.ema import ShardedEma, exchange
-from ldmscale.train.engine.master_weights import Fragment, Layout, layout_of, zero3_range
+from ldmscale.train.engine.backend import Backend, Counters
+from ldmscale.train.engine.deepspeed_backend import DeepSpeedBackend, sharded_construction
+from ldmscale.train.engine.deepspeed_internals import shard, whole_numel, whole_shape
+from ldmscale.train.engine.ema import ShardedEma, swap_
+from ldmscale.train.engine.master_weights import Fragment
 from ldmscale.train.engine.options import EngineOptions, deepspeed_json, parameter_groups
-from ldmscale.train.engine.process import connect, disconnect, give_back_freed_memory, quieten
-from ldmscale.train.engine.replicated import Replicated
+from ldmscale.train.engine.process import connect, disconnect, only_errors
+from ldmscale.train.engine.replicated import ReplicatedEngine
 
 __all__ = ["Engine", "EngineOptions", "connect", "deepspeed_json", "disconnect", "sharded_construction"]
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def _short_collections() -> Iterator[None]:
-    """DeepSpeed collects garbage several times while it is set up: let it look at its own objects only."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def _takes_fused_adam(device: torch.device) -> bool:
-    """Whether DeepSpeed's FusedAdam is to be used: on CUDA, where its kernel can be built."""
-    if device.type != "cuda":
-        return False
-    from deepspeed.ops.op_builder import FusedAdamBuilder
-
-    reason = ""
-    try:
-        FusedAdamBuilder().load(verbose=False)
-    except Exception as error:  # no nvcc, another CUDA than torch's, no compiler: each is told in its own way
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    # One optimiser for all: a node that lacks a compiler must not step by other kernels than the rest.
-    if any_true(bool(reason)):
-        log.warning(
-            "DeepSpeed's FusedAdam cannot be built on every rank (%s): torch's fused AdamW is used", reason
-        )
-        return False
-    return True
-
-
-@contextmanager
-def sharded_construction(options: EngineOptions) -> Iterator[None]:
-    """Build a trained network inside: at ZeRO-3 each layer is cut into shards as soon as it is built.
-
-    No rank ever holds the whole network. At other stages nothing happens. Frozen helpers are built outside.
-    The weights are the same as without ZeRO for the same seed: the layers are built in fp32, and the engine
-    casts the shards.
-    """
-    if options.zero_stage < 3:
-        yield
-        return
-    import deepspeed
-
-    config = deepspeed_json(replace(options, precision="fp32"), dist.get_world_size())
-    # The dtype comes from the configuration: as an argument it is ignored on CPU (DeepSpeed 0.19).
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        yield
-
-
-def _cast_shards(network: nn.Module, dtype: torch.dtype) -> None:
-    """Give the shards that `sharded_construction` made their dtype for training."""
-    for parameter in network.parameters():
-        shard = getattr(parameter, "ds_tensor", None)
-        if shard is not None:
-            shard.data = shard.data.to(dtype)
-            parameter.data = parameter.data.to(dtype)
-    give_back_freed_memory()  # the fp32 shards, before masters and gradients are made
-
-
-def _sharded(
-    network: nn.Module, groups: Sequence[dict[str, Any]], options: EngineOptions, device: torch.device
-) -> Any:
-    """DeepSpeed's engine round a network, at ZeRO-1 to 3."""
-    import deepspeed
-
-    _cast_shards(network, options.compute_dtype)
-    config = deepspeed_json(options, dist.get_world_size(), fused_adam=_takes_fused_adam(device))
-    if options.zero_stage == 3 and any(isinstance(part, options.leaf_types) for part in network.modules()):
-        deepspeed.utils.set_z3_leaf_modules(network, list(options.leaf_types))
-    # Some of DeepSpeed's optimisers print memory usage while they are made.
-    with redirect_stdout(io.StringIO()), _short_collections():
-        engine, *_ = deepspeed.initialize(
-            model=network, model_parameters=groups, config=config, dist_init_required=False
-        )
-    quieten()
-    give_back_freed_memory()  # the shards that DeepSpeed has put into one piece
-    return engine
 
 
 class Engine:
@@ -131,15 +50,10 @@ class Engine:
         self.rehearsing = False  # a stage then keeps what it counts and writes as it is
         self._norm: float | Tensor = 0.0
         groups = parameter_groups(network, options.weight_decay, decay_vectors=options.decay_vectors)
-        self._engine: Any
-        self.layout: Layout
-        if options.zero_stage == 0:
-            self._engine = Replicated(network, groups, options, device)
-            self.layout = self._engine.layout()
-        else:
-            self._engine = _sharded(network, groups, options, device)
-            self.layout = layout_of(network, self._engine.optimizer)
-        self.network: nn.Module = self._engine.module
+        backend = ReplicatedEngine if options.zero_stage == 0 else DeepSpeedBackend
+        self._backend: Backend = backend(network, groups, options, device)
+        self.layout = self._backend.layout
+        self.network = self._backend.network
         self._persistent = frozenset(self.network.state_dict().keys())
 
     @property
@@ -150,15 +64,15 @@ class Engine:
     @property
     def at_boundary(self) -> bool:
         """True between accumulation windows: no gradient is waiting for an update."""
-        return bool(self._engine.micro_steps % self.options.accumulation_steps == 0)
+        return self._backend.counters.micro_batches % self.options.accumulation_steps == 0
 
     def __call__(self, *args: Any) -> Any:
-        return self._engine(*args)
+        return self._backend(*args)
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate the mean loss of one micro-batch; it is divided by the accumulation steps here."""
         self.refuse_averaged("backward")
-        self._engine.backward(poison_unless_finite(loss))
+        self._backend.backward(nan_if_nonfinite(loss))
 
     def step(self, *, discard: bool = False) -> bool:
         """Follows each backward. True when it closed an accumulation window and updated the weights.
@@ -168,14 +82,14 @@ class Engine:
         thrown away whatever its gradient.
         """
         self.refuse_averaged("step")
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
+        if not self._backend.closes_window():
+            self._backend.step()
             return False
         if discard:
-            self._spoil_gradients()
-        self._engine.step()
-        self._norm = self._engine.get_global_grad_norm()
-        updated = bool(self._engine.was_step_applied())
+            self._backend.invalidate_gradients()
+        self._backend.step()
+        self._norm = self._backend.gradient_norm()
+        updated = self._backend.update_applied()
         if updated:
             self.updates += 1
         else:
@@ -184,55 +98,46 @@ class Engine:
         self._share_buffers()
         return updated
 
-    @torch.no_grad()
-    def _spoil_gradients(self) -> None:
-        """Make gradients nan, so that the way in which a window is refused is taken on all ranks.
-
-        The first element of rank 0's shards is never padding, which would stay as it is for the rest of the run.
-        """
-        if isinstance(self._engine, Replicated):
-            self._engine.refuse_next = True
-            return
-        optimizer = self._engine.optimizer
-        # DeepSpeed's bf16 optimiser has whole gradients on each rank, which judges them by itself.
-        held = list(getattr(optimizer, "fp32_groups_actual_gradients_flat", []))
-        if not held and dist.get_rank() == 0:
-            held = [part for parts in optimizer.averaged_gradients.values() for part in parts or ()]
-        for gradient in held:
-            gradient.view(-1)[:1].fill_(math.nan)
-
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Inside, one forward and backward may be run, which leaves nothing behind but its peak of memory.
 
-        The gradients are reduced as at the end of a window and thrown away; counters and buffers come back. On a GPU
-        the memory of AdamW's moments, which the first update will take, is held meanwhile.
+        The gradients are reduced as at the end of a window and thrown away; counters and buffers are restored. On a GPU
+        the memory of AdamW's moments, which the first update takes, is held meanwhile.
+
+        An exception inside leaves nothing behind either. No collective is called then, since other ranks may not have failed.
         """
-        inner = self._engine
-        counters = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
-        before = {name: getattr(inner, name) for name in counters if hasattr(inner, name)}
-        ours = self.skipped_updates, self._norm
-        kept = [buffer.clone() for buffer in self.network.buffers()]
+        backend = self._backend
+        counters, own = backend.counters, (self.skipped_updates, self._norm)
+        buffers = [buffer.clone() for buffer in self.network.buffers()]
         unborn = [
             master for master in self.masters if master.is_cuda and not self.base_optimizer.state.get(master)
         ]
         moments = [torch.empty_like(master.detach()) for master in unborn for _ in range(2)]
-        inner.set_gradient_accumulation_boundary(True)
+        backend.close_next_window(True)
         self.rehearsing = True
-        yield
-        self.rehearsing = False
-        chatter = logging.getLogger("DeepSpeed")
-        level = chatter.level
-        chatter.setLevel(logging.ERROR)  # it warns of every window that is thrown away
-        self.step(discard=True)
-        chatter.setLevel(level)
-        del moments
-        inner._is_gradient_accumulation_boundary = None
-        for name, value in before.items():
-            setattr(inner, name, value)
-        self.skipped_updates, self._norm = ours
-        for buffer, value in zip(self.network.buffers(), kept, strict=True):
-            buffer.copy_(value)
+        try:
+            yield
+            self.rehearsing = False
+            with only_errors():
+                self.step(discard=True)
+        except BaseException:
+            self._discard_gradients()
+            raise
+        finally:
+            del moments
+            self.rehearsing = False
+            backend.close_next_window(False)
+            backend.counters = counters
+            self.skipped_updates, self._norm = own
+            for buffer, value in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+
+    def _discard_gradients(self) -> None:
+        try:
+            self._backend.discard_gradients()
+        except Exception:  # the exception that is on its way says more
+            log.warning("%s holds gradients of a pass that failed", self.name, exc_info=True)
 
     @torch.no_grad()
     def _share_buffers(self) -> None:
@@ -257,9 +162,9 @@ class Engine:
             group["lr"] = value
 
     @property
-    def base_optimizer(self) -> Any:
-        """The AdamW that steps on the masters, inside whatever DeepSpeed wrapped around it."""
-        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW (or SGD) that steps on the masters."""
+        return self._backend.optimizer
 
     @property
     def masters(self) -> list[Tensor]:
@@ -272,35 +177,40 @@ class Engine:
 
     def weights(self) -> list[Tensor]:
         """What this rank holds of the parameters as the forward pass sees them."""
-        held = [getattr(parameter, "ds_tensor", parameter) for parameter in self.network.parameters()]
-        return [tensor.detach() for tensor in held] + [p.detach() for p in self.network.parameters()]
+        parameters = list(self.network.parameters())
+        shards = [found for found in map(shard, parameters) if found is not None]
+        return [tensor.detach() for tensor in (*shards, *parameters)]
 
     def gradients(self) -> list[Tensor]:
         """What this rank holds of gradients, between the last backward of a window and its step."""
-        optimizer = self._engine.optimizer
-        held = [
-            part for parts in getattr(optimizer, "averaged_gradients", {}).values() for part in parts or ()
-        ]
-        held += getattr(optimizer, "fp32_groups_gradients_flat", [])
-        held += [parameter.grad for parameter in self.network.parameters()]
-        held += [master.grad for master in self.masters]
-        return [gradient for gradient in held if gradient is not None]
+        return self._backend.gradients()
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Persistent buffers, whole on every rank."""
         return ((name, b) for name, b in self.network.named_buffers() if name in self._persistent)
 
-    def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters that are not trained; at ZeRO-3 they are sharded like the others."""
-        return ((name, p) for name, p in self.network.named_parameters() if not p.requires_grad)
+    def frozen_fragments(self) -> Iterator[tuple[Fragment, Tensor]]:
+        """The fragment of each parameter that is not trained on this rank, with a 1-D view of its elements.
+
+        At ZeRO-3 these parameters are sharded like the others.
+        """
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                continue
+            held, shape = shard(parameter), whole_shape(parameter)
+            offset, numel = (
+                self._backend.shard_range(parameter) if held is not None else (0, parameter.numel())
+            )
+            fragment = Fragment(name, shape, offset, numel, flat=-1, replicated=held is None)
+            yield fragment, (parameter if held is None else held).detach().view(-1)[:numel]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each whole parameter, trained or not."""
+        return {name: whole_shape(parameter) for name, parameter in self.network.named_parameters()}
 
     def parameter_count(self) -> int:
         """Parameters of the whole network, not of this rank's share."""
-        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self.network.parameters())
-
-    def zero3_range(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """Offset and number of the elements of a ZeRO-3 parameter (or frozen one) that lie on this rank."""
-        return zero3_range(self._engine.optimizer, parameter)
+        return sum(whole_numel(parameter) for parameter in self.network.parameters())
 
     def resume_at(self, updates: int, skipped_updates: int) -> list[dict[str, Tensor]]:
         """Set the counts of a saved run; returns AdamW's state of each master, to be filled.
@@ -312,9 +222,9 @@ class Engine:
                 f"{self.name} holds gradients of a window that has not ended: go back after step()"
             )
         self.updates, self.skipped_updates = updates, skipped_updates
-        self._engine.global_steps = updates + skipped_updates
-        self._engine.skipped_steps = skipped_updates
-        self._engine.micro_steps = self._engine.global_steps * self.options.accumulation_steps
+        windows = updates + skipped_updates
+        micro_batches = windows * self.options.accumulation_steps
+        self._backend.counters = Counters(micro_batches, windows, skipped_updates)
         optimizer = self.base_optimizer
         if updates == 0 or self.options.optimizer == "sgd":
             optimizer.state.clear()
@@ -342,13 +252,13 @@ class Engine:
             yield
             return
         self._averaged = True
-        exchange(self.masters, ema.averages)
-        self.layout.publish()
+        swap_(self.masters, ema.averages)
+        self.layout.sync_params_from_master()
         try:
             yield
         finally:
-            exchange(self.masters, ema.averages)
-            self.layout.publish()
+            swap_(self.masters, ema.averages)
+            self.layout.sync_params_from_master()
             self._averaged = False
 
     def refuse_averaged(self, action: str) -> None:
@@ -357,7 +267,7 @@ class Engine:
             raise RuntimeError(f"{action} of {self.name} inside averaged_weights: leave that block first")
 
 
-def poison_unless_finite(loss: Tensor) -> Tensor:
+def nan_if_nonfinite(loss: Tensor) -> Tensor:
     """The loss, whose gradient is nan where the loss itself is not finite, so that one vote on the gradient covers both.
 
     An infinite loss may have a finite gradient. Nothing waits for the device.

@@ -9,18 +9,20 @@ The cuts, as of DeepSpeed 0.19:
 
 - ZeRO-3: rank r of W holds elements [r*c, min((r+1)*c, n)) of each flattened parameter of n elements, c =
   ceil(n / W). The last ranks may hold nothing, and the padding is uninitialised memory.
-- ZeRO-1 and 2: the concatenation of all parameters is cut into W equal parts; `_hp_mapping` says what of a
-  parameter is here.
+- ZeRO-1 and 2: the concatenation of all parameters is cut into W equal parts.
 - no ZeRO: everything is on every rank, behind one another with gaps (replicated.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+from ldmscale.train.engine import deepspeed_internals as internals
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Fragment:
     shape: tuple[int, ...]  # of the whole parameter
     offset: int
     numel: int
-    flat: int  # which of `Layout.masters` holds them
+    flat: int  # which of `ShardLayout.masters` holds them
     start: int = 0  # where in that flat tensor they begin
     replicated: bool = False  # every rank holds the same elements
 
@@ -41,74 +43,40 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The masters on this rank, what they hold, and how the forward pass gets to see a change of them."""
+class ShardLayout:
+    """The masters on this rank, what they hold, and how a change of them reaches the forward pass."""
 
     masters: list[Tensor]  # fp32; the very tensors that the optimiser steps on
     fragments: list[Fragment]
-    publish: Callable[
-        [], None
-    ]  # collective under ZeRO: forward weights := masters, also the ones kept whole on all ranks
+    # Collective under ZeRO: forward weights := masters, also the ones kept whole on all ranks.
+    sync_params_from_master: Callable[[], None]
 
 
-def layout_of(network: nn.Module, optimizer: Any) -> Layout:
-    """The layout of a network behind the DeepSpeed optimiser that trains it. `Replicated` knows its own."""
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return _sharded_parameters(network, optimizer)
-    return _sharded_states(network, optimizer)
+def layout_of(network: nn.Module, optimizer: Any) -> ShardLayout:
+    """The layout of a network behind the DeepSpeed optimizer that trains it. `ReplicatedEngine` makes its own."""
+    ranges = zero3_fragments if internals.shards_parameters(optimizer) else partitioned_fragments
+    return ShardLayout(
+        internals.masters(optimizer),
+        list(ranges(network, optimizer)),
+        partial(internals.sync_params_from_master, optimizer),
+    )
 
 
-def _names(network: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in network.named_parameters()}
-
-
-def zero3_range(optimizer: Any, parameter: Any) -> tuple[int, int]:
-    """Offset and number of the elements of a ZeRO-3 parameter that live on this rank."""
-    size = parameter.partition_numel()
-    offset = min(size * optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
-    return offset, min(size, parameter.ds_numel - offset)
-
-
-def _sharded_parameters(network: nn.Module, optimizer: Any) -> Layout:
+def zero3_fragments(network: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     """ZeRO-3."""
-    names = _names(network)
-    masters: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat)
-    fragments = []
-    for index, parameters in enumerate(optimizer.fp16_groups):
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    for flat, parameters in enumerate(internals.zero3_groups(optimizer)):
         start = 0
         for parameter in parameters:
-            offset, numel = zero3_range(optimizer, parameter)
-            shape = tuple(parameter.ds_shape)
-            fragments.append(Fragment(names[id(parameter)], shape, offset, numel, index, start))
-            start += parameter.partition_numel()
-
-    def publish() -> None:
-        # Drop the gathered copies first: small parameters stay gathered, and would hide the new values until
-        # the next step.
-        optimizer.checkpoint_event_prologue()
-        for index in range(len(masters)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        optimizer.checkpoint_event_epilogue()
-
-    return Layout(masters, fragments, publish)
+            offset, numel = internals.zero3_range(optimizer, parameter)
+            shape = internals.whole_shape(parameter)
+            yield Fragment(names[id(parameter)], shape, offset, numel, flat, start)
+            start += internals.zero3_shard_numel(parameter)
 
 
-def _sharded_states(network: nn.Module, optimizer: Any) -> Layout:
-    """ZeRO-1 and ZeRO-2, and DeepSpeed's optimiser for bf16 weights with fp32 gradients at stage 1."""
-    masters = (
-        getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
-    )
-    fragments = []
+def partitioned_fragments(network: nn.Module, _: Any) -> Iterator[Fragment]:
+    """ZeRO-1 and ZeRO-2, and DeepSpeed's optimizer for bf16 weights with fp32 gradients at stage 1."""
     for name, parameter in network.named_parameters():
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is not None:  # None: no element of it lives on this rank
-            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-            shape = tuple(parameter.shape)
-            fragments.append(
-                Fragment(name, shape, low.start, low.numel, mapping.param_group_index, high.start)
-            )
-
-    def publish() -> None:
-        optimizer.update_lp_params()
-
-    return Layout(list(masters), fragments, publish)
+        found = internals.master_range(parameter)
+        if found is not None:
+            yield Fragment(name, tuple(parameter.shape), found.offset, found.numel, found.flat, found.start)

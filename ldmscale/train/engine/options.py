@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ldmscale.train.engine.deepspeed_internals import whole_shape
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -89,11 +91,6 @@ def deepspeed_json(options: EngineOptions, world_size: int, *, fused_adam: bool 
     return config
 
 
-def _dimensions(parameter: nn.Parameter) -> int:
-    # A parameter that ZeRO-3 has partitioned looks empty and one-dimensional; its true shape is `ds_shape`.
-    return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def parameter_groups(
     network: nn.Module, weight_decay: float, *, decay_vectors: bool = True
 ) -> list[dict[str, Any]]:
@@ -106,8 +103,8 @@ def parameter_groups(
     if decay_vectors or weight_decay == 0.0:
         return [{"params": trained, "weight_decay": weight_decay}]
     groups = [
-        {"params": [p for p in trained if _dimensions(p) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if _dimensions(p) < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(whole_shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(whole_shape(p)) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

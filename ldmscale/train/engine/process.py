@@ -1,6 +1,6 @@
 """Joining and leaving the process group that DeepSpeed works in, and keeping its chatter away.
 
-Beside `engine` the one file that imports deepspeed; inside functions, because the import takes seconds.
+DeepSpeed is imported inside functions, because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import os
 import sys
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ldmscale.train.engine.deepspeed_internals import skip_shared_memory_extension
 
 
 def quieten() -> None:
@@ -32,6 +35,18 @@ def quieten() -> None:
         "_reduce_scatter_base",
     ):
         warnings.filterwarnings("ignore", message=f".*{collective}.*", category=FutureWarning)
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Drops DeepSpeed's warnings inside: it logs one for every window without an update."""
+    chatter = logging.getLogger("DeepSpeed")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        chatter.setLevel(level)
 
 
 def _import_muon_plainly() -> None:
@@ -76,7 +91,7 @@ def connect(device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
     else:
         # Otherwise DeepSpeed compiles a shared-memory extension: a minute in the first job, and a lock file
         # that hangs every later job if this one is killed meanwhile. gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        skip_shared_memory_extension()
         keep_freed_memory()
     if not dist.is_initialized():
         if alone:

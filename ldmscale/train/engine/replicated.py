@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldmscale.train.engine.master_weights import Fragment, Layout
+from ldmscale.train.engine.backend import Counters
+from ldmscale.train.engine.master_weights import Fragment, ShardLayout
 from ldmscale.train.engine.options import EngineOptions
 
 _ALIGNED = 16  # elements: each parameter begins on a boundary of 64 bytes, in fp32
@@ -82,13 +83,13 @@ class _Flat:
     def open_window(self) -> None:
         self.filled[:] = [False] * len(self.filled)
 
-    def publish(self) -> None:
+    def sync_weights_from_master(self) -> None:
         if self.weights.dtype != self.master.dtype:
             self.weights.copy_(self.master.detach())
 
 
-class Replicated:
-    """Takes the place of DeepSpeed's engine at ZeRO-0, with the part of its surface that `Engine` uses."""
+class ReplicatedEngine:
+    """The backend of an engine at ZeRO-0."""
 
     def __init__(
         self,
@@ -97,13 +98,13 @@ class Replicated:
         options: EngineOptions,
         device: torch.device,
     ) -> None:
-        self.module = network.to(device=device, dtype=options.compute_dtype)
-        self.micro_steps = self.global_steps = self.skipped_steps = 0
+        self.network = network.to(device=device, dtype=options.compute_dtype)
+        self.counters = Counters(0, 0, 0)
         self._options = options
         self._norm = 0.0
         self._applied = False
-        self.refuse_next = False  # the next update, whatever its gradient
-        self._is_gradient_accumulation_boundary: bool | None = None
+        self._invalid = False  # the gradients of this window, whatever their norm
+        self._closes_next = False  # the window, whatever the counters
         self._flats = [_Flat(group["params"]) for group in groups]
         with torch.no_grad():
             self._start_equal()
@@ -119,6 +120,7 @@ class Replicated:
             self.optimizer = torch.optim.AdamW(
                 decayed, lr=rate, betas=options.betas, eps=options.eps, fused=True
             )
+        self.layout = self._layout()
 
     def _start_equal(self) -> None:
         """All ranks begin with the weights of rank 0."""
@@ -126,37 +128,49 @@ class Replicated:
             return
         for flat in self._flats:
             dist.broadcast(flat.master.detach(), 0)
-            flat.publish()
-        for parameter in self.module.parameters():
+            flat.sync_weights_from_master()
+        for parameter in self.network.parameters():
             if not parameter.requires_grad:
                 dist.broadcast(parameter.detach(), 0)
 
     def __call__(self, *args: Any) -> Any:
-        return self.module(*args)
+        return self.network(*args)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self._options.accumulation_steps).backward()  # type: ignore[no-untyped-call]
 
-    def is_gradient_accumulation_boundary(self) -> bool:
-        if self._is_gradient_accumulation_boundary is not None:
-            return self._is_gradient_accumulation_boundary
-        return (self.micro_steps + 1) % self._options.accumulation_steps == 0
+    def closes_window(self) -> bool:
+        number = self.counters.micro_batches + 1
+        return self._closes_next or number % self._options.accumulation_steps == 0
 
-    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """What `is_gradient_accumulation_boundary` says until it is set to None again, as in DeepSpeed's engine."""
-        self._is_gradient_accumulation_boundary = is_boundary
+    def close_next_window(self, closes: bool) -> None:
+        self._closes_next = closes
 
-    def get_global_grad_norm(self) -> float:
+    def gradient_norm(self) -> float:
         return self._norm
 
-    def was_step_applied(self) -> bool:
+    def update_applied(self) -> bool:
         return self._applied
+
+    def invalidate_gradients(self) -> None:
+        self._invalid = True
+
+    def discard_gradients(self) -> None:
+        for flat in self._flats:
+            flat.open_window()
+
+    def gradients(self) -> list[Tensor]:
+        return [flat.gradient for flat in self._flats]
+
+    def shard_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        return 0, parameter.numel()
 
     @torch.no_grad()
     def step(self) -> None:
-        closes = self.is_gradient_accumulation_boundary()
-        self.micro_steps += 1
+        closes = self.closes_window()
+        micro_batches, windows, skipped = self.counters
         if not closes:
+            self.counters = Counters(micro_batches + 1, windows, skipped)
             return
         ranks = dist.get_world_size()
         for flat in self._flats:
@@ -166,18 +180,16 @@ class Replicated:
                     dist.all_reduce(bucket)
         parts = [torch.linalg.vector_norm(f.gradient.view(-1, _ROW), dim=1) for f in self._flats]
         self._norm = float(torch.linalg.vector_norm(torch.cat(parts))) / ranks
-        self._applied = math.isfinite(self._norm) and not self.refuse_next
-        self.refuse_next = False
+        self._applied = math.isfinite(self._norm) and not self._invalid
+        self._invalid = False
         if self._applied:
             # AdamW divides by it on its way: the mean over the ranks and the clipping cost no pass of their own.
             scale = ranks / self._clipping()
             setattr(self.optimizer, "grad_scale", torch.tensor(scale, device=self._flats[0].gradient.device))  # noqa: B010
             self.optimizer.step()
             for flat in self._flats:
-                flat.publish()
-        else:
-            self.skipped_steps += 1
-        self.global_steps += 1
+                flat.sync_weights_from_master()
+        self.counters = Counters(micro_batches + 1, windows + 1, skipped + (not self._applied))
         for flat in self._flats:
             flat.open_window()
 
@@ -185,9 +197,9 @@ class Replicated:
         limit = self._options.gradient_clip_norm
         return 1.0 if limit is None else min(1.0, limit / (self._norm + 1e-6))
 
-    def layout(self) -> Layout:
+    def _layout(self) -> ShardLayout:
         """Where the masters lie: whole on every rank."""
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
         fragments = [
             Fragment(
                 names[id(parameter)],
@@ -202,9 +214,9 @@ class Replicated:
             for parameter, start in zip(flat.parameters, flat.starts, strict=True)
         ]
 
-        def publish() -> None:
+        def sync_params_from_master() -> None:
             for flat in self._flats:
-                flat.publish()
+                flat.sync_weights_from_master()
 
         masters: list[Tensor] = [flat.master for flat in self._flats]
-        return Layout(masters, fragments, publish)
+        return ShardLayout(masters, fragments, sync_params_from_master)
