@@ -21,7 +21,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch tests/
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test bench text-model autoencoder-table ablation check format clean
+.PHONY: help install quickstart test test-long bench text-model autoencoder-table ablation check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -43,8 +43,11 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in about 10 minutes
 	$(BIN)/ldmscale quickstart $(ARGS)
 
-test: $(STAMP) ## run all tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+test: $(STAMP) ## run the tests that every change must pass
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not long" $(ARGS)
+
+test-long: $(STAMP) ## run the tests that take minutes each, before an issue is closed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m long $(ARGS)
 
 text-model: $(STAMP) ## train a model that follows text in 45 minutes of CPU and write docs/text_model.md
 	$(BIN)/python -m benchmarks.text_model $(ARGS)
