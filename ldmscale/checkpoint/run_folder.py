@@ -82,9 +82,12 @@ class RunFolder:
         check_held(self.lease, number)
 
     def begin_attempt(self, number: int) -> dict[str, Any]:
-        """Note that the run starts for the `number`th time, on rank 0 only, and return the identity."""
+        """Record the `number`th start of the run, rank 0 only, and return the identity.
+
+        A finished run that is trained further counts as unfinished until it reaches its new last step.
+        """
         identity = self.identity()
-        identity |= {"attempts": number, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        identity |= {"attempts": number, "finished_step": None, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.note(identity)
         self.samples.mkdir(parents=True, exist_ok=True)
         self.ledger.touch()

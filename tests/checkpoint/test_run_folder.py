@@ -59,6 +59,8 @@ def test_attempts_are_counted_and_the_identity_stays(tmp_path):
     assert folder.finished_step() is None
     folder.note({**second, "finished_step": 7})
     assert folder.finished_step() == 7
+    folder.begin_attempt(3)  # with a larger train.max_steps: unfinished again
+    assert folder.finished_step() is None
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
