@@ -42,8 +42,7 @@ import ldmscale.setup.trainer
 import ldmscale.stages.autoencoder
 import ldmscale.stages.diffusion  # noqa: F401
 from ldmscale import cli, launcher
-from ldmscale.data.loading import loader
-from ldmscale.setup import dataloaders as loaders
+from ldmscale.data.loading import loader, training_data
 
 # What waits for the dead waits for less here.
 launcher._PATIENCE_AFTER_FAILURE = 0.3
@@ -64,7 +63,7 @@ def watch_loader(keys: str) -> None:
                 file.write("\n".join(lines) + "\n")
             return batch
 
-    loaders.Loader = WatchedLoader  # type: ignore[misc]
+    training_data.Loader = WatchedLoader  # type: ignore[misc]
 
 
 class Rank:

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from ldmscale.checkpoint.shards import COMPLETE
 from ldmscale.storage.atomic import move
@@ -27,9 +27,24 @@ log = logging.getLogger(__name__)
 _STEP = re.compile(r"step_([0-9]{8,18})")  # more digits are no step, and int refuses some thousands of them
 
 
+class RetentionOptions(Protocol):
+    """Which complete checkpoints stay, as in the `checkpoint` section of the configuration. The newest two always do."""
+
+    @property
+    def keep_last(self) -> int: ...
+    @property
+    def keep_every_steps(self) -> int: ...
+    @property
+    def keep_best(self) -> int: ...
+    @property
+    def best_metric(self) -> str | None: ...
+    @property
+    def best_is(self) -> Literal["lowest", "highest"]: ...
+
+
 @dataclass(frozen=True)
 class Retention:
-    """Which complete checkpoints stay. Whatever it says, the newest two do."""
+    """Which complete checkpoints stay where no section of a configuration says so."""
 
     keep_last: int = 2  # of those that are not ephemeral
     keep_every_steps: int = 0  # these stay for ever; 0: none
@@ -47,7 +62,7 @@ class Kept:
     score: float | None = None  # value of the metric that makes the best
 
 
-def staying(found: Collection[Kept], retention: Retention) -> set[int]:
+def staying(found: Collection[Kept], retention: RetentionOptions) -> set[int]:
     """Steps of the checkpoints that stay."""
     newest = sorted(found, key=lambda kept: -kept.step)
     stay = {kept.step for kept in newest[:2]}

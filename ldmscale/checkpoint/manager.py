@@ -24,7 +24,14 @@ import torch.distributed as dist
 
 from ldmscale.checkpoint import folders
 from ldmscale.checkpoint import manifest as manifests
-from ldmscale.checkpoint.folders import Kept, Retention, complete_checkpoints, folder_name, step_of
+from ldmscale.checkpoint.folders import (
+    Kept,
+    Retention,
+    RetentionOptions,
+    complete_checkpoints,
+    folder_name,
+    step_of,
+)
 from ldmscale.checkpoint.remote import RemoteCheckpoints
 from ldmscale.checkpoint.search import Search
 from ldmscale.checkpoint.shards import Piece, Reader, mark_complete, write_pieces
@@ -82,7 +89,7 @@ class CheckpointManager:
         self,
         folder: str | Path,
         *,
-        retention: Retention | None = None,
+        retention: RetentionOptions | None = None,
         max_failed_saves: int = 0,
         attempt: int = 0,
         fence: Callable[[], None] | None = None,
@@ -91,7 +98,7 @@ class CheckpointManager:
         storage: Storage | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.retention = retention or Retention()
+        self.retention: RetentionOptions = retention or Retention()
         self.max_failed_saves, self.attempt = max_failed_saves, attempt
         self.failed_saves = 0  # in a row
         self.last_seconds = 0.0  # from the copy of the last save to its end

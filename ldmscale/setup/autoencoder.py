@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import torch
 
@@ -12,13 +11,11 @@ from ldmscale.builders.compile import compile_blocks
 from ldmscale.builders.feature_networks import Distance, build_distance
 from ldmscale.builders.networks import build_autoencoder, build_discriminator
 from ldmscale.config import AutoencoderJob
-from ldmscale.data.loading.loader import Batch
-from ldmscale.data.loading.training_data import next_for_all
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.preemption import StopFlag
 from ldmscale.evaluation.held_out import HeldOut, ImageSet
-from ldmscale.setup.dataloaders import make_loader, picture_batch
+from ldmscale.setup.dataloaders import preview_batch, training_data
 from ldmscale.setup.engines import averages_of, engine_options, rate_curve
 from ldmscale.setup.index import open_index, shapes_of
 from ldmscale.setup.run import Run, already_finished, open_run
@@ -56,18 +53,11 @@ def train_autoencoder(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> i
     log.info("autoencoder of %s and discriminator of %s parameters, ZeRO-%d, %s, attention by %s",
              f"{generator.parameter_count():,}", f"{discriminator.parameter_count():,}", config.zero.stage,
              config.train.precision, attention.backend)  # fmt: skip
-    reader = ImageItem(
+    make_item = ImageItem(
         data.image_size, config.seed, data.crop, data.flip, data.max_pixels,
         shapes=shapes_of(data), decoder=data.decoder,
     )  # fmt: skip
-
-    def measure_batches() -> Iterator[Batch]:
-        loader = make_loader(run, config, reader, 0, workers=0)
-        wanted = min(config.scale_samples, run.index.total)
-        for _ in range(-(-wanted // config.train.global_batch) * run.accumulation_steps):
-            batch = next_for_all(loader)
-            yield batch | {"counts": batch["position"] < wanted}
-
+    samples = training_data(run, config, make_item)
     averages = averages_of(generator, config.ema)
     adversary = Adversary(
         discriminator,
@@ -113,8 +103,8 @@ def train_autoencoder(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> i
         ),
         codebook,
         config.seed,
-        measure_batches,
-        picture_batch(run, config, reader),
+        lambda: samples.first_samples(min(config.scale_samples, run.index.total)),
+        preview_batch(run, config, make_item),
         _held_out(config, run, distance),
         run.device,
     )
@@ -122,7 +112,7 @@ def train_autoencoder(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> i
         "generator": rate_curve(config.optim, config.train),
         "discriminator": rate_curve(config.optim, config.train, loss.discriminator_lr_scale),
     }
-    return train(run, config, stage, reader, rates, stop, flops_per_image=None)
+    return train(run, config, stage, samples, learning_rates=rates, stop=stop, flops_per_image=None)
 
 
 def _held_out(config: AutoencoderJob, run: Run, distance: Distance | None) -> HeldOut | None:

@@ -20,7 +20,7 @@ from ldmscale.diffusion.sample_latents import SamplerOptions
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.preemption import StopFlag
 from ldmscale.setup.classes import settle_classes, settle_layout
-from ldmscale.setup.dataloaders import generation_figures, held_out, picture_batch
+from ldmscale.setup.dataloaders import generation_figures, held_out, preview_batch, training_data
 from ldmscale.setup.engines import averages_of, engine_options, rate_curve
 from ldmscale.setup.first_stage import open_first_stage
 from ldmscale.setup.index import embeddings_reader, map_reader, shapes_of, spatial_reader
@@ -66,12 +66,12 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
              config.zero.stage, config.train.precision, attention.backend)  # fmt: skip
     data = config.data
     caption = data.caption if tokenizer is not None else None
-    reader: ImageItem | LatentItem
+    make_item: ImageItem | LatentItem
     if stored is not None:
-        reader = LatentItem(stored, caption, tokenizer, classes, data.flip, config.seed, layout)
+        make_item = LatentItem(stored, caption, tokenizer, classes, data.flip, config.seed, layout)
     else:
         assert data.image_size is not None
-        reader = ImageItem(
+        make_item = ImageItem(
             data.image_size, config.seed, data.crop, data.flip, data.max_pixels, caption, tokenizer,
             shapes_of(data), data.decoder, classes, spatial_reader(config), map_reader(config),
             layout, embeddings_reader(config.embeddings),
@@ -80,7 +80,7 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     preview = config.preview
     told = None
     if preview.every_steps and (config.spatial is not None or config.embeddings is not None):
-        told = preview_of_samples(config, picture_batch(run, config, reader), first_stage)
+        told = preview_of_samples(config, preview_batch(run, config, make_item), first_stage)
     elif preview.every_steps:
         told = preview_conditions(config, run, tokenizer, classes, layout)
     stage = DiffusionStage(
@@ -95,14 +95,21 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         config.seed,
         ranks,
         run.device,
-        held_out(run, config, reader),
-        generation_figures(run, config, reader, first_stage),
+        held_out(run, config, make_item),
+        generation_figures(run, config, make_item, first_stage),
     )
-    rates = {"denoiser": rate_curve(config.optim, config.train)}
     flops = None
-    if run.device.type == "cuda":  # on a CPU nobody asks, and counting takes a second
+    if run.device.type == "cuda":  # MFU is reported on GPUs only, and counting takes a second
         flops = training_flops(config, latent_shape)
-    return train(run, config, stage, reader, rates, stop, flops_per_image=flops)
+    return train(
+        run,
+        config,
+        stage,
+        training_data(run, config, make_item),
+        learning_rates={"denoiser": rate_curve(config.optim, config.train)},
+        stop=stop,
+        flops_per_image=flops,
+    )
 
 
 def _warn_of_untrained_null(config: DiffusionJob) -> None:

@@ -1,46 +1,95 @@
-"""What the two training jobs share: the trainer from its parts, run to its end, with an exit status."""
+"""The trainer of the two training jobs, built from the configuration and run to its end."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Literal
 
 from ldmscale.checkpoint.folders import Retention
 from ldmscale.checkpoint.manager import CheckpointManager
 from ldmscale.checkpoint.recovery import BESIDE
 from ldmscale.checkpoint.run_folder import about_run
-from ldmscale.config import CheckpointConfig, DiffusionJob, SafetyConfig, TrainingJob
+from ldmscale.config import DiffusionJob, TrainingJob
 from ldmscale.config.typed import plain
-from ldmscale.data.loading.loader import MakeItem
-from ldmscale.data.loading.training_data import Budget
+from ldmscale.data.loading.training_data import TrainingData
 from ldmscale.distributed.collectives import barrier
 from ldmscale.distributed.preemption import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.watchdog import Heartbeat
-from ldmscale.setup.dataloaders import first_sample, make_loader
 from ldmscale.setup.index import storage_of
 from ldmscale.setup.run import Run
 from ldmscale.setup.warm_start import begin_with
-from ldmscale.storage.object_store import Storage
 from ldmscale.tracking.throughput import Throughput, peak_flops
 from ldmscale.tracking.tracker import Tracker
 from ldmscale.train.engine.process import disconnect
+from ldmscale.train.run_checkpoints import RunCheckpoints
 from ldmscale.train.stage import Stage
-from ldmscale.train.straggler import Pacer
-from ldmscale.train.trainer import Schedule, Trainer
-from ldmscale.train.update_guard import Guard, SafetyOptions
+from ldmscale.train.straggler import StragglerDetector
+from ldmscale.train.trainer import Monitors, Schedule, Trainer
+from ldmscale.train.update_guard import Guard
 
 
 def train(
     run: Run,
     config: TrainingJob,
     stage: Stage,
-    reader: MakeItem,
-    rates: Mapping[str, Callable[[int], float]],
+    data: TrainingData,
+    *,
+    learning_rates: Mapping[str, Callable[[int], float]],
     stop: StopFlag,
     flops_per_image: float | None,
 ) -> int:
     """Run the trainer to its end and return the exit status."""
+    monitors = _monitors(run, config, flops_per_image)
+    trainer = Trainer(
+        stage,
+        data,
+        schedule=_schedule(run, config),
+        learning_rates=learning_rates,
+        checkpoints=_checkpoints(run, config),
+        guard=Guard(config.safety, run.folder.skipped_steps),
+        monitors=monitors,
+        stop=stop,
+    )
+    status: Literal["finished", "stopped", "failed"] = "failed"
+    try:
+        if not trainer.resume():
+            begin_with(config.warm_start, stage)
+        if config.safety.dry_run == "only":
+            trainer.dry_run()
+            status = "finished"
+        elif trainer.fit():
+            trainer.finish()
+            if run.ranks.is_main:
+                run.fence()
+                run.folder.note({**run.folder.identity(), "finished_step": trainer.step})
+            status = "finished"
+        else:
+            status = "stopped"
+    finally:
+        monitors.heartbeat.close()
+        monitors.tracker.close(status)
+        for lease in run.lease:
+            lease.release()
+    barrier()
+    disconnect()
+    return 0 if status == "finished" else EXIT_STOPPED
+
+
+def _schedule(run: Run, config: TrainingJob) -> Schedule:
+    return Schedule(
+        train=config.train,
+        checkpoint=config.checkpoint,
+        safety=config.safety,
+        accumulation_steps=run.accumulation_steps,
+        sample_every_steps=config.preview.every_steps,
+        validate_every_steps=config.validation.every_steps,
+        generate_every_steps=config.generation.every_steps if isinstance(config, DiffusionJob) else 0,
+        average_every_steps=config.ema.store_every_steps,
+    )
+
+
+def _monitors(run: Run, config: TrainingJob, flops_per_image: float | None) -> Monitors:
     tracker = Tracker(
         run.folder.path,
         run.ranks,
@@ -51,106 +100,42 @@ def train(
         config=plain(config),
         fence=run.fence,
     )
-    safety = config.safety
     heartbeat = Heartbeat(
         run.folder.path,
         run.ranks,
         attempt=run.identity["attempts"],
-        every_seconds=safety.heartbeat_seconds,
-        # Before the collectives themselves give up: they cannot say who kept them waiting.
-        first_timeout_seconds=0.8 * 60 * safety.first_step_timeout_minutes,
-        timeout_seconds=0.8 * 60 * safety.step_timeout_minutes,
+        every_seconds=config.safety.heartbeat_seconds,
+        # Below the timeout of the collectives, which cannot name the rank that kept them waiting.
+        first_timeout_seconds=0.8 * 60 * config.safety.first_step_timeout_minutes,
+        timeout_seconds=0.8 * 60 * config.safety.step_timeout_minutes,
     )
-    trainer = Trainer(
-        stage,
-        lambda position, consumed: make_loader(run, config, reader, position, consumed),
-        f"{run.index.fingerprint}, seed {config.seed}, blocks of {config.data.shuffle_block_shards}",
-        Budget(config.data.max_bad_share, config.data.max_bad_in_a_row),
-        about_run(plain(config), run.identity),
-        lambda: first_sample(run, reader),
-        Schedule(
-            max_steps=config.train.max_steps,
-            accumulation_steps=run.accumulation_steps,
-            log_every_steps=config.train.log_every_steps,
-            save_every_steps=config.checkpoint.save_every_steps,
-            ephemeral_every_steps=config.checkpoint.ephemeral_every_steps,
-            picture_every_steps=config.preview.every_steps,
-            validate_every_steps=config.validation.every_steps,
-            generate_every_steps=config.generation.every_steps if isinstance(config, DiffusionJob) else 0,
-            average_every_steps=config.ema.store_every_steps,
-            garbage_every_steps=config.train.garbage_every_steps,
-            dry_run=config.safety.dry_run is True,
-            step_timeout_seconds=60 * config.safety.step_timeout_minutes,
-        ),
-        rates,
-        _checkpoints(run, config.checkpoint, storage_of(config.data)),
-        CheckpointManager(
-            run.folder.averages,
-            retention=Retention(keep_last=sys.maxsize),
-            max_failed_saves=config.checkpoint.max_failed_saves,
-            attempt=run.identity["attempts"],
-            fence=run.fence,
-        ),
-        Guard(_safety(config.safety), run.folder.skipped_steps),
-        tracker,
-        Throughput(
-            run.device,
-            ranks=run.ranks.size,
-            flops_per_image=flops_per_image,
-            device_peak_flops=peak_flops(run.device, config.train.precision),
-        ),
-        stop,
-        heartbeat,
-        Pacer(run.ranks, run.device),
+    throughput = Throughput(
+        run.device,
+        ranks=run.ranks.size,
+        flops_per_image=flops_per_image,
+        device_peak_flops=peak_flops(run.device, config.train.precision),
     )
-    status: Any = "failed"
-    try:
-        only_tried = config.safety.dry_run == "only"
-        if not trainer.resume():
-            begin_with(config.warm_start, stage)
-        if only_tried:
-            trainer.dry_run()
-        finished = only_tried or trainer.fit()
-        if finished and not only_tried:
-            trainer.finish()
-            if run.ranks.is_main:
-                run.fence()
-                run.folder.note({**run.folder.identity(), "finished_step": trainer.step})
-        status = "finished" if finished else "stopped"
-    finally:
-        heartbeat.close()
-        tracker.close(status)
-        for lease in run.lease:
-            lease.release()
-    barrier()
-    disconnect()
-    return 0 if status == "finished" else EXIT_STOPPED
+    stragglers = StragglerDetector(run.ranks, run.device)
+    return Monitors(tracker=tracker, throughput=throughput, heartbeat=heartbeat, stragglers=stragglers)
 
 
-def _safety(config: SafetyConfig) -> SafetyOptions:
-    return SafetyOptions(
-        skips_before_rollback=config.skips_before_rollback,
-        max_rollbacks=config.max_rollbacks,
-        spike=config.spike,
-        spike_window=config.spike_window,
-        spike_threshold=config.spike_threshold,
-    )
-
-
-def _checkpoints(run: Run, config: CheckpointConfig, storage: Storage) -> CheckpointManager:
-    return CheckpointManager(
+def _checkpoints(run: Run, config: TrainingJob) -> RunCheckpoints:
+    states = CheckpointManager(
         run.folder.checkpoints,
-        retention=Retention(
-            keep_last=config.keep_last,
-            keep_every_steps=config.keep_every_steps,
-            keep_best=config.keep_best,
-            best_metric=config.best_metric,
-            best_is=config.best_is,
-        ),
-        max_failed_saves=config.max_failed_saves,
+        retention=config.checkpoint,
+        max_failed_saves=config.checkpoint.max_failed_saves,
         attempt=run.identity["attempts"],
         fence=run.fence,
-        url=config.url,
+        url=config.checkpoint.url,
         beside=BESIDE,
+        storage=storage_of(config.data),
         storage=storage,
     )
+    averages = CheckpointManager(
+        run.folder.averages,
+        retention=Retention(keep_last=sys.maxsize),
+        max_failed_saves=config.checkpoint.max_failed_saves,
+        attempt=run.identity["attempts"],
+        fence=run.fence,
+    )
+    return RunCheckpoints(states=states, averages=averages, about=about_run(plain(config), run.identity))

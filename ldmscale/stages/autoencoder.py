@@ -154,7 +154,7 @@ class AutoencoderStage:
     def active(self, step: int) -> Sequence[str]:
         return ("generator", "discriminator") if self.adversary.active(step) else ("generator",)
 
-    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def micro_step(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         generator = self.engines["generator"]
         images = self._images(batch)  # [B,3,H,W]
         if self.codebook is not None and generator.at_boundary and not generator.rehearsing:
@@ -175,12 +175,12 @@ class AutoencoderStage:
             direction = direction + weight * pull
         regular = self._regularisation(bottleneck, parts, metrics, step)
         generator.backward((reconstruction.float() * direction.detach()).sum() + regular)
-        metrics["loss/total"] = fit.detach() + regular.detach() + parts.get("gan", 0)
+        loss = fit.detach() + regular.detach() + parts.get("gan", 0)
         if adversarial:
             metrics |= self.adversary.train(images, cut.detach(), step)
         self.adversary.forget()
         self._learn_log_variance(fit, images)
-        return metrics | _shares(parts)
+        return loss, metrics | _shares(parts)
 
     @torch.no_grad()
     def answer(self, batch: Batch) -> Tensor:

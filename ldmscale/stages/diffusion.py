@@ -25,7 +25,7 @@ from ldmscale.stages.first_stage import FirstStage, batch_conditions
 from ldmscale.stages.objective import Objective, add_noise, denoising_loss
 from ldmscale.stages.validation import GenerationFigures, HeldOut, held_out_loss
 from ldmscale.tracking.images import to_uint8
-from ldmscale.tracking.metrics import PartialMean
+from ldmscale.tracking.metrics import Metric
 from ldmscale.train.engine.ema import Averages, ShardedEma, main_average
 from ldmscale.train.engine.engine import Engine
 from ldmscale.train.stage import Batch, Picture
@@ -77,7 +77,7 @@ class DiffusionStage:
     def active(self, step: int) -> Sequence[str]:
         return ("denoiser",)
 
-    def micro_step(self, batch: Batch, step: int) -> dict[str, Tensor | PartialMean]:
+    def micro_step(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Metric]]:
         engine = self.engines["denoiser"]
         positions = batch["position"].tolist()
         x0 = self.first_stage.batch_latents(batch, self.seed)  # [B,C,h,w]
@@ -98,7 +98,7 @@ class DiffusionStage:
             measured = measured | {"spatial/dropped": lost.float().mean()}
         if dropped is not None:  # without a null condition nothing is dropped
             measured = measured | {"text/dropped": drop.float().mean()}
-        return {"loss/total": loss.detach(), **measured}
+        return loss.detach(), measured
 
     @torch.no_grad()
     def answer(self, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ldmscale.diffusion import process
 from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.distributed import rng as draws
-from ldmscale.tracking.metrics import PartialMean
+from ldmscale.tracking.metrics import Metric, PartialMean
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def add_noise(
 
 def denoising_loss(
     objective: Objective, schedule: NoiseSchedule, noisy: NoisyBatch, output: Tensor
-) -> tuple[Tensor, dict[str, Tensor | PartialMean]]:
+) -> tuple[Tensor, dict[str, Metric]]:
     """The weighted mean loss of a batch, with what is worth a metric besides it.
 
     "loss/bin_k" is the unweighted mean of the samples whose timestep lies in the k-th of `loss_bins` equal ranges; a
@@ -77,7 +77,7 @@ def denoising_loss(
     """
     losses = process.loss_per_sample(output, noisy.wanted, objective.loss)  # [B]
     plain = losses.detach()
-    measured: dict[str, Tensor | PartialMean] = {}
+    measured: dict[str, Metric] = {}
     if objective.weighting == "min_snr":
         weight = process.min_snr_weight(schedule, objective.prediction, noisy.t, objective.min_snr_gamma)
         losses = losses * weight

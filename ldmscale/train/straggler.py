@@ -1,7 +1,8 @@
-"""Which rank is slow: every rank of a synchronous training takes the same time for a step, however long it worked itself.
+"""Detects straggler ranks.
 
-So at each log interval every rank times a small piece of arithmetic that waits for nobody, and how long it waited for its
-data. A GPU that throttles, a host that something else uses, a disk that limps then stand out by rank and host.
+In synchronous training every rank's step time is the same, so at each log interval each rank times a small local matmul
+instead, and compares how long it waited for its data. A throttled GPU, a busy host or a slow disk is then reported by
+rank and host.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ log = logging.getLogger(__name__)
 
 SLOW_SHARE = 0.7  # of the median rate
 _REPEATS = 3
-_IN_A_ROW = 3  # intervals after which a slow rank is told
+_IN_A_ROW = 3  # intervals after which a slow rank is reported
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What one rank found in one interval."""
+class RankTiming:
+    """What one rank measured in one log interval."""
 
     rank: int
     host: str
-    seconds: float  # for the piece of arithmetic
+    seconds: float  # per matmul
     data_wait_share: float
 
 
-class Pacer:
-    """Compares the ranks. Alone it measures nothing."""
+class StragglerDetector:
+    """Compares the ranks. With one rank it measures nothing."""
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self._ranks, self._device = ranks, device
@@ -51,25 +52,25 @@ class Pacer:
         """
         if self._ranks.size == 1:
             return {}
-        mine = Pace(self._ranks.rank, socket.gethostname(), self._probe(), data_wait_share)
+        mine = RankTiming(self._ranks.rank, socket.gethostname(), self._probe(), data_wait_share)
         return self.judge(gather_lists([mine]))
 
-    def judge(self, paces: Sequence[Pace]) -> dict[str, float]:
-        """As `compare`, from what all ranks found; tells a rank that was slow several times in a row, once."""
-        median = statistics.median(pace.seconds for pace in paces)
-        for pace in paces:
-            share = median / pace.seconds
-            self._slow[pace.rank] = self._slow.get(pace.rank, 0) + 1 if share < SLOW_SHARE else 0
-            if self._slow[pace.rank] == _IN_A_ROW and self._ranks.is_main:
+    def judge(self, timings: Sequence[RankTiming]) -> dict[str, float]:
+        """As `compare`, from the timings of all ranks. Logs a rank that was slow several times in a row, once."""
+        median = statistics.median(timing.seconds for timing in timings)
+        for timing in timings:
+            share = median / timing.seconds
+            self._slow[timing.rank] = self._slow.get(timing.rank, 0) + 1 if share < SLOW_SHARE else 0
+            if self._slow[timing.rank] == _IN_A_ROW and self._ranks.is_main:
                 log.warning(
                     "rank %d on %s computes at %.0f%% of the median rate, %d log intervals in a row: all ranks wait for it",
-                    pace.rank,
-                    pace.host,
+                    timing.rank,
+                    timing.host,
                     100 * share,
                     _IN_A_ROW,
                 )
-        slowest = max(paces, key=lambda pace: pace.seconds)
-        waiting = max(paces, key=lambda pace: pace.data_wait_share)
+        slowest = max(timings, key=lambda timing: timing.seconds)
+        waiting = max(timings, key=lambda timing: timing.data_wait_share)
         return {
             "time/slowest_rank": slowest.rank,
             "time/slowest_rank_rate_share": median / slowest.seconds,

@@ -1,4 +1,4 @@
-"""The loop: when to fetch, step, log, draw, save and stop. What a step means is the stage's business."""
+"""The training loop: fetches batches, steps the stage, logs, samples images, saves and stops. A stage defines the step."""
 
 from __future__ import annotations
 
@@ -10,98 +10,127 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from torch import Tensor
-
-from ldmscale.checkpoint.manager import CheckpointManager
-from ldmscale.data.loading.loader import Loader
-from ldmscale.data.loading.training_data import Budget, next_for_all
+from ldmscale.data.loading.training_data import TrainingData
 from ldmscale.distributed.collectives import any_true_of, gather_lists, set_collective_timeout
 from ldmscale.distributed.preemption import StopFlag
 from ldmscale.distributed.watchdog import Heartbeat
 from ldmscale.errors import DataError, LdmscaleError
-from ldmscale.tracking.metrics import MetricSums
+from ldmscale.tracking.metrics import Metric, MetricSums
 from ldmscale.tracking.throughput import Throughput
 from ldmscale.tracking.tracker import Tracker
 from ldmscale.train.dry_run import rehearse
-from ldmscale.train.snapshot import HostCopies, restore, snapshot, snapshot_averages, summary, verify
+from ldmscale.train.run_checkpoints import RunCheckpoints
+from ldmscale.train.snapshot import restore, summary, verify
 from ldmscale.train.stage import Batch, Stage
-from ldmscale.train.straggler import Pacer
+from ldmscale.train.straggler import StragglerDetector
 from ldmscale.train.update_guard import Guard
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When things happen, in optimiser steps; 0 means never."""
+class LoopOptions(Protocol):
+    """The `train` section of the configuration, as far as the loop reads it."""
 
-    max_steps: int
+    @property
+    def max_steps(self) -> int: ...
+    @property
+    def log_every_steps(self) -> int: ...
+    @property
+    def garbage_every_steps(self) -> int: ...
+
+
+class SaveOptions(Protocol):
+    """The `checkpoint` section, as far as the loop reads it."""
+
+    @property
+    def save_every_steps(self) -> int: ...
+    @property
+    def ephemeral_every_steps(self) -> int: ...
+
+
+class StartOptions(Protocol):
+    """The `safety` section, as far as the loop reads it."""
+
+    @property
+    def dry_run(self) -> bool | Literal["only"]: ...
+    @property
+    def step_timeout_minutes(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When things happen, in optimiser steps; 0 means never.
+
+    Attributes:
+        train, checkpoint, safety: sections of the configuration.
+        accumulation_steps: micro-batches per step on one rank.
+        sample_every_steps: images are sampled for the tracker.
+        validate_every_steps: the stage validates.
+        generate_every_steps: the stage measures generated images.
+        average_every_steps: power-function averages are stored.
+    """
+
+    train: LoopOptions
+    checkpoint: SaveOptions
+    safety: StartOptions
     accumulation_steps: int
-    log_every_steps: int
-    save_every_steps: int
-    ephemeral_every_steps: int
-    picture_every_steps: int
+    sample_every_steps: int
     validate_every_steps: int
     generate_every_steps: int
-    average_every_steps: int  # power-function averages are stored
-    garbage_every_steps: int
-    dry_run: bool = False  # one forward and backward that leaves nothing behind, before the first step
-    step_timeout_seconds: float | None = None  # of collectives, once the first step is done
+    average_every_steps: int
+
+    @property
+    def max_steps(self) -> int:
+        return self.train.max_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Monitors:
+    """What watches the loop and reports on it."""
+
+    tracker: Tracker
+    throughput: Throughput
+    heartbeat: Heartbeat
+    stragglers: StragglerDetector
 
 
 class Trainer:
     """Runs one stage from its newest checkpoint to `max_steps`, or to a signal. Every rank runs the same loop.
 
-    `loader_from` makes the loader that starts at a position (and, with buckets, at what each has given) of the data
-    and the order that `data_fingerprint` names; `budget` says how much of them may be bad;
-    `about` goes into every checkpoint's manifest, `probe_batch` gives the batch of one sample that its answer is for;
-    `learning_rates` gives each network's rate as a function of the finished steps.
+    `learning_rates` gives each network's learning rate as a function of the number of finished steps.
     """
 
     def __init__(
         self,
         stage: Stage,
-        loader_from: Callable[[int, Sequence[int] | None], Loader],
-        data_fingerprint: str,
-        budget: Budget,
-        about: Mapping[str, Any],
-        probe_batch: Callable[[], Batch],
+        data: TrainingData,
+        *,
         schedule: Schedule,
         learning_rates: Mapping[str, Callable[[int], float]],
-        checkpoints: CheckpointManager,
-        stored_averages: CheckpointManager,
+        checkpoints: RunCheckpoints,
         guard: Guard,
-        tracker: Tracker,
-        throughput: Throughput,
+        monitors: Monitors,
         stop: StopFlag,
-        heartbeat: Heartbeat,
-        pacer: Pacer,
     ) -> None:
-        self.stage, self.schedule = stage, schedule
+        self.stage, self.data, self.schedule = stage, data, schedule
         self.learning_rates = learning_rates
-        self.checkpoints, self.stored_averages = checkpoints, stored_averages
-        self.guard = guard
-        self.tracker, self.throughput, self.stop = tracker, throughput, stop
-        self.heartbeat, self.pacer = heartbeat, pacer
-        self.step = 0  # optimiser steps done
-        self.finished_step: int | None = None  # at which the stage has made its last measurements
-        self.position = 0
-        self.consumed: Sequence[int] | None = None  # of the position, by bucket
-        self.budget = budget
+        self.checkpoints, self.guard, self.stop = checkpoints, guard, stop
+        self.tracker, self.throughput = monitors.tracker, monitors.throughput
+        self.heartbeat, self.stragglers = monitors.heartbeat, monitors.stragglers
+        self.step = 0  # finished optimiser steps
+        self.finished_step: int | None = None  # the step after which `finish` has run
+        self.position = 0  # in the data, after `step`
+        self.consumed: Sequence[int] | None = None  # the same by bucket
         self._saved_step = 0
-        self._copies = HostCopies()
         self._measured: dict[str, float] = {}  # since the last save
-        self._ahead: Batch | None = None  # fetched and not yet trained on
-        self._loader_from, self._data_fingerprint = loader_from, data_fingerprint
-        self._about, self._probe_batch = about, probe_batch
-        self._probed: Batch | None = None
+        self._prefetched: Batch | None = None
+        self._first_sample: Batch | None = None
 
     def resume(self) -> bool:
-        """Go back to the newest complete checkpoint; returns whether there is one."""
+        """Restore the newest complete checkpoint; returns whether there is one."""
         newest = self.checkpoints.newest()
-        self.stored_averages.settle()
         if newest is not None:
             self._restore(newest)
             log.info("resumed from %s: step %d, %d images seen", newest, self.step, self.position)
@@ -110,11 +139,11 @@ class Trainer:
 
     def _restore(self, checkpoint: Path) -> None:
         state = restore(checkpoint, self.stage.engines, self.stage.averages)
-        if state["data"] != self._data_fingerprint:
+        if state["data"] != self.data.fingerprint:
             raise DataError(
                 f"the shards or their order are not those that {checkpoint} was trained on (shards were added, removed or "
                 "changed, or the seed, weights, filters, buckets or data.shuffle_block_shards): give those of before, or "
-                f"another run.name to start a new run (then: {state['data']}; now: {self._data_fingerprint})"
+                f"another run.name to start a new run (then: {state['data']}; now: {self.data.fingerprint})"
             )
         self.step = int(state["step"])
         self.finished_step = self.step if state["finished"] else None
@@ -122,129 +151,95 @@ class Trainer:
         self.stage.restore(state["stage"])
         self._saved_step = self.step
         verify(state["answer"], self._answer(), self._precision, checkpoint)
-        self.guard = self.guard.restored(state.get("safety", {}))
+        self.guard.restore(state.get("safety", {}))
 
     def fit(self) -> bool:
-        """Train. Returns whether `max_steps` was reached; False: a signal came, and all is saved."""
+        """Train. Returns True at `max_steps`, False after a stop request; everything is saved then."""
         sums, shortened, postponed = MetricSums(), False, False
-        loader = self._loader_from(self.position, self.consumed)
-        # Python's collector runs on all ranks at the same steps, or some rank always keeps the others waiting.
+        self.data.start(self.position, self.consumed)
+        # All ranks run Python's collector at the same steps; otherwise some rank always keeps the others waiting.
         gc.collect()
         gc.disable()
         try:
-            if self.schedule.dry_run and self.step < self.schedule.max_steps:
-                self._ahead = next_for_all(loader, self.budget)
-                rehearse(self.stage, self._ahead, self.schedule.max_steps)
+            if self.schedule.safety.dry_run and self.step < self.schedule.max_steps:
+                self._prefetched = self.data.next_batch()
+                rehearse(self.stage, self._prefetched, self.schedule.max_steps)
             while self.step < self.schedule.max_steps:
-                self._one_step(loader, sums)
-                if self.schedule.step_timeout_seconds is not None and not shortened:
-                    set_collective_timeout(self.schedule.step_timeout_seconds)
+                self._one_step(sums)
+                if not shortened:
+                    set_collective_timeout(60 * self.schedule.safety.step_timeout_minutes)
                     shortened = True
-                if self.guard.must_go_back:
-                    self._go_back()
+                if self.guard.must_roll_back:
+                    self._roll_back()
                     sums = MetricSums()
                     continue
                 last = self.step == self.schedule.max_steps
-                stopping, saving, uploading, storing = any_true_of(
-                    self.stop.requested, *self.checkpoints.busy, self.stored_averages.busy[0]
-                )
-                self.stored_averages.advance(storing)
-                # Not before: a run that goes on from a checkpoint has all averages that were stored until then.
-                self.checkpoints.advance(saving or self.stored_averages.saving is not None, uploading)
-                if self._due(self.schedule.log_every_steps) or last or stopping:
+                stopping, *busy = any_true_of(self.stop.requested, *self.checkpoints.busy)
+                self.checkpoints.advance(*busy)
+                if self._due(self.schedule.train.log_every_steps) or last or stopping:
                     self._log(sums)
                 else:
                     self.tracker.advance(self.step)
-                if self._due(self.schedule.picture_every_steps) and not stopping:
-                    self._draw()
-                if self._due(self.schedule.validate_every_steps) and not stopping:
-                    self._measure("validation", self.stage.validate)
-                if self._due(self.schedule.generate_every_steps) and not stopping:
-                    self._measure("generation", self.stage.generate)
+                if not stopping:
+                    self._measure()
                 if self._due(self.schedule.average_every_steps):
                     self._store_averages()
-                if self._due(self.schedule.garbage_every_steps):
+                if self._due(self.schedule.train.garbage_every_steps):
                     gc.collect()
-                # Also before `finish`, which may take long or fail: nothing trained is ever lost to it.
-                lasting = last or self._due(self.schedule.save_every_steps)
-                if lasting or stopping or postponed or self._due(self.schedule.ephemeral_every_steps):
-                    # A checkpoint to go back to must not lie among steps that were skipped.
+                # Also before `finish`, which may take long or fail: no training is lost to it.
+                lasting = last or self._due(self.schedule.checkpoint.save_every_steps)
+                ephemeral = self._due(self.schedule.checkpoint.ephemeral_every_steps)
+                if lasting or stopping or postponed or ephemeral:
+                    # A checkpoint to roll back to must not lie among steps that were skipped.
                     postponed = self.guard.skipped_in_a_row > 0 and not (last or stopping)
                     if not postponed:
                         self._save(ephemeral=not lasting)
                 if stopping:
-                    self._tell_why()
-                    self._finish_saves()
+                    self._log_stop_reasons()
+                    self.checkpoints.wait()
                     return False
-            self._finish_saves()
+            self.checkpoints.wait()
         except LdmscaleError as error:
-            if error.shared:  # all ranks are here, and no network has moved since the last whole step
+            if error.shared:  # all ranks are here, and no network has changed since the last whole step
                 self._save_before_stopping()
             raise
         finally:
             gc.enable()
-            loader.close()
+            self.data.close()
         return True
 
     def dry_run(self) -> None:
-        """Forward and backward of one micro-batch, and the end."""
-        loader = self._loader_from(self.position, self.consumed)
+        """Forward and backward of one micro-batch, and nothing else."""
+        self.data.start(self.position, self.consumed)
         try:
-            rehearse(self.stage, next(loader), self.schedule.max_steps)
+            rehearse(self.stage, self.data.next_batch(), self.schedule.max_steps)
         finally:
-            loader.close()
+            self.data.close()
 
     def finish(self) -> None:
-        """What comes after the last step: the stage's own measurements, last pictures, last save."""
+        """After the last step: the stage's own measurements, the last images and metrics, the last save."""
         if self.finished_step == self.step:
-            return  # it had ended before, and only its note of that was lost
-        with self._aside("finish"):
+            return  # an earlier start has finished, and only its note in run.json was lost
+        with self._paused("finish"):
             measured = self.stage.finish()
         if measured:
             self.tracker.log(self.step, {"images_seen": self.position, **measured})
-        if self.schedule.picture_every_steps and not self._due(self.schedule.picture_every_steps):
-            self._draw()
-        if self.schedule.validate_every_steps and not self._due(self.schedule.validate_every_steps):
-            self._measure("validation", self.stage.validate)
-        if self.schedule.generate_every_steps and not self._due(self.schedule.generate_every_steps):
-            self._measure("generation", self.stage.generate)
+        self._measure(remaining=True)
         self.finished_step = self.step
         self._save()
-        self.checkpoints.finish(must_hold=True, uploads=True)
+        self.checkpoints.wait(uploads=True)
 
     def _save_before_stopping(self) -> None:
         if self.step > self._saved_step:
             self._save()
-        self._finish_saves()
+        self.checkpoints.wait()
 
-    def _finish_saves(self) -> None:
-        try:
-            self.stored_averages.finish(must_hold=True)
-        finally:
-            self.checkpoints.finish(must_hold=True)
-
-    def _one_step(self, loader: Loader, sums: MetricSums) -> None:
+    def _one_step(self, sums: MetricSums) -> None:
         active = self.stage.active(self.step)
-        waited = loader.wait_seconds
+        waited = self.data.wait_seconds
         for name in active:
             self.stage.engines[name].set_learning_rate(self.learning_rates[name](self.step))
-        measured, updated = [], set[str]()
-        for number in range(1, self.schedule.accumulation_steps + 1):
-            self.heartbeat.enter("data", self.step)
-            batch = self._ahead if self._ahead is not None else next_for_all(loader, self.budget)
-            self._ahead = None
-            self.heartbeat.enter("step", self.step)
-            metrics = self.stage.micro_step(batch, self.step)
-            measured.append(metrics)
-            loss = metrics["loss/total"]
-            assert isinstance(loss, Tensor)
-            self.guard.note(batch["key"], loss)
-            discard = number == self.schedule.accumulation_steps and self.guard.spiking(self.step)
-            for name in active:
-                if self.stage.engines[name].step(discard=discard):
-                    updated.add(name)
-                    for average in self.stage.averages.get(name, ()):
-                        average.update()
+        measured, updated = self._accumulate(active)
         for name in active:
             # Named after the network only where there are several.
             prefix, engine = "" if len(self.stage.engines) == 1 else f"{name}/", self.stage.engines[name]
@@ -253,32 +248,50 @@ class Trainer:
             if engine.skipped_updates:  # windows without a finite gradient, since the run began
                 sums.add({f"{prefix}skipped_updates": float(engine.skipped_updates)})
         self.step += 1
-        if left := [name for name in active if name not in updated]:
-            self.guard.skipped(self.step, range(self.position, loader.position), left)
+        if skipped := [name for name in active if name not in updated]:
+            self.guard.on_skip(self.step, range(self.position, self.data.position), skipped)
         else:
-            self.guard.updated(self.step)
+            self.guard.on_update(self.step)
             for metrics in measured:
                 sums.add(metrics)
-        self.throughput.step(loader.position - self.position, loader.wait_seconds - waited)
-        self.position, self.consumed = loader.position, loader.consumed
+        self.throughput.step(self.data.position - self.position, self.data.wait_seconds - waited)
+        self.position, self.consumed = self.data.position, self.data.consumed
 
-    def _go_back(self) -> None:
-        """To the newest checkpoint's weights, and on with the data behind the steps that were skipped."""
-        self.guard.check_further_return(self.step)
-        self.stored_averages.finish()
-        self.checkpoints.finish()
-        # One among skipped steps, written because the run was stopped there, is the second choice.
-        newest = self.checkpoints.newest(Guard.was_calm) or self.checkpoints.newest()
+    def _accumulate(self, active: Sequence[str]) -> tuple[list[Mapping[str, Metric]], set[str]]:
+        """The micro-batches of one step and its update; returns their metrics and the networks that were updated."""
+        measured: list[Mapping[str, Metric]] = []
+        updated: set[str] = set()
+        for number in range(1, self.schedule.accumulation_steps + 1):
+            self.heartbeat.enter("data", self.step)
+            batch = self._prefetched if self._prefetched is not None else self.data.next_batch()
+            self._prefetched = None
+            self.heartbeat.enter("step", self.step)
+            loss, metrics = self.stage.micro_step(batch, self.step)
+            measured.append({"loss/total": loss, **metrics})
+            self.guard.record(batch["key"], loss)
+            discard = number == self.schedule.accumulation_steps and self.guard.should_skip(self.step)
+            for name in active:
+                if self.stage.engines[name].step(discard=discard):
+                    updated.add(name)
+                    for average in self.stage.averages.get(name, ()):
+                        average.update()
+        return measured, updated
+
+    def _roll_back(self) -> None:
+        """Restore the newest checkpoint's weights, and continue with the data after the skipped steps."""
+        self.guard.check_rollback_limit(self.step)
+        # A checkpoint among skipped steps, written because the run was stopped there, is the second choice.
+        newest = self.checkpoints.newest_clean(Guard.is_clean)
         if newest is None:
             raise LdmscaleError(
                 f"step {self.step}: {self.guard.skipped_in_a_row} updates in a row were skipped, and there is no "
                 f"checkpoint to go back to; {self.guard.file} names the samples. Lower optim.lr, or look at the data"
             )
-        before, position, consumed = self.guard, self.position, self.consumed
+        before, position, consumed = self.guard.state(), self.position, self.consumed
         self._restore(newest)
         left_out = range(self.position, position)
         self.position, self.consumed = position, consumed
-        self.guard.went_back(before, self.step, left_out)
+        self.guard.on_rollback(before, self.step, left_out)
         self.tracker.resume_from(self.step)
         self._save()  # a resume must know which samples are left out
 
@@ -289,74 +302,85 @@ class Trainer:
         }
         means = sums.mean()
         self._measured |= {key: value for key, value in means.items() if math.isfinite(value)}
-        pace = self.throughput.report()
-        ranks = self.pacer.compare(pace.get("time/data_wait_share", 0.0))
-        self.tracker.log(self.step, {"images_seen": self.position, **means, **rates, **pace, **ranks})
+        speed = self.throughput.report()
+        ranks = self.stragglers.compare(speed.get("time/data_wait_share", 0.0))
+        self.tracker.log(self.step, {"images_seen": self.position, **means, **rates, **speed, **ranks})
 
-    def _draw(self) -> None:
-        with self._aside("pictures"):
+    def _measure(self, *, remaining: bool = False) -> None:
+        """Sample images, validate and generate where this step is due; `remaining`: where it is not."""
+        actions = (
+            (self.schedule.sample_every_steps, self._sample_images),
+            (
+                self.schedule.validate_every_steps,
+                lambda: self._log_measured("validation", self.stage.validate),
+            ),
+            (
+                self.schedule.generate_every_steps,
+                lambda: self._log_measured("generation", self.stage.generate),
+            ),
+        )
+        for every, act in actions:
+            if every and self._due(every) is not remaining:
+                act()
+
+    def _sample_images(self) -> None:
+        with self._paused("pictures"):
             for picture in self.stage.pictures():
                 self.tracker.images(self.step, picture.name, picture.pixels, picture.captions)
 
-    def _measure(self, name: str, measure: Callable[[], dict[str, float]]) -> None:
-        with self._aside(name):
+    def _log_measured(self, name: str, measure: Callable[[], dict[str, float]]) -> None:
+        with self._paused(name):
             if found := measure():
                 values = {f"{name}/{key}": value for key, value in found.items()}
                 self._measured |= values
                 self.tracker.log(self.step, {"images_seen": self.position, **values})
 
     def _save(self, *, ephemeral: bool = False) -> None:
-        """Start a save: the training waits for the copy to host memory, and for the save before if it still runs."""
-        with self._aside("save"):
+        """Start a checkpoint."""
+        with self._paused("save"):
             begun = time.perf_counter()
-            if self.stored_averages.saving != self.step:
-                self.stored_averages.finish()
-            self.checkpoints.finish()  # its pieces are in the memory that the new copy goes to
             state: dict[str, Any] = {
                 "step": self.step,
                 "position": self.position,
                 "consumed": None if self.consumed is None else list(self.consumed),
                 "images_seen": self.position,
-                "data": self._data_fingerprint,
+                "data": self.data.fingerprint,
                 "finished": self.finished_step == self.step,
                 "ephemeral": ephemeral,
                 "metrics": self._measured,
                 "stage": self.stage.state(),
                 "safety": self.guard.state(),
                 "answer": self._answer(),
-                "run": self._about,
             }
-            pieces, description = snapshot(self.stage.engines, self.stage.averages, self._copies)
-            self.checkpoints.begin(self.step, pieces, description | state)
+            self.checkpoints.save(self.step, self.stage, state)
             self._measured = {}
             self._saved_step = self.step
         log.info("saving step %d; the training waited %.2f s", self.step, time.perf_counter() - begun)
 
     def _answer(self) -> list[float]:
-        """Of the main network to a fixed input: the run's first sample."""
-        if self._probed is None:
-            self._probed = self._probe_batch()
-        return summary(self.stage.answer(self._probed))
+        """A summary of the main network's output for a fixed input; a restored checkpoint must reproduce it."""
+        if self._first_sample is None:
+            self._first_sample = self.data.first_sample()
+        return summary(self.stage.answer(self._first_sample))
 
     @property
     def _precision(self) -> str:
         return next(iter(self.stage.engines.values())).options.precision
 
     def _store_averages(self) -> None:
-        with self._aside("save"):
-            pieces, description = snapshot_averages(self.stage.engines, self.stage.averages)
-            self.stored_averages.begin(self.step, pieces, description | {"images_seen": self.position})
+        with self._paused("save"):
+            self.checkpoints.store_averages(self.step, self.stage, self.position)
 
     @contextmanager
-    def _aside(self, phase: str) -> Iterator[None]:
-        """What is no training: it counts for no throughput, and is a phase of its own."""
+    def _paused(self, phase: str) -> Iterator[None]:
+        """Time spent here is excluded from throughput and reported as a separate phase."""
         with self.throughput.paused(), self.heartbeat.within(phase):
             yield
 
-    def _tell_why(self) -> None:
+    def _log_stop_reasons(self) -> None:
         reasons = gather_lists([self.stop.reason])
-        told = [f"{reason} (rank {rank})" for rank, reason in enumerate(reasons) if reason is not None]
-        log.info("stopping after step %d: %s", self.step, ", ".join(told))
+        found = [f"{reason} (rank {rank})" for rank, reason in enumerate(reasons) if reason is not None]
+        log.info("stopping after step %d: %s", self.step, ", ".join(found))
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

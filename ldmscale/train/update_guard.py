@@ -1,8 +1,8 @@
-"""Updates that must not be: where a loss or gradient is not finite, or a loss far above those of before.
+"""Skips updates with a non-finite loss or gradient, or (optionally) a loss spike.
 
-All ranks skip such an update together and the samples of its step are written down. After several in a row the
-trainer goes back to a checkpoint, and on behind the samples that led there. Everything that decides this is the same
-on all ranks and part of every checkpoint, so a resumed run decides as the uninterrupted one.
+All ranks skip such an update together and record the samples of its step. After several skips in a row the trainer
+rolls back to a checkpoint and continues after the samples that led there. The state that decides this is the same on
+all ranks and part of every checkpoint, so a resumed run decides like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -26,26 +25,30 @@ from ldmscale.errors import LdmscaleError
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SafetyOptions:
-    """`config.SafetyConfig` tells their meaning."""
+class SafetyOptions(Protocol):
+    """The `safety` section of the configuration, as far as the guard reads it."""
 
-    skips_before_rollback: int = 0
-    max_rollbacks: int = 3
-    spike: str = "off"  # "off", "log", "skip"
-    spike_window: int = 200
-    spike_threshold: float = 10.0
+    @property
+    def skips_before_rollback(self) -> int: ...
+    @property
+    def max_rollbacks(self) -> int: ...
+    @property
+    def spike(self) -> Literal["off", "log", "skip"]: ...
+    @property
+    def spike_window(self) -> int: ...
+    @property
+    def spike_threshold(self) -> float: ...
 
 
 class SpikeDetector:
-    """Losses of the last steps, and whether one stands out: by median and median distance, which a spike cannot move."""
+    """Losses of the last steps. Detects outliers by median and median absolute deviation, which a spike cannot move."""
 
     def __init__(self, window: int, threshold: float) -> None:
         self.losses: deque[float] = deque(maxlen=window)
         self.threshold = threshold
 
     def deviation(self, loss: float) -> float:
-        """How far a loss is above the median, in standard deviations; 0 before there is enough to compare with."""
+        """How far a loss is above the median, in standard deviations; 0 while less than half the window is filled."""
         if len(self.losses) < self.losses.maxlen // 2 if self.losses.maxlen else True:
             return 0.0
         median = statistics.median(self.losses)
@@ -54,32 +57,32 @@ class SpikeDetector:
 
 
 class Guard:
-    """Watches the steps of one run. Every method is called by all ranks together."""
+    """Watches the steps of one run. All ranks call every method together."""
 
     def __init__(self, options: SafetyOptions, file: Path) -> None:
-        """`file`: receives one JSON line for each skipped step and each return to a checkpoint, from rank 0."""
+        """`file`: receives one JSON line per skipped step and per rollback, from rank 0."""
         self.options, self.file = options, file
         self.detector = SpikeDetector(options.spike_window, options.spike_threshold)
         self.skipped_in_a_row = 0
-        self.rollbacks = 0  # since the run got further than ever before
+        self.rollbacks = 0  # since the run last exceeded `furthest_step`
         self.furthest_step = 0
         self._micro_batches: list[tuple[list[str], Tensor]] = []  # of this step on this rank: keys, loss
         self._loss = math.nan
         self._spike = ""
 
-    def note(self, keys: Sequence[str], loss: Tensor) -> None:
-        """Take down a micro-batch of the present step; nothing waits for the device here."""
+    def record(self, keys: Sequence[str], loss: Tensor) -> None:
+        """Add a micro-batch of the current step. Does not wait for the device."""
         self._micro_batches.append((list(keys), loss.detach()))
 
-    def spiking(self, step: int) -> bool:
-        """Whether the update of this step is to be thrown away for its loss; asked when its last backward is done."""
+    def should_skip(self, step: int) -> bool:
+        """Whether to discard the update of this step for its loss. Call it after the last backward of the step."""
         if self.options.spike == "off":
             return False
         mine = sum(float(loss) for _, loss in self._micro_batches)
         size = dist.get_world_size() if dist.is_initialized() else 1
         self._loss = sum_over_ranks(mine) / (len(self._micro_batches) * size)
         if not math.isfinite(self._loss):
-            return False  # the update is skipped for that
+            return False  # such an update is skipped anyway
         deviation = self.detector.deviation(self._loss)
         if deviation <= self.options.spike_threshold:
             return False
@@ -90,22 +93,22 @@ class Guard:
             return False
         return True
 
-    def updated(self, step: int) -> None:
-        """The step (the number of finished ones) made its update."""
+    def on_update(self, step: int) -> None:
+        """The update of a step was applied; `step` is the number of finished steps."""
         if self.options.spike != "off" and math.isfinite(self._loss):
             self.detector.losses.append(self._loss)
         self.skipped_in_a_row = 0
         if step > self.furthest_step:
             self.furthest_step, self.rollbacks = step, 0
-        self._next()
+        self._begin_step()
 
-    def skipped(self, step: int, positions: range, networks: Sequence[str]) -> None:
-        """The step made no update of these networks: write down what it saw."""
+    def on_skip(self, step: int, positions: range, networks: Sequence[str]) -> None:
+        """The update of these networks was skipped: record the samples of the step."""
         self.skipped_in_a_row += 1
         reason = self._spike or f"loss or gradient of {', '.join(networks)} is not finite"
         rank = dist.get_rank() if dist.is_initialized() else 0
         found = gather_lists(
-            [{"rank": rank, "loss": _plain(loss), "keys": keys} for keys, loss in self._micro_batches]
+            [{"rank": rank, "loss": _json(loss), "keys": keys} for keys, loss in self._micro_batches]
         )
         log.warning(
             "step %d was skipped on all ranks: %s (%d in a row); %s names its samples",
@@ -122,18 +125,18 @@ class Guard:
                 "micro_batches": found,
             }
         )
-        self._next()
+        self._begin_step()
 
     @property
-    def must_go_back(self) -> bool:
+    def must_roll_back(self) -> bool:
         """Whether too many updates in a row were skipped."""
         limit = self.options.skips_before_rollback
         return 0 < limit <= self.skipped_in_a_row
 
-    def went_back(self, before: Guard, step: int, positions: range) -> None:
-        """The run stands at `step` again, after it had stood where `before` tells, and leaves these positions out."""
-        self.skipped_in_a_row, self.rollbacks = 0, before.rollbacks + 1
-        self.furthest_step = max(self.furthest_step, before.furthest_step)
+    def on_rollback(self, before: Mapping[str, Any], step: int, positions: range) -> None:
+        """The run was restored to `step` and leaves these positions out; `before` is the state before the rollback."""
+        self.skipped_in_a_row, self.rollbacks = 0, before["rollbacks"] + 1
+        self.furthest_step = max(self.furthest_step, before["furthest_step"])
         log.warning(
             "back at step %d, on behind the samples %d to %d (return %d)",
             step,
@@ -143,8 +146,8 @@ class Guard:
         )
         self._write({"back_to_step": step, "left_out": [positions.start, positions.stop]})
 
-    def check_further_return(self, step: int) -> None:
-        """Raises LdmscaleError where going back has not helped before."""
+    def check_rollback_limit(self, step: int) -> None:
+        """Raises LdmscaleError after `max_rollbacks` rollbacks without progress."""
         if self.rollbacks >= self.options.max_rollbacks:
             raise LdmscaleError(
                 f"step {step}: {self.skipped_in_a_row} updates in a row were skipped, as after each of the last "
@@ -154,7 +157,7 @@ class Guard:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, as JSON's values."""
+        """The state for a checkpoint, as JSON values."""
         return {
             "skipped_in_a_row": self.skipped_in_a_row,
             "rollbacks": self.rollbacks,
@@ -163,20 +166,20 @@ class Guard:
         }
 
     @staticmethod
-    def was_calm(state: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint of this state was written when no update had just been skipped."""
+    def is_clean(state: Mapping[str, Any]) -> bool:
+        """Whether no update had just been skipped when a checkpoint of this state was written."""
         return not state.get("safety", {}).get("skipped_in_a_row", 0)
 
-    def restored(self, state: Mapping[str, Any]) -> Guard:
-        """A guard as `state` describes it (all zero for a checkpoint that knows none)."""
-        found = Guard(self.options, self.file)
-        found.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
-        found.rollbacks = int(state.get("rollbacks", 0))
-        found.furthest_step = int(state.get("furthest_step", 0))
-        found.detector.losses.extend(state.get("losses", ()))
-        return found
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned; all zero for a checkpoint without it."""
+        self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
+        self.rollbacks = int(state.get("rollbacks", 0))
+        self.furthest_step = int(state.get("furthest_step", 0))
+        self.detector.losses.clear()
+        self.detector.losses.extend(state.get("losses", ()))
+        self._begin_step()
 
-    def _next(self) -> None:
+    def _begin_step(self) -> None:
         self._micro_batches, self._loss, self._spike = [], math.nan, ""
 
     def _write(self, line: Mapping[str, Any]) -> None:
@@ -186,6 +189,6 @@ class Guard:
             file.write(json.dumps(line) + "\n")
 
 
-def _plain(loss: Tensor) -> float | str:
+def _json(loss: Tensor) -> float | str:
     value = float(loss)
-    return value if math.isfinite(value) else str(value)  # JSON knows no nan
+    return value if math.isfinite(value) else str(value)  # JSON has no NaN

@@ -51,7 +51,7 @@ def run(stage: AutoencoderStage, first: int, last: int) -> list[dict[str, float]
     found = []
     for step in range(first, last):
         for number in range(case.PASSES):
-            metrics = stage.micro_step(batch(step, number), step)
+            _, metrics = stage.micro_step(batch(step, number), step)
             for name in stage.active(step):
                 if stage.engines[name].step():
                     for average in stage.averages.get(name, ()):

@@ -23,7 +23,8 @@ def trained(setting: case.Case, zero: int) -> list[dict[str, float]]:
         sums: dict[str, list[float]] = {}
         active = stage.active(step)
         for number in range(case.PASSES):
-            for name, value in stage.micro_step(batch(step, number), step).items():
+            loss, metrics = stage.micro_step(batch(step, number), step)
+            for name, value in {"loss/total": loss, **metrics}.items():
                 sums.setdefault(name, []).append(float(value))
             for name in active:
                 stage.engines[name].step()

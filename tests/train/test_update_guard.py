@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldmscale.config.schema.training import SafetyConfig
 from ldmscale.errors import LdmscaleError
 from ldmscale.train.engine.engine import nan_if_nonfinite
-from ldmscale.train.update_guard import Guard, SafetyOptions, SpikeDetector
+from ldmscale.train.update_guard import Guard, SpikeDetector
 
 
 def test_a_deviation_is_counted_in_robust_standard_deviations() -> None:
@@ -32,15 +33,15 @@ def test_nothing_is_a_spike_before_half_a_window_is_there() -> None:
 
 
 def steps(guard: Guard, losses: list[float]) -> list[bool]:
-    """Which steps the guard wants discarded; others are told to it as updated."""
+    """Which steps the guard wants discarded; the others count as updated."""
     found = []
     for step, loss in enumerate(losses):
-        guard.note([f"sample{step}"], torch.tensor(loss))
-        found.append(guard.spiking(step))
+        guard.record([f"sample{step}"], torch.tensor(loss))
+        found.append(guard.should_skip(step))
         if found[-1]:
-            guard.skipped(step + 1, range(step, step + 1), ["denoiser"])
+            guard.on_skip(step + 1, range(step, step + 1), ["denoiser"])
         else:
-            guard.updated(step + 1)
+            guard.on_update(step + 1)
     return found
 
 
@@ -50,7 +51,7 @@ def test_spikes_are_told_or_skipped_and_never_silent(
     losses = [1.0 + 0.01 * (n % 5) for n in range(20)] + [9.0, 1.02]
     options = {"skips_before_rollback": 2, "spike_window": 10, "spike_threshold": 6.0}
     off, told, skipped = (
-        Guard(SafetyOptions(spike=spike, **options), tmp_path / spike) for spike in ("off", "log", "skip")
+        Guard(SafetyConfig(spike=spike, **options), tmp_path / spike) for spike in ("off", "log", "skip")
     )
     assert not any(steps(off, losses)) and not caplog.records
     assert not any(steps(told, losses))
@@ -63,32 +64,35 @@ def test_spikes_are_told_or_skipped_and_never_silent(
 
 
 def test_the_state_of_a_guard_goes_through_json_exactly(tmp_path: Path) -> None:
-    options = SafetyOptions(skips_before_rollback=2, spike="skip", spike_window=10)
+    options = SafetyConfig(skips_before_rollback=2, spike="skip", spike_window=10)
     guard = Guard(options, tmp_path / "file")
     steps(guard, [1 / 3 + 0.1 * (n % 3) for n in range(12)])
-    guard.note(["bad"], torch.tensor(math.nan))
-    guard.skipped(13, range(12, 13), ["denoiser"])
-    again = Guard(options, tmp_path / "file").restored(json.loads(json.dumps(guard.state())))
+    guard.record(["bad"], torch.tensor(math.nan))
+    guard.on_skip(13, range(12, 13), ["denoiser"])
+    again = Guard(options, tmp_path / "file")
+    again.restore(json.loads(json.dumps(guard.state())))
     assert again.state() == guard.state() and again.skipped_in_a_row == 1
     assert "nan" in (tmp_path / "file").read_text()
-    assert Guard(options, tmp_path / "file").restored({}).state()["rollbacks"] == 0  # of an older checkpoint
+    again.restore({})  # of an older checkpoint
+    assert again.state() == Guard(options, tmp_path / "file").state()
 
 
 def test_returns_that_do_not_help_end_the_run(tmp_path: Path) -> None:
-    guard = Guard(SafetyOptions(skips_before_rollback=2, max_rollbacks=2), tmp_path / "file")
+    guard = Guard(SafetyConfig(skips_before_rollback=2, max_rollbacks=2), tmp_path / "file")
     for number in range(2):
         for step in (5, 6):
-            guard.note(["bad"], torch.tensor(math.inf))
-            guard.skipped(step, range(0, 1), ["denoiser"])
-        assert guard.must_go_back
-        guard.check_further_return(6)
-        before, guard = guard, guard.restored({"furthest_step": 4})
-        guard.went_back(before, 4, range(4, 6))
-        assert guard.rollbacks == number + 1 and not guard.must_go_back
+            guard.record(["bad"], torch.tensor(math.inf))
+            guard.on_skip(step, range(0, 1), ["denoiser"])
+        assert guard.must_roll_back
+        guard.check_rollback_limit(6)
+        before = guard.state()
+        guard.restore({"furthest_step": 4})
+        guard.on_rollback(before, 4, range(4, 6))
+        assert guard.rollbacks == number + 1 and not guard.must_roll_back
     with pytest.raises(LdmscaleError, match=r"safety\.max_rollbacks"):
-        guard.check_further_return(6)
-    guard.note(["good"], torch.tensor(1.0))
-    guard.updated(5)  # further than ever
+        guard.check_rollback_limit(6)
+    guard.record(["good"], torch.tensor(1.0))
+    guard.on_update(5)  # further than ever
     assert guard.rollbacks == 0
 
 

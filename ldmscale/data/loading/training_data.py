@@ -1,47 +1,157 @@
-"""How much bad data a run puts up with, and the one stop that all ranks make when it is too much.
+"""The samples of a training run: where reading starts, how much may be unusable, and how ranks agree on each batch.
 
-A batch that one rank cannot have would leave the others waiting for ever. So every micro-batch is taken by all ranks
-together: each says how it went before any of them works on it, and what one cannot do stops all, alike.
+A rank without a batch would leave the others waiting in a collective. So all ranks take every micro-batch together:
+each reports its outcome before any of them works on the batch, and a fault of one rank stops all of them alike.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from ldmscale.data.loading.loader import Batch, Loader
+from ldmscale.data.loading.loader import Batch, Loader, MakeItem
+from ldmscale.data.loading.skipped_samples import Ledger
+from ldmscale.data.shards.mixture import Mixture
 from ldmscale.distributed.collectives import gather_lists, sums_over_ranks
+from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import DataError, LdmscaleError
 
 log = logging.getLogger(__name__)
 
-_FREE_FAULTS = 20  # samples that may be bad before their share counts
-_LISTED = 8  # ranks whose faults are told
+_FREE_FAULTS = 20  # unusable samples that are allowed before their share counts
+_LISTED = 8  # ranks whose faults are reported
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What may be bad.
+class BadDataLimit:
+    """How many samples may be unusable.
 
     Attributes:
         max_share: of the samples read by all ranks since the start.
-        max_in_a_row: samples one after another on one rank.
+        max_in_a_row: consecutive samples on one rank.
     """
 
     max_share: float = 1.0
     max_in_a_row: int = 1_000_000
 
 
-def next_for_all(loader: Loader, budget: Budget | None = None) -> Batch:
-    """The next micro-batch of this rank, if every rank has one and the budget holds. Collective.
+class TrainingData:
+    """The samples of a run in their endless order, read in micro-batches by all ranks together.
+
+    `start` sets the position; `next_batch` reads on from there.
+
+    Args:
+        index: the index of the shards.
+        make_item: makes the item of (sample, position).
+        ranks: this rank among the others.
+        seed, global_batch, rank_micro_batch, block_shards, workers, pin_memory: as `Loader`.
+        ledger: records the samples that cannot be used.
+        limit: how many samples may be unusable.
+    """
+
+    def __init__(
+        self,
+        index: Mixture,
+        make_item: MakeItem,
+        ranks: Ranks,
+        *,
+        seed: int,
+        global_batch: int,
+        rank_micro_batch: int,
+        block_shards: int,
+        workers: int,
+        pin_memory: bool,
+        ledger: Ledger,
+        limit: BadDataLimit,
+    ) -> None:
+        self.index, self.make_item, self.limit = index, make_item, limit
+        # Names the samples and their order: equal fingerprints give equal batches at equal positions.
+        self.fingerprint = f"{index.fingerprint}, seed {seed}, blocks of {block_shards}"
+        self.global_batch = global_batch
+        self.workers = workers
+        self._open = partial(
+            Loader,
+            index,
+            make_item,
+            seed=seed,
+            rank=ranks.rank,
+            world=ranks.size,
+            global_batch=global_batch,
+            rank_micro_batch=rank_micro_batch,
+            ledger=ledger,
+            block_shards=block_shards,
+            pin_memory=pin_memory,
+        )
+        self._loader: Loader | None = None
+
+    def start(self, position: int, consumed: Sequence[int] | None = None) -> None:
+        """Read from `position` on; with aspect-ratio buckets `consumed` has the position of each bucket."""
+        self.close()
+        self._loader = self._open(position=position, consumed=consumed, workers=self.workers)
+
+    def next_batch(self) -> Batch:
+        """The next micro-batch of this rank; raises as `next_for_all`. Collective."""
+        return next_for_all(self._reading, self.limit)
+
+    @property
+    def position(self) -> int:
+        """Samples of all ranks in the steps that were handed out completely."""
+        return self._reading.position
+
+    @property
+    def consumed(self) -> Sequence[int]:
+        """The same by bucket."""
+        return self._reading.consumed
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long this rank has waited for its batches since `start`."""
+        return self._reading.wait_seconds
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def first_samples(self, count: int) -> Iterator[Batch]:
+        """The steps that hold the first `count` samples of the order, read in this process. Collective.
+
+        "counts" bool [b] is False for samples that only fill up the last step. No limit on unusable samples applies.
+        """
+        loader = self._open(workers=0)
+        for _ in range(-(-count // self.global_batch) * loader.accumulation):
+            batch = next_for_all(loader)
+            yield batch | {"counts": batch["position"] < count}
+
+    def first_sample(self) -> Batch:
+        """A batch of one sample, the same on every rank and at every start of the run."""
+        return fixed_batch(self.index, self.make_item, 1)
+
+    @property
+    def _reading(self) -> Loader:
+        if self._loader is None:
+            raise RuntimeError("start() sets the position that batches are read from; call it first")
+        return self._loader
+
+
+def fixed_batch(index: Mixture, make_item: MakeItem, count: int) -> Batch:
+    """A batch of `count` samples, the same on every rank and in every run: the first in the order of seed 0."""
+    loader = Loader(index, make_item, seed=0, rank=0, world=1, global_batch=count, rank_micro_batch=count)
+    return next(loader)
+
+
+def next_for_all(loader: Loader, limit: BadDataLimit | None = None) -> Batch:
+    """The next micro-batch of this rank, if every rank has one and the limit on unusable samples holds. Collective.
 
     Raises:
-        DataError: on all ranks alike (`shared`), if one of them cannot go on or too much was bad.
-        LdmscaleError: likewise, if a worker of one of them broke.
+        DataError: on all ranks alike (`shared`), if one of them has no batch or too many samples were unusable.
+        LdmscaleError: likewise, if a worker of one of them failed.
     """
-    limits = budget or Budget()
+    limits = limit or BadDataLimit()
     batch: Batch = {}
-    fault, broken = "", None
+    fault, crash = "", None
     try:
         batch = next(loader)
         if loader.bad_in_a_row > limits.max_in_a_row:
@@ -51,18 +161,16 @@ def next_for_all(loader: Loader, budget: Budget | None = None) -> Batch:
             )
     except DataError as error:
         fault = str(error)
-    except (
-        Exception
-    ) as error:  # a worker that was killed, say: the others must hear of it before this rank ends
-        fault, broken = f"{type(error).__name__}: {error}", error
-    failed, broke, replaced, read = sums_over_ranks(
-        [bool(fault), broken is not None, loader.replaced, loader.read]
+    except Exception as error:  # a killed worker, for instance: report it to the other ranks before ending
+        fault, crash = f"{type(error).__name__}: {error}", error
+    failed, crashed, replaced, read = sums_over_ranks(
+        [bool(fault), crash is not None, loader.replaced, loader.read]
     )
     if failed:
-        told = gather_lists([f"rank {loader.rank}: {fault}"] if fault else [])
-        if broke:
-            raise LdmscaleError("\n".join(told), shared=True) from broken
-        raise DataError(told[:_LISTED], shared=True)
+        faults = gather_lists([f"rank {loader.rank}: {fault}"] if fault else [])
+        if crashed:
+            raise LdmscaleError("\n".join(faults), shared=True) from crash
+        raise DataError(faults[:_LISTED], shared=True)
     if replaced > _FREE_FAULTS and replaced > limits.max_share * read:
         raise DataError(
             f"{replaced:.0f} of the {read:.0f} samples that were read since the start cannot be used, more than "

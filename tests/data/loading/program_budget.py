@@ -1,4 +1,4 @@
-"""Two gloo ranks read; what goes wrong on one of them must end both, alike. Run by test_budget.py."""
+"""Two gloo ranks read; what goes wrong on one of them must end both, alike. Run by test_limit.py."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldmscale.data.loading.loader import Loader
 from ldmscale.data.loading.skipped_samples import Ledger
-from ldmscale.data.loading.training_data import Budget, next_for_all
+from ldmscale.data.loading.training_data import BadDataLimit, next_for_all
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.distributed.environment import read_ranks
@@ -37,12 +37,12 @@ def main() -> None:
     index = ShardIndex.open(sorted(map(str, folder.glob("*.tar"))))
     found = {}
     cases = {
-        "hard": ("planted", Budget(), 0),  # 16 stand-ins fail, too: this rank has no batch
-        "share": ("share", Budget(max_share=0.05), 0),
-        "row": ("share", Budget(max_in_a_row=5), 1),
-        "killed": ("killed", Budget(), 1),
+        "hard": ("planted", BadDataLimit(), 0),  # 16 stand-ins fail, too: this rank has no batch
+        "share": ("share", BadDataLimit(max_share=0.05), 0),
+        "row": ("share", BadDataLimit(max_in_a_row=5), 1),
+        "killed": ("killed", BadDataLimit(), 1),
     }
-    for name, (kind, budget, workers) in cases.items():
+    for name, (kind, limit, workers) in cases.items():
         maker = OnlyRankOne(ranks.rank, 48, kind)
         if kind == "share":
             maker = SomeBad(ranks.rank, 48)
@@ -51,7 +51,7 @@ def main() -> None:
         taken = 0
         try:
             for _ in range(200):
-                next_for_all(loader, budget)
+                next_for_all(loader, limit)
                 taken += 1
         except LdmscaleError as error:
             found[name] = [type(error).__name__, error.shared, taken, str(error), loader.position]

@@ -16,7 +16,7 @@ import torch
 
 from ldmscale.data.loading.loader import Loader
 from ldmscale.data.loading.skipped_samples import Ledger, read_ledger
-from ldmscale.data.loading.training_data import Budget, next_for_all
+from ldmscale.data.loading.training_data import BadDataLimit, next_for_all
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.reader import Sample
@@ -129,7 +129,7 @@ def test_a_data_set_that_is_mostly_bad_stops(tmp_path: Path, write_shards: Write
     loader = Loader(index, ITEM, seed=0, rank=0, world=1, global_batch=4, rank_micro_batch=4)
     with pytest.raises(DataError, match=r"more than data\.max_bad_share=0\.1") as caught:
         for _ in range(100):
-            next_for_all(loader, Budget(max_share=0.1))
+            next_for_all(loader, BadDataLimit(max_share=0.1))
     assert caught.value.shared and loader.replaced > 20
     every = {f"000{number:04d}": b"x" for number in range(4)}
     index = ShardIndex.open(write_shards(tmp_path / "all", [4], every), build_missing=True)
