@@ -47,7 +47,10 @@ def job(index: ShardIndex, item: ImageItem, first_stage: FirstStage, out: Path, 
     )
     sources = [{"name": url} for url in index.shards]
     ledger = Ledger(out / "data_ledger.jsonl")
-    work = LatentsWork(SampleReader(index), item, first_stage, form, sources, ledger, BATCH, workers)
+    work = LatentsWork(
+                reader=SampleReader(index), item=item, first_stage=first_stage, format=form, sources=sources,
+                ledger=ledger, batch=BATCH, workers=workers,
+            )  # fmt: skip
     names = [f"{number:05d}.tar" for number in range(len(sources))]
     assert make_shards(work, Claims(out, names, lambda n: is_finished(out, names[n], form)), lambda: False)
     return form

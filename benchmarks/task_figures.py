@@ -43,7 +43,7 @@ from ldmscale.evaluation.metrics import PromptFollowing, prompt_following, recon
 from ldmscale.inference.prompt_score import RealImages, read_images
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.first_stage import FirstStageNetwork
-from ldmscale.setup.index import map_reader, spatial_reader
+from ldmscale.setup.conditions import map_reader, spatial_reader
 from ldmscale.stages.first_stage import FirstStage, batch_conditions
 from ldmscale.tracking.images import tile, to_uint8, write_png
 

@@ -101,7 +101,7 @@ def conditions_of(config: IndexJob) -> ConditionChecks | None:
     """
     from ldmscale.data.conditions.validation import Classes, ConditionChecks
     from ldmscale.setup.classes import FOUND, class_labels
-    from ldmscale.setup.index import embeddings_reader
+    from ldmscale.setup.conditions import embeddings_reader
 
     def classes(section: str, source: str, of: ClassEmbedderConfig | LayoutConfig | None) -> Classes | None:
         if of is None:

@@ -1,15 +1,27 @@
-"""Engines, averages and rates as the configuration asks for them."""
+"""Options, attention, averages and learning rates of the engines, from the configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
+from ldmscale.builders.attention import AttentionChoice, choose_attention, wanted_attention
 from ldmscale.builders.networks import BLOCKS
 from ldmscale.config import EmaConfig, OptimConfig, TrainConfig, ZeroConfig
 from ldmscale.setup.run import Run
 from ldmscale.train.engine.ema import PowerEma, ShardedEma, decay_kind
 from ldmscale.train.engine.engine import Engine
 from ldmscale.train.engine.options import EngineOptions, learning_rate
+
+
+def set_attention(
+    run: Run, train: TrainConfig, head_channels: Mapping[torch.dtype, Sequence[int]]
+) -> AttentionChoice:
+    """Choose the attention backend of this process and note it in run.json. Collective."""
+    choice = choose_attention(wanted_attention(train), head_channels, run.device)
+    run.note("attention", choice.plain())
+    return choice
 
 
 def engine_options(
@@ -37,7 +49,7 @@ def engine_options(
 
 
 def averages_of(engine: Engine, config: EmaConfig) -> list[ShardedEma]:
-    """The averages of a network's weights that are kept, the one for pictures first."""
+    """The averages of a network's weights, the main one first."""
     if not config.enabled:
         return []
     kept = [ShardedEma(engine.masters, config.decay, warmup=config.warmup)]

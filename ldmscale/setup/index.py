@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ldmscale.config import DataConfig, DiffusionJob, EmbeddingsConfig
+from ldmscale.config import DataConfig
 from ldmscale.config.schema.data import WeightedShardsConfig
-from ldmscale.data.conditions.annotations import GivenEmbeddings
-from ldmscale.data.conditions.segmentation import ClassMaps
-from ldmscale.data.conditions.spatial import Holes, SmallImages
 from ldmscale.data.images.buckets import Shape, bucket_shapes
 from ldmscale.data.shards.mixture import Mixture, WeightedShards
 from ldmscale.data.shards.selection import Selection
@@ -77,27 +74,3 @@ def storage_of(data: DataConfig) -> Storage:
     """How remote shards are reached."""
     given = data.storage
     return Storage(given.options, given.endpoint, given.patience_seconds, given.request_seconds)
-
-
-def spatial_reader(config: DiffusionJob) -> SmallImages | Holes | None:
-    """What adds the spatial condition to a sample; None where the model reads none."""
-    spatial = config.spatial
-    if spatial is None or spatial.kind == "map":
-        return None
-    if spatial.kind == "image":
-        return SmallImages(config.autoencoder.factor, spatial.degradation, spatial.noise)
-    return Holes(spatial.masks)
-
-
-def map_reader(config: DiffusionJob) -> ClassMaps | None:
-    """What reads the map of a sample; None where the model reads none."""
-    spatial = config.spatial
-    if spatial is None or spatial.kind != "map":
-        return None
-    assert spatial.map_classes is not None
-    return ClassMaps(spatial.map_member, spatial.map_classes, 2**spatial.halvings / config.autoencoder.factor)
-
-
-def embeddings_reader(given: EmbeddingsConfig | None) -> GivenEmbeddings | None:
-    """What reads the embeddings of a sample; None where the model reads none."""
-    return None if given is None else GivenEmbeddings(given.member, given.width, given.max_tokens)

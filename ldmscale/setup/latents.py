@@ -1,29 +1,110 @@
-"""Stage 2: the source shards, the autoencoder and the place of a latent store."""
+"""Stage 2: from a checked configuration to shards of latents."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
-from ldmscale.checkpoint.run_folder import is_foreign
+from ldmscale.checkpoint.run_folder import is_foreign, latents_folder
 from ldmscale.config import LatentsJob
-from ldmscale.data.latents.format import LatentFormat
+from ldmscale.data.latents.format import LatentFormat, LatentManifest
 from ldmscale.data.latents.store import LatentPlace, LatentStore, place_of
+from ldmscale.data.latents.work_queue import Claims
+from ldmscale.data.latents.writer import finish_set, is_finished
+from ldmscale.data.loading.skipped_samples import Ledger
+from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.mixture import Mixture
+from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.shards.urls import shard_name, shard_states
 from ldmscale.data.tokenizers.bert import Tokenizer
+from ldmscale.distributed.environment import Ranks, part
+from ldmscale.distributed.preemption import EXIT_STOPPED, StopFlag
+from ldmscale.distributed.process_group import close_world, open_world
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.inference.load import load
 from ldmscale.models.autoencoder import KLAutoencoder
 from ldmscale.models.first_stage import LatentScale, digest
-from ldmscale.setup.index import selection_of, storage_of
+from ldmscale.setup.index import open_index, selection_of, storage_of
 from ldmscale.stages.first_stage import FirstStage
+from ldmscale.stages.latents import LatentsWork, make_shards
 from ldmscale.storage.object_store import AbsentError, ShardState, Storage, StoreError
+from ldmscale.tracking.logs import set_up_logging
+
+log = logging.getLogger(__name__)
+
+
+def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
+    """Encode until every shard of the set is finished, by this or another process, and return the exit status."""
+    data, chosen, storage = config.data, config.latents, storage_of(config.data)
+    place = open_place(chosen.path, storage)
+    world = open_world(ranks)
+    folder = latents_folder(chosen.path)
+    set_up_logging(folder, ranks)
+    index = open_index(data.shards, data, ranks)
+    close_world()
+    part(ranks.rank)  # from here on ranks are independent, like those of other launches
+    assert data.image_size is not None
+    tokenizer = None if chosen.tokenizer is None else Tokenizer.load(chosen.tokenizer, chosen.max_tokens)
+    first_stage, stored = open_encoder(config, world.device, data.image_size, tokenizer)
+    sources = describe_sources(config, index)
+    names = [f"{number:05d}.tar" for number in range(len(index.shards))]
+    work = LatentsWork(
+        reader=SampleReader(index),
+        item=ImageItem(
+            data.image_size,
+            seed=0,
+            crop=data.crop,
+            max_pixels=data.max_pixels,
+            caption_source=data.caption,
+            tokenizer=tokenizer,
+            decoder=data.decoder,
+        ),
+        first_stage=first_stage,
+        format=stored,
+        sources=sources,
+        ledger=Ledger(folder / "data_ledger.jsonl", ranks.rank),
+        batch=chosen.rank_batch,
+        workers=data.workers,
+        max_bad_share=data.max_bad_share,
+    )
+    claims = Claims(
+        place,
+        names,
+        lambda number: is_finished(place, names[number], stored, sources[number]),
+        timeout_seconds=chosen.claim_timeout_seconds,
+        first=ranks.rank * len(names) // ranks.size,
+    )
+    if not make_shards(work, claims, lambda: stop.requested):
+        log.info("stopped (%s); finished shards stay, the same command goes on", stop.reason)
+        return EXIT_STOPPED
+
+    def complete() -> bool:
+        try:
+            found = LatentManifest.load(str(place), storage)
+        except StoreError:
+            raise
+        except DataError:
+            return False
+        return found.shards == tuple(names) and found.format == stored
+
+    claims.once(complete, lambda: _log_finished(finish_set(place, names, stored), place))
+    return 0
+
+
+def _log_finished(manifest: LatentManifest, place: LatentPlace) -> None:
+    log.info(
+        "%d latents in %s (%d samples could not be used); scale factor %.5f",
+        manifest.samples,
+        place,
+        manifest.skipped,
+        manifest.scale_factor,
+    )
 
 
 def open_place(path: str, storage: Storage) -> LatentPlace:
-    """Where the set is written. Raises ConfigError for a store that cannot be written to."""
+    """The folder or store that the set is written to. Raises ConfigError for a store that cannot be written to."""
     place = place_of(path, storage)
     if isinstance(place, LatentStore):
         try:
@@ -38,9 +119,8 @@ def open_place(path: str, storage: Storage) -> LatentPlace:
 
 
 def open_encoder(
-    config: LatentsJob, device: object, image_size: int, tokenizer: Tokenizer | None
+    config: LatentsJob, device: torch.device, image_size: int, tokenizer: Tokenizer | None
 ) -> tuple[FirstStage, LatentFormat]:
-    assert isinstance(device, torch.device)
     parts = load(config.first_stage.path, config.first_stage.average)
     foreign = is_foreign(Path(config.first_stage.path))  # finished as it is; the set itself is measured
     if parts.autoencoder is None or (parts.latent_statistics is None and not foreign):
@@ -70,7 +150,7 @@ def open_encoder(
 
 
 def describe_sources(config: LatentsJob, index: Mixture) -> list[dict[str, object]]:
-    """What each shard of latents is made of: another version of its images, or another choice of them, is noticed."""
+    """The source of each shard of latents, from which a changed shard or selection of images is detected."""
     data, selection = config.data, selection_of(config.data)
     sources: list[dict[str, object]] = []
     for number, state in enumerate(shard_states(index.shards, storage_of(data))):

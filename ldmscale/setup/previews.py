@@ -1,4 +1,4 @@
-"""The conditions of the images that a training run samples as it goes."""
+"""The fixed conditions of the images that are sampled while a diffusion model trains."""
 
 from __future__ import annotations
 
@@ -10,40 +10,57 @@ import numpy as np
 import torch
 
 from ldmscale.config import DiffusionJob
-from ldmscale.data.conditions.annotations import ClassLabels, caption_of
-from ldmscale.data.conditions.boxes import LayoutTokens
+from ldmscale.data.conditions.annotations import caption_of
+from ldmscale.data.loading.loader import MakeItem
 from ldmscale.data.shards.reader import SampleReader
-from ldmscale.data.tokenizers.bert import Tokenizer
-from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
+from ldmscale.diffusion.sample_latents import SamplerOptions
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.models.conditions import Conditions
+from ldmscale.setup.conditions import ConditionReaders
+from ldmscale.setup.dataloaders import preview_batch
 from ldmscale.setup.index import open_index
 from ldmscale.setup.run import Run
-from ldmscale.stages.diffusion import PreviewConditions
+from ldmscale.stages.diffusion import Preview
 from ldmscale.stages.first_stage import FirstStage, batch_conditions
-from ldmscale.train.stage import Batch
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-def preview_conditions(
-    config: DiffusionJob,
+def open_preview(
     run: Run,
-    tokenizer: Tokenizer | EncoderTokenizer | None,
-    classes: ClassLabels | None,
-    layout: LayoutTokens | None = None,
-) -> PreviewConditions:
-    """The configured prompts, or captions or layouts spread over the held-out shards (else over the training shards).
+    config: DiffusionJob,
+    readers: ConditionReaders,
+    make_item: MakeItem,
+    first_stage: FirstStage,
+) -> Preview | None:
+    """What is sampled while training; None without preview.every_steps. Collective."""
+    chosen = config.preview
+    if not chosen.every_steps:
+        return None
+    if config.spatial is not None or config.embeddings is not None:
+        # Made from images or stored arrays, which cannot be written as prompts.
+        batch = preview_batch(run, config, make_item)
+        titles = tuple(batch["caption" if "caption" in batch else "key"])
+        conditions = batch_conditions(batch, first_stage).to("cpu")
+    else:
+        titles, conditions = _prompts(run, config, readers)
+    sampler = SamplerOptions(chosen.sampler_steps, chosen.guidance, prediction=config.diffusion.prediction)
+    return Preview(titles, conditions, chosen.seed, sampler)
 
-    Prompts of a model that reads labels are classes, spread over all unless given. A model that reads none of these draws
-    as many pictures of its own choice.
+
+def _prompts(run: Run, config: DiffusionJob, readers: ConditionReaders) -> tuple[tuple[str, ...], Conditions]:
+    """Titles and conditions: the configured prompts, or captions or layouts spread over the held-out shards (else over the
+    training shards).
+
+    Prompts of a model that reads labels are classes, spread over all unless given. An unconditional model samples
+    preview.images images.
     """
-    seed = config.preview.seed
+    tokenizer, classes, layout = readers.tokenizer, readers.classes, readers.layout
     if layout is not None:
-        boxes = [layout.encode(found) for found in _some(config, run, layout.boxes)]
-        shown = tuple(layout.title(tokens) for tokens in boxes)
-        return PreviewConditions(shown, Conditions(token_ids=torch.from_numpy(np.stack(boxes))), seed)
+        boxes = [layout.encode(found) for found in _read_samples(run, config, layout.boxes)]
+        titles = tuple(layout.title(tokens) for tokens in boxes)
+        return titles, Conditions(token_ids=torch.from_numpy(np.stack(boxes)))
     if classes is not None:
         count = classes.count if classes.names is None else len(classes.names)
         spread = [number * count // config.preview.images for number in range(config.preview.images)]
@@ -52,24 +69,18 @@ def preview_conditions(
         except DataError as error:
             raise ConfigError([f"preview.prompts: {fault}" for fault in error.faults]) from error
         titles = tuple(classes.title(number) for number in numbers)
-        return PreviewConditions(titles, Conditions(labels=torch.tensor(numbers)), seed)
+        return titles, Conditions(labels=torch.tensor(numbers))
     if tokenizer is None:
-        return PreviewConditions(("",) * config.preview.images, Conditions(), seed)
-    prompts = config.preview.prompts or _some(
-        config, run, lambda members: caption_of(members, config.data.caption)
+        return ("",) * config.preview.images, Conditions()
+    prompts = config.preview.prompts or _read_samples(
+        run, config, lambda members: caption_of(members, config.data.caption)
     )
     tokens = torch.from_numpy(tokenizer.encode(list(prompts)))
-    return PreviewConditions(tuple(prompts), Conditions(token_ids=tokens), seed)
+    return tuple(prompts), Conditions(token_ids=tokens)
 
 
-def preview_of_samples(config: DiffusionJob, batch: Batch, first_stage: FirstStage) -> PreviewConditions:
-    """What the given samples tell the model: spatial conditions are made of images, nobody can write them down."""
-    conditions = batch_conditions(batch, first_stage).to("cpu")
-    return PreviewConditions(tuple(batch.get("caption", batch["key"])), conditions, config.preview.seed)
-
-
-def _some(config: DiffusionJob, run: Run, told: Callable[[Mapping[str, bytes]], _T]) -> list[_T]:
-    """What as many samples as there are pictures tell, captions or boxes."""
+def _read_samples(run: Run, config: DiffusionJob, read: Callable[[Mapping[str, bytes]], _T]) -> list[_T]:
+    """Captions or boxes of up to preview.images samples, spread over the shards."""
     index = run.index
     if config.data.heldout_shards is not None:
         index = open_index(config.data.heldout_shards, config.data, run.ranks)
@@ -80,7 +91,7 @@ def _some(config: DiffusionJob, run: Run, told: Callable[[Mapping[str, bytes]], 
         at = (number // len(index.shards)) * max(1, int(index.counts[shard]) // config.preview.images)
         if at < index.counts[shard]:
             try:
-                chosen.append(told(reader.read(shard, at).members))
+                chosen.append(read(reader.read(shard, at).members))
             except DataError as error:
                 log.warning("a sample that cannot be used gives no picture: %s", error)
     reader.close()

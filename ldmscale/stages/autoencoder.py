@@ -1,7 +1,7 @@
 """Stage 1: fit the autoencoder by reconstruction, bottleneck, perceptual and adversarial terms (paper, appendix G).
 
-The graph is cut at the reconstruction: the gradients of all terms are taken there, weighed against each other
-(`adversary`), and one backward carries their sum on, as the engines of ZeRO-3 ask.
+The graph is cut at the reconstruction x_hat: the gradients of all terms are taken there, weighted against each other
+(`adversary`), and one backward of their sum goes through the generator, as ZeRO-3 requires.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from ldmscale.evaluation.held_out import HeldOut
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.bottleneck import Bottleneck, Codes
 from ldmscale.models.evaluation_mode import evaluation_mode
-from ldmscale.stages.codebook import CodebookKeeper
+from ldmscale.stages.codebook import CodebookMonitor
 from ldmscale.stages.gan import Adversary
 from ldmscale.tracking.images import side_by_side, to_uint8
 from ldmscale.train.engine.ema import Averages, ShardedEma, main_average
@@ -33,15 +32,37 @@ log = logging.getLogger(__name__)
 Distance = Callable[[Tensor, Tensor], Tensor]  # two images [B,3,H,W] in [-1,1] -> [B]
 
 
-@dataclass(frozen=True)
-class LossTerms:
-    """Weights of the terms; `config.AutoencoderLossConfig` tells their meaning."""
+class LossOptions(Protocol):
+    """Weights of the terms: the `loss` section of the configuration, as far as this stage reads it."""
 
-    sum_over_image: bool
-    pixel_weight: float
-    perceptual_weight: float
-    kl_weight: float
-    codebook_weight: float
+    @property
+    def reduction(self) -> Literal["sum", "mean"]: ...
+    @property
+    def pixel_weight(self) -> float: ...
+    @property
+    def perceptual_weight(self) -> float: ...
+    @property
+    def kl_weight(self) -> float: ...
+    @property
+    def codebook_weight(self) -> float: ...
+
+
+class LogVarianceOptions(Protocol):
+    """The `loss` section of the configuration, as far as it is read here."""
+
+    @property
+    def logvar(self) -> Literal["fixed", "learned"]: ...
+    @property
+    def logvar_start(self) -> float: ...
+
+
+class AdamOptions(Protocol):
+    """The `optim` section of the configuration, as far as it is read here."""
+
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
 
 
 class LogVariance:
@@ -52,27 +73,25 @@ class LogVariance:
     configurations never train it (no optimiser holds it), so that is off by default.
     """
 
-    def __init__(
-        self, start: float, *, learned: bool, passes: int, betas: tuple[float, float], eps: float
-    ) -> None:
-        self.value, self.learned = start, learned
-        self.passes, self.betas, self.eps = passes, betas, eps  # passes: of one step
+    def __init__(self, options: LogVarianceOptions, optim: AdamOptions, *, accumulation_steps: int) -> None:
+        self.value, self.learned = options.logvar_start, options.logvar == "learned"
+        self.betas, self.eps, self.accumulation_steps = optim.betas, optim.eps, accumulation_steps
         self.mean = self.square = 0.0
         self.updates = 0
         self._gradients: list[Tensor] = []
 
     def collect(self, gradient: Tensor, rate: float) -> None:
-        """Take in the gradient of one pass (a scalar); the last pass of a step updates s. Collective then."""
+        """Add the gradient of one micro-batch (a scalar); the last one of a step updates s, which is collective."""
         if not self.learned:
             return
         self._gradients.append(gradient.detach())
-        if len(self._gradients) < self.passes:
+        if len(self._gradients) < self.accumulation_steps:
             return
         here = float(torch.stack(self._gradients).double().mean())
         self._gradients = []
         found = mean_over_ranks({"gradient": here})["gradient"]
         if not math.isfinite(found):
-            return  # the engine throws such a step away, too
+            return  # the engine skips such a step, too
         self.updates += 1
         first, second = self.betas
         self.mean = first * self.mean + (1 - first) * found
@@ -129,23 +148,24 @@ class AutoencoderStage:
     def __init__(
         self,
         generator: Engine,
-        adversary: Adversary,
+        *,
         averages: Sequence[ShardedEma],
+        loss: LossOptions,
         distance: Distance | None,
-        terms: LossTerms,
+        adversary: Adversary,
         log_variance: LogVariance,
-        codebook: CodebookKeeper | None,
-        seed: int,
-        measure_batches: Callable[[], Iterator[Batch]],
-        picture_batch: Batch,
+        codebook: CodebookMonitor | None,
+        scale_batches: Callable[[], Iterator[Batch]],
+        preview_batch: Batch,
         held_out: HeldOut | None,
-        device: torch.device,
+        seed: int,
     ) -> None:
+        """`distance`: the perceptual one. `scale_batches`: the samples that `finish` measures the latent scale on."""
         self.engines = {"generator": generator, "discriminator": adversary.engine}
         self.averages: Averages = {"generator": averages}
         self.adversary, self.log_variance, self.codebook = adversary, log_variance, codebook
-        self.distance, self.terms, self.seed, self.device = distance, terms, seed, device
-        self.measure_batches, self.picture_batch, self.held_out = measure_batches, picture_batch, held_out
+        self.distance, self.loss, self.seed, self.device = distance, loss, seed, generator.device
+        self.scale_batches, self.preview_batch, self.held_out = scale_batches, preview_batch, held_out
         self.latent_statistics: dict[str, Any] | None = None
         network = generator.network
         assert isinstance(network, (KLAutoencoder, VQAutoencoder))
@@ -163,24 +183,24 @@ class AutoencoderStage:
         reconstruction, bottleneck = generator(
             images.to(generator.compute_dtype), None if noise is None else noise.to(generator.compute_dtype)
         )
-        cut = reconstruction.detach().float().requires_grad_(True)  # [B,3,H,W]
-        fit, parts, metrics = self._fit(images, cut)
-        (direction,) = torch.autograd.grad(fit, cut)
+        x_hat = reconstruction.detach().float().requires_grad_(True)  # [B,3,H,W]
+        rec_loss, parts, metrics = self._reconstruction_loss(images, x_hat)
+        (grad_xhat,) = torch.autograd.grad(rec_loss, x_hat)
         adversarial = self.adversary.active(step)
         if adversarial:
-            pull, metrics["gan/generator"] = self.adversary.pull(cut)
-            weight = self.adversary.weight(direction, pull)
+            gan_grad, metrics["gan/generator"] = self.adversary.generator_loss_grad(x_hat)
+            weight = self.adversary.adaptive_weight(grad_xhat, gan_grad)
             metrics["gan/adaptive_weight"] = weight
             parts["gan"] = weight * metrics["gan/generator"]
-            direction = direction + weight * pull
-        regular = self._regularisation(bottleneck, parts, metrics, step)
-        generator.backward((reconstruction.float() * direction.detach()).sum() + regular)
-        loss = fit.detach() + regular.detach() + parts.get("gan", 0)
+            grad_xhat = grad_xhat + weight * gan_grad
+        reg_loss = self._regularisation(bottleneck, parts, metrics, step)
+        generator.backward((reconstruction.float() * grad_xhat.detach()).sum() + reg_loss)
+        loss = rec_loss.detach() + reg_loss.detach() + parts.get("gan", 0)
         if adversarial:
-            metrics |= self.adversary.train(images, cut.detach(), step)
-        self.adversary.forget()
-        self._learn_log_variance(fit, images)
-        return loss, metrics | _shares(parts)
+            metrics |= self.adversary.train(images, x_hat.detach(), step)
+        self.adversary.clear_cache()
+        self._learn_log_variance(rec_loss, images)
+        return loss, metrics | _fractions(parts)
 
     @torch.no_grad()
     def answer(self, batch: Batch) -> Tensor:
@@ -191,7 +211,7 @@ class AutoencoderStage:
         return output
 
     def pictures(self) -> Iterator[Picture]:
-        images = self._images(self.picture_batch)
+        images = self._images(self.preview_batch)
         with self._evaluating() as engine:
             reconstruction, _ = engine.network(images.to(engine.compute_dtype), None)
         yield Picture("reconstruction", side_by_side(to_uint8(images), to_uint8(reconstruction)))
@@ -211,7 +231,7 @@ class AutoencoderStage:
         """Measures the latent scale factor; it is stored in the checkpoint."""
         meter = None
         with self._evaluating() as engine:
-            for batch in self.measure_batches():
+            for batch in self.scale_batches():
                 encoded = self.autoencoder.encode(self._images(batch).to(engine.compute_dtype))
                 mean, logvar = encoded.spread()
                 meter = meter or ScaleMeter(mean.shape[1])
@@ -271,47 +291,47 @@ class AutoencoderStage:
         shape = (network.latent_channels, height, width)
         return draws.normal(self.seed, batch["position"].tolist(), "posterior", shape).to(self.device)
 
-    def _fit(
+    def _reconstruction_loss(
         self, images: Tensor, reconstruction: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """(|x - x'| + perceptual distance) / exp(s) + s at every pixel, summed or averaged over an image.
 
-        The perceptual distance counts at every pixel, as published. Returns the loss, its weighed parts, and metrics.
+        The perceptual distance counts at every pixel, as published. Returns the loss, its weighted terms, and metrics.
         """
-        scale = images[0].numel() if self.terms.sum_over_image else 1
+        scale = images[0].numel() if self.loss.reduction == "sum" else 1
         s = self.log_variance.value
         pixels = (images - reconstruction).abs().mean()
-        each = self.terms.pixel_weight * pixels
+        weighted_rec = self.loss.pixel_weight * pixels
         metrics = {"loss/pixel": pixels.detach()}
-        parts = {"pixel": each.detach()}
+        parts = {"pixel": weighted_rec.detach()}
         if self.distance is not None:
             perceptual = self.distance(images, reconstruction).mean()
-            parts["perceptual"] = (self.terms.perceptual_weight * perceptual).detach()
-            each = each + self.terms.perceptual_weight * perceptual
+            parts["perceptual"] = (self.loss.perceptual_weight * perceptual).detach()
+            weighted_rec = weighted_rec + self.loss.perceptual_weight * perceptual
             metrics["loss/perceptual"] = perceptual.detach()
         parts = {name: part * math.exp(-s) * scale for name, part in parts.items()}
         if self.log_variance.learned:
             metrics["loss/log_variance"] = torch.tensor(s)
-        return (each * math.exp(-s) + s) * scale, parts, metrics
+        return (weighted_rec * math.exp(-s) + s) * scale, parts, metrics
 
-    def _learn_log_variance(self, fit: Tensor, images: Tensor) -> None:
-        """d fit / d s = pixels - (fit - pixels s) = pixels (1 + s) - fit."""
+    def _learn_log_variance(self, rec_loss: Tensor, images: Tensor) -> None:
+        """d rec_loss / d s = scale - (rec_loss - scale s) = scale (1 + s) - rec_loss."""
         if self.log_variance.learned and not self.engines["generator"].rehearsing:
-            scale = images[0].numel() if self.terms.sum_over_image else 1
+            scale = images[0].numel() if self.loss.reduction == "sum" else 1
             rate = float(self.engines["generator"].base_optimizer.param_groups[0]["lr"])
-            self.log_variance.collect(scale * (1 + self.log_variance.value) - fit.detach(), rate)
+            self.log_variance.collect(scale * (1 + self.log_variance.value) - rec_loss.detach(), rate)
 
     def _regularisation(
         self, bottleneck: Bottleneck, parts: dict[str, Tensor], metrics: dict[str, Tensor], step: int
     ) -> Tensor:
-        """The bottleneck's weighed term; adds to parts and metrics."""
+        """The weighted regularisation term of the bottleneck; adds to parts and metrics."""
         term = bottleneck.regulariser()
         if isinstance(bottleneck, Codes):
-            name, weight = "codebook", self.terms.codebook_weight
+            name, weight = "codebook", self.loss.codebook_weight
             if self.codebook is not None and not self.engines["generator"].rehearsing:
                 metrics |= self.codebook.count(bottleneck.indices, step)
         else:
-            name, weight = "kl", self.terms.kl_weight
+            name, weight = "kl", self.loss.kl_weight
         mean, logvar = bottleneck.spread()
         metrics[f"loss/{name}"] = term.detach()
         metrics["latent/std"] = mean.detach().float().std()
@@ -321,7 +341,7 @@ class AutoencoderStage:
         return weight * term
 
 
-def _shares(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What each weighed part of the loss is of the sum of all their sizes."""
-    whole = torch.stack([part.abs() for part in parts.values()]).sum().clamp(min=1e-30)
-    return {f"loss_share/{name}": part.abs() / whole for name, part in parts.items()}
+def _fractions(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The absolute value of each weighted term as a fraction of the sum over all terms."""
+    total = torch.stack([part.abs() for part in parts.values()]).sum().clamp(min=1e-30)
+    return {f"loss_share/{name}": part.abs() / total for name, part in parts.items()}

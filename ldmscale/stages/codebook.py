@@ -1,15 +1,14 @@
-"""The health of a vq autoencoder's table: who is chosen, how it starts, and what becomes of rows that nobody chooses.
+"""The codebook of a vq autoencoder: usage counts, k-means initialisation, and revival of dead rows.
 
-All ranks hold the same counts, draw the same rows and write the same values, whatever the number of ranks: candidates
-are numbered by the samples' places in the data, and whoever holds one hands it to the others.
+All ranks hold the same counts, choose the same rows and write the same values, whatever the number of ranks: candidates
+are numbered by the samples' positions in the data, and the rank that holds one sends it to the others.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,33 +22,41 @@ log = logging.getLogger(__name__)
 
 PARAMETER = "quantize.embedding"
 _BLOCK = 8192  # latents compared with the table at a time
-
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class CodebookOptions:
-    """`config.CodebookConfig` tells their meaning."""
+class CodebookOptions(Protocol):
+    """The `codebook` section of the configuration."""
 
-    size: int
-    kmeans: bool
-    kmeans_rounds: int
-    revive_after_steps: int
-    usage_window_steps: int
-    alarm_usage: float
+    @property
+    def start(self) -> Literal["uniform", "kmeans"]: ...
+    @property
+    def kmeans_rounds(self) -> int: ...
+    @property
+    def revive_after_steps(self) -> int: ...
+    @property
+    def usage_window_steps(self) -> int: ...
+    @property
+    def alarm_usage(self) -> float: ...
 
 
-class CodebookKeeper:
+class CodebookMonitor:
     """Counts the choices of every step over all ranks, and rewrites the table where the options ask for it."""
 
     def __init__(
-        self, engine: Engine, averages: Sequence[ShardedEma], options: CodebookOptions, seed: int
+        self,
+        engine: Engine,
+        *,
+        averages: Sequence[ShardedEma],
+        size: int,
+        options: CodebookOptions,
+        seed: int,
     ) -> None:
-        self.engine, self.options, self.seed = engine, options, seed
+        """`size`: rows of the table."""
+        self.engine, self.size, self.options, self.seed = engine, size, options, seed
         self.averages = averages
-        self.idle = torch.zeros(options.size, dtype=torch.int64)  # steps since each row was chosen
-        self._counts = torch.zeros(options.size, dtype=torch.int64, device=engine.device)
+        self.idle = torch.zeros(size, dtype=torch.int64)  # steps since each row was chosen
+        self._counts = torch.zeros(size, dtype=torch.int64, device=engine.device)
         self._passes = 0
 
     def prepare(self, step: int, positions: Sequence[int], latents: Callable[[], Tensor]) -> None:
@@ -58,10 +65,10 @@ class CodebookKeeper:
         `latents` gives this rank's latents [B,C,h,w] of the samples at `positions`; it is called on all ranks or none.
         """
         every = self.options.revive_after_steps
-        if step == 0 and self.options.kmeans:
+        if step == 0 and self.options.start == "kmeans":
             pool = _Pool(positions, latents())
-            rows = torch.arange(self.options.size)
-            centres = kmeans(pool, self.options.size, self.options.kmeans_rounds, self.seed)
+            rows = torch.arange(self.size)
+            centres = kmeans(pool, self.size, self.options.kmeans_rounds, self.seed)
             overwrite_rows(self.engine, PARAMETER, rows, centres, self.averages)
             log.info("the codebook starts at %d centres of %d latents", len(rows), pool.total)
         elif every and step and step % every == 0:
@@ -77,7 +84,7 @@ class CodebookKeeper:
 
     def count(self, indices: Tensor, step: int) -> dict[str, Tensor]:
         """Take in the choices [B,h,w] of one pass; at the end of a step its metrics over all ranks. Collective then."""
-        self._counts += torch.bincount(indices.flatten(), minlength=self.options.size)
+        self._counts += torch.bincount(indices.flatten(), minlength=self.size)
         self._passes += 1
         if self._passes < self.engine.options.accumulation_steps:
             return {}

@@ -22,7 +22,7 @@ from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.evaluation_mode import evaluation_mode
 from ldmscale.models.text_encoder import FrozenTextEncoder
 from ldmscale.stages.first_stage import FirstStage, batch_conditions
-from ldmscale.stages.objective import Objective, add_noise, denoising_loss
+from ldmscale.stages.objective import ObjectiveOptions, add_noise, denoising_loss
 from ldmscale.stages.validation import GenerationFigures, HeldOut, held_out_loss
 from ldmscale.tracking.images import to_uint8
 from ldmscale.tracking.metrics import Metric
@@ -32,12 +32,13 @@ from ldmscale.train.stage import Batch, Picture
 
 
 @dataclass(frozen=True)
-class PreviewConditions:
-    """Fixed conditions and seeds of the pictures drawn while training."""
+class Preview:
+    """The N images that are sampled while training, always from the same conditions and seeds."""
 
-    titles: tuple[str, ...]  # of the N pictures: their captions, where they have some
+    titles: tuple[str, ...]  # captions of the images, empty where there are none
     conditions: Conditions  # of N samples
     first_seed: int
+    sampler: SamplerOptions
 
 
 class DiffusionStage:
@@ -46,27 +47,26 @@ class DiffusionStage:
     def __init__(
         self,
         denoiser: Engine,
+        *,
         averages: Sequence[ShardedEma],
         first_stage: FirstStage,
-        schedule: NoiseSchedule,
-        objective: Objective,
-        sampler: SamplerOptions,
-        preview: PreviewConditions | None,
         latent_shape: tuple[int, int, int],
+        schedule: NoiseSchedule,
+        objective: ObjectiveOptions,
         seed: int,
         ranks: Ranks,
-        device: torch.device,
+        preview: Preview | None = None,
         held_out: HeldOut | None = None,
         generation: GenerationFigures | None = None,
     ) -> None:
-        self.held_out, self.generation = held_out, generation
+        self.preview, self.held_out, self.generation = preview, held_out, generation
         self.engines = {"denoiser": denoiser}
         self.averages: Averages = {"denoiser": averages}
-        self.first_stage, self.schedule, self.objective = first_stage, schedule, objective
-        self.sampler, self.preview, self.latent_shape = sampler, preview, latent_shape
-        self.seed, self.ranks, self.device = seed, ranks, device
-        reader = self._denoiser.reads_text
-        self._text_digest = reader.digest() if isinstance(reader, FrozenTextEncoder) else None
+        self.first_stage, self.latent_shape = first_stage, latent_shape
+        self.schedule, self.objective = schedule, objective
+        self.seed, self.ranks, self.device = seed, ranks, first_stage.device
+        text_encoder = self._denoiser.reads_text
+        self._text_digest = text_encoder.digest() if isinstance(text_encoder, FrozenTextEncoder) else None
 
     @property
     def _denoiser(self) -> Denoiser:
@@ -137,7 +137,7 @@ class DiffusionStage:
                 preview.conditions.changed(lambda part: part[mine]).to(self.device),
                 starting_noise(seeds, self.latent_shape).to(self.device),
                 self.schedule,
-                self.sampler,
+                preview.sampler,
                 engine.compute_dtype,
                 seeds,
             )
@@ -178,9 +178,9 @@ class DiffusionStage:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing is taken back; the frozen networks must be those that the run began with.
+        """Check that the pretrained networks are those that the run began with; nothing else is restored.
 
-        Raises CheckpointError where one is another.
+        Raises CheckpointError if one differs.
         """
         if state["autoencoder"] != self.first_stage.digest:
             raise CheckpointError(

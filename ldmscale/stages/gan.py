@@ -1,4 +1,4 @@
-"""The adversarial half of stage 1: its pull on the reconstruction, how strongly it counts, and the discriminator's step.
+"""The adversarial terms of stage 1: gradient of the generator loss, adaptive weight, and the discriminator's step.
 
 The generator's loss needs a weight that balances two gradients of the decoder's last layer (Esser et al. 2021, eq. 7).
 Under ZeRO-3 that layer's weight is an empty shard and a graph can be walked back only once, so the graph is cut at the
@@ -8,7 +8,7 @@ reconstruction: both gradients are taken there, the layer's weight gradient is f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +20,27 @@ from ldmscale.models.discriminator import PatchDiscriminator
 from ldmscale.train.engine.engine import Engine
 
 
-@dataclass(frozen=True)
-class AdversaryTerms:
-    """`config.AutoencoderLossConfig` tells their meaning."""
+class GanOptions(Protocol):
+    """The `loss` section of the configuration, as far as the adversarial terms read it."""
 
-    gan: str
-    weight: float
-    adaptive: bool
-    start_step: int
-    r1_weight: float
-    r1_every_steps: int
+    @property
+    def gan(self) -> Literal["hinge", "vanilla"]: ...
+    @property
+    def gan_weight(self) -> float: ...
+    @property
+    def gan_adaptive(self) -> bool: ...
+    @property
+    def gan_start_step(self) -> int: ...
+    @property
+    def r1_weight(self) -> float: ...
+    @property
+    def r1_every_steps(self) -> int: ...
 
 
-class RealAndFake(nn.Module):
-    """The discriminator on both halves of its batch, in one forward of its engine, each with its own batch statistics.
+class DiscriminatorOnPair(nn.Module):
+    """The discriminator on real and fake images in one forward of its engine, each with its own batch statistics.
 
-    With a `direction` it also gives the derivative of the real logits along it.
+    With a `direction` it also returns the derivative of the real logits along it.
     """
 
     def __init__(self, discriminator: PatchDiscriminator) -> None:
@@ -53,41 +58,41 @@ class RealAndFake(nn.Module):
 class Adversary:
     """The discriminator's engine, and the decoder's last layer, whose input is captured in every training forward."""
 
-    def __init__(self, engine: Engine, last_layer: nn.Conv2d, terms: AdversaryTerms) -> None:
-        self.engine, self.last_layer, self.terms = engine, last_layer, terms
+    def __init__(self, engine: Engine, last_layer: nn.Conv2d, options: GanOptions) -> None:
+        self.engine, self.last_layer, self.options = engine, last_layer, options
         network = engine.network
-        assert isinstance(network, RealAndFake)
+        assert isinstance(network, DiscriminatorOnPair)
         self.network = network
         self._captured: Tensor | None = None
         last_layer.register_forward_hook(self._capture)
 
     def active(self, step: int) -> bool:
-        return step >= self.terms.start_step
+        return step >= self.options.gan_start_step
 
-    def pull(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of -mean(D(x')) at the reconstruction, and that value."""
-        adversarial = -self._frozen(reconstruction).mean()
-        (direction,) = torch.autograd.grad(adversarial, reconstruction)
+    def generator_loss_grad(self, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the generator loss -mean(D(x')) at the reconstruction, and the loss."""
+        loss = -self._logits_without_weight_grads(reconstruction).mean()
+        (direction,) = torch.autograd.grad(loss, reconstruction)
         self.network.requires_grad_(True)
-        return direction, adversarial.detach()
+        return direction, loss.detach()
 
-    def weight(self, fit: Tensor, adversarial: Tensor) -> Tensor:
-        """What the adversarial direction counts against that of the fit; a scalar, equal on all ranks."""
-        if not self.terms.adaptive:
-            return fit.new_tensor(self.terms.weight)
-        ratio = self._length(fit) / (self._length(adversarial) + 1e-4)
-        return ratio.clamp(0, 1e4) * self.terms.weight
+    def adaptive_weight(self, grad_rec: Tensor, grad_gan: Tensor) -> Tensor:
+        """The weight of the adversarial gradient against that of the reconstruction; a scalar, equal on all ranks."""
+        if not self.options.gan_adaptive:
+            return grad_rec.new_tensor(self.options.gan_weight)
+        ratio = self._last_layer_norm(grad_rec) / (self._last_layer_norm(grad_gan) + 1e-4)
+        return ratio.clamp(0, 1e4) * self.options.gan_weight
 
     def train(self, images: Tensor, reconstruction: Tensor, step: int) -> dict[str, Tensor]:
         """Forward and backward of the discriminator on one pass; its metrics."""
         dtype = self.engine.compute_dtype
-        penalised = self.terms.r1_weight > 0 and step % self.terms.r1_every_steps == 0
+        penalised = self.options.r1_weight > 0 and step % self.options.r1_every_steps == 0
         inputs = [images.to(dtype), reconstruction.to(dtype)]
         if penalised:
-            inputs.append(self._slope_at(images).to(dtype))
+            inputs.append(self._grad_penalty_direction(images).to(dtype))
         outputs = [out.float() for out in self.engine(*inputs)]
         real, fake = outputs[:2]
-        if self.terms.gan == "hinge":
+        if self.options.gan == "hinge":
             loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
         else:
             loss = (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
@@ -101,28 +106,31 @@ class Adversary:
             # With g = grad D held, d|grad D|^2/2 is the derivative along g: its value is |g|^2, its gradient the penalty's.
             along = outputs[2].mean()
             metrics["gan/r1"] = along.detach() / 2
-            loss = loss + self.terms.r1_weight * self.terms.r1_every_steps * along
+            loss = loss + self.options.r1_weight * self.options.r1_every_steps * along
         self.engine.backward(loss)
         return metrics
 
-    def forget(self) -> None:
-        """Let go of the captured input."""
+    def clear_cache(self) -> None:
+        """Release the captured input."""
         self._captured = None
 
-    def _frozen(self, images: Tensor) -> Tensor:
-        """Logits by the frozen module, until someone thaws it: its engine must see one forward a pass."""
+    def _logits_without_weight_grads(self, images: Tensor) -> Tensor:
+        """Discriminator logits with gradients to its weights disabled; the caller enables them again.
+
+        Called on the module, not the engine, which must run exactly one forward per backward.
+        """
         self.network.requires_grad_(False)
         logits: Tensor = self.network.discriminator(images.to(self.engine.compute_dtype))
         return logits.float()
 
-    def _slope_at(self, images: Tensor) -> Tensor:
+    def _grad_penalty_direction(self, images: Tensor) -> Tensor:
         """Gradient of each image's mean logit at the image, [B,3,H,W] float32."""
         held = images.detach().requires_grad_(True)
-        (slope,) = torch.autograd.grad(self._frozen(held).mean() * len(images), held)
+        (slope,) = torch.autograd.grad(self._logits_without_weight_grads(held).mean() * len(images), held)
         self.network.requires_grad_(True)
         return slope
 
-    def _length(self, direction: Tensor) -> Tensor:
+    def _last_layer_norm(self, direction: Tensor) -> Tensor:
         """Norm of the last weight's gradient, averaged over ranks, for a gradient [B,3,H,W] at the reconstruction."""
         layer, kept = self.last_layer, self._captured
         assert kept is not None

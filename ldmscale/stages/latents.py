@@ -78,9 +78,9 @@ class Encoder:
             self._threads.shutdown()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LatentsWork:
-    """What every shard of a set is made by.
+    """How every shard of a set of latents is made.
 
     Attributes:
         reader: reads the shards of images.

@@ -1,9 +1,10 @@
-"""The denoising objective of one batch: what is drawn, what the network should answer, what its error is worth."""
+"""The denoising objective of one batch: noisy latents and targets, and the weighted loss with its metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,9 +14,32 @@ from ldmscale.distributed import rng as draws
 from ldmscale.tracking.metrics import Metric, PartialMean
 
 
+class ObjectiveOptions(Protocol):
+    """What the network learns to predict and how its error is weighted: the `diffusion` section of the configuration."""
+
+    @property
+    def prediction(self) -> str: ...
+    @property
+    def loss(self) -> str: ...
+    @property
+    def caption_dropout(self) -> float: ...
+    @property
+    def spatial_dropout(self) -> float: ...
+    @property
+    def weighting(self) -> str: ...
+    @property
+    def min_snr_gamma(self) -> float: ...
+    @property
+    def offset_noise(self) -> float: ...
+    @property
+    def input_perturbation(self) -> float: ...
+    @property
+    def loss_bins(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Objective:
-    """What the network learns to predict, and how the error is measured; see `DiffusionConfig` for the sources."""
+    """An objective where no section of a configuration gives it, as in validation."""
 
     prediction: str  # "eps", "v" or "x0"
     loss: str  # "l2" or "l1"
@@ -25,21 +49,21 @@ class Objective:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     loss_bins: int = 4
-    spatial_dropout: float = 0.0  # share of joined channels replaced by zeros
+    spatial_dropout: float = 0.0  # share of spatial conditions replaced by zeros
 
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """Latents with noise, and the answer that is wanted."""
+    """Noisy latents and the target of the prediction."""
 
     x_t: Tensor  # float32 [B,C,h,w]
-    wanted: Tensor  # float32 [B,C,h,w]
+    target: Tensor  # float32 [B,C,h,w]
     t: Tensor  # int64 [B] on the device of the latents
-    host_t: Tensor  # the same on the host: choosing by them makes the host wait for no GPU
+    t_cpu: Tensor  # the same on the host: indexing by them does not make the host wait for a GPU
 
 
 def add_noise(
-    objective: Objective,
+    objective: ObjectiveOptions,
     schedule: NoiseSchedule,
     x0: Tensor,
     positions: Sequence[int],
@@ -67,24 +91,24 @@ def add_noise(
 
 
 def denoising_loss(
-    objective: Objective, schedule: NoiseSchedule, noisy: NoisyBatch, output: Tensor
+    objective: ObjectiveOptions, schedule: NoiseSchedule, noisy: NoisyBatch, output: Tensor
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """The weighted mean loss of a batch, with what is worth a metric besides it.
+    """The weighted mean loss of a batch, and further metrics.
 
     "loss/bin_k" is the unweighted mean of the samples whose timestep lies in the k-th of `loss_bins` equal ranges; a
-    range without samples has no entry, and the others count as many samples as they have: so their means over micro-batches
-    and ranks do not depend on how a batch was cut. "loss/unweighted" is there where a weighting is.
+    range without samples has no entry, and the others count as many samples as they have, so their means over micro-batches
+    and ranks do not depend on how a batch was split. "loss/unweighted" is added where a weighting is used.
     """
-    losses = process.loss_per_sample(output, noisy.wanted, objective.loss)  # [B]
-    plain = losses.detach()
+    losses = process.loss_per_sample(output, noisy.target, objective.loss)  # [B]
+    unweighted = losses.detach()
     measured: dict[str, Metric] = {}
     if objective.weighting == "min_snr":
         weight = process.min_snr_weight(schedule, objective.prediction, noisy.t, objective.min_snr_gamma)
         losses = losses * weight
-        measured["loss/unweighted"] = plain.mean()
-    bins = noisy.host_t * objective.loss_bins // schedule.timesteps
+        measured["loss/unweighted"] = unweighted.mean()
+    bins = noisy.t_cpu * objective.loss_bins // schedule.timesteps
     for k in sorted(set(bins.tolist())):
         chosen = (bins == k).nonzero().flatten()
-        mean = plain[chosen.to(plain.device, non_blocking=True)].mean()
+        mean = unweighted[chosen.to(unweighted.device, non_blocking=True)].mean()
         measured[f"loss/bin_{k + 1}"] = PartialMean(mean, len(chosen))
     return losses.mean(), measured

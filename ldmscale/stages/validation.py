@@ -77,7 +77,7 @@ def held_out_loss(
                 noisy = add_noise(objective, schedule, x0, numbers, SEED, timesteps)
                 conditions = batch_conditions(batch, first_stage).to(device)
                 output = network(noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, None)
-                losses = process.loss_per_sample(output, noisy.wanted, "l2").tolist()
+                losses = process.loss_per_sample(output, noisy.target, "l2").tolist()
                 found += zip(numbers, timesteps.tolist(), losses, strict=True)
         # Summed in the order of the samples, so that the sharing out does not show even in the last digit.
         rows = sorted(row for row in gather_lists(found) if row[0] < held_out.samples)

@@ -11,13 +11,17 @@ import torch.distributed as dist
 from gan_stage import batch, stage_of
 
 from ldmscale.checkpoint.manager import CheckpointManager
+from ldmscale.config.schema.losses import CodebookConfig
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.stages.autoencoder import AutoencoderStage
-from ldmscale.stages.codebook import PARAMETER, CodebookOptions
+from ldmscale.stages.codebook import PARAMETER
 from ldmscale.train.snapshot import restore, snapshot
 
 ROUNDS, REVIVE = 4, 3
-OPTIONS = CodebookOptions(24, True, ROUNDS, REVIVE, 4, 1.0)  # alarmed at every usage below 1
+# alarmed at every usage below 1
+OPTIONS = CodebookConfig(
+    start="kmeans", kmeans_rounds=ROUNDS, revive_after_steps=REVIVE, usage_window_steps=4, alarm_usage=1.0
+)
 SETTING = case.Case("vq", "group")
 
 

@@ -8,20 +8,22 @@ import gan_case as case
 import torch
 import torch.distributed as dist
 
-from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance, LossTerms
-from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
-from ldmscale.stages.gan import Adversary, AdversaryTerms, RealAndFake
+from ldmscale.config.schema.losses import AutoencoderLossConfig, CodebookConfig
+from ldmscale.config.schema.training import OptimConfig
+from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance
+from ldmscale.stages.codebook import CodebookMonitor
+from ldmscale.stages.gan import Adversary, DiscriminatorOnPair
 from ldmscale.train.engine.ema import ShardedEma
 from ldmscale.train.engine.engine import Engine, sharded_construction
 from ldmscale.train.engine.options import EngineOptions
 from ldmscale.train.stage import Batch
 
 DEVICE = torch.device("cpu")
-AS_PUBLISHED = CodebookOptions(24, False, 1, 0, 10, 0.0)
+AS_PUBLISHED = CodebookConfig(usage_window_steps=10, alarm_usage=0.0)
 
 
 def stage_of(
-    setting: case.Case, zero: int, table: CodebookOptions = AS_PUBLISHED, ema: float | None = None
+    setting: case.Case, zero: int, table: CodebookConfig = AS_PUBLISHED, ema: float | None = None
 ) -> AutoencoderStage:
     options = EngineOptions(
         zero, "fp32", case.PASS // dist.get_world_size(), case.PASSES, learning_rate=case.RATE, betas=case.BETAS,
@@ -30,29 +32,36 @@ def stage_of(
     torch.manual_seed(0)
     with sharded_construction(options):
         network = case.autoencoder(setting.kind, checkpointing="full")
-        judge = RealAndFake(case.discriminator(setting.norm))
+        judge = DiscriminatorOnPair(case.discriminator(setting.norm))
     generator = Engine("generator", network, options, DEVICE)
-    terms = AdversaryTerms(
-        "hinge" if setting.of_kl else "vanilla", case.GAN_WEIGHT, True, case.START,
-        case.R1_WEIGHT if setting.of_kl else 0.0, case.R1_EVERY,
-    )  # fmt: skip
+    loss = AutoencoderLossConfig(
+        perceptual="none",  # the stage is given case.distance
+        reduction="sum" if setting.of_kl else "mean",
+        perceptual_weight=case.PERCEPTUAL,
+        logvar="learned" if setting.of_kl else "fixed",
+        kl_weight=case.KL_WEIGHT,
+        codebook_weight=case.CODEBOOK_WEIGHT,
+        gan="hinge" if setting.of_kl else "vanilla",
+        gan_weight=case.GAN_WEIGHT,
+        gan_start_step=case.START,
+        r1_weight=case.R1_WEIGHT if setting.of_kl else 0.0,
+        r1_every_steps=case.R1_EVERY,
+    )
+    optim = OptimConfig(lr=case.RATE, betas=case.BETAS, eps=case.EPS[setting.kind])
     averages = [] if ema is None else [ShardedEma(generator.masters, ema)]
-    keeper = CodebookKeeper(generator, averages, table, 0)
+    codebook = CodebookMonitor(generator, averages=averages, size=24, options=table, seed=0)
     return AutoencoderStage(
         generator,
-        Adversary(Engine("discriminator", judge, options, DEVICE), network.last_layer, terms),
-        averages,
-        case.distance,
-        LossTerms(setting.of_kl, 1.0, case.PERCEPTUAL, case.KL_WEIGHT, case.CODEBOOK_WEIGHT),
-        LogVariance(
-            0.0, learned=setting.of_kl, passes=case.PASSES, betas=case.BETAS, eps=case.EPS[setting.kind]
-        ),
-        None if setting.of_kl else keeper,
-        0,
-        scale_batches,
-        {},
-        None,
-        DEVICE,
+        averages=averages,
+        loss=loss,
+        distance=case.distance,
+        adversary=Adversary(Engine("discriminator", judge, options, DEVICE), network.last_layer, loss),
+        log_variance=LogVariance(loss, optim, accumulation_steps=case.PASSES),
+        codebook=None if setting.of_kl else codebook,
+        scale_batches=scale_batches,
+        preview_batch={},
+        held_out=None,
+        seed=0,
     )
 
 

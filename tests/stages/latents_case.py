@@ -80,10 +80,15 @@ def prepared(
     scale = LatentScale(torch.zeros(4), torch.ones(4))
     sources = [{"name": f"{n:05d}.tar", "size": 1} for n in range(SHARDS)]
     work = LatentsWork(
-        SampleReader(index), ImageItem(SIZE, 0, caption_source="txt", tokenizer=tokenizer),
-        FirstStage(network, scale, torch.device("cpu")), form, sources, ledger,
-        batch, workers,
-    )  # fmt: skip
+        reader=SampleReader(index),
+        item=ImageItem(SIZE, 0, caption_source="txt", tokenizer=tokenizer),
+        first_stage=FirstStage(network, scale, torch.device("cpu")),
+        format=form,
+        sources=sources,
+        ledger=ledger,
+        batch=batch,
+        workers=workers,
+    )
     names = [f"{n:05d}.tar" for n in range(SHARDS)]
     return work, Claims(
         place, names, lambda n: is_finished(place, names[n], form, sources[n]), timeout_seconds=30.0

@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
+from ldmscale.config.schema.losses import CodebookConfig
 from ldmscale.models.autoencoder import VQAutoencoder
-from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
+from ldmscale.stages.codebook import CodebookMonitor
 from ldmscale.train.engine.engine import Engine
 from ldmscale.train.engine.options import EngineOptions
 from ldmscale.train.engine.process import connect, disconnect
@@ -27,7 +28,8 @@ def engine():
 
 
 def test_perplexity_usage_and_alarm_of_known_choices(engine, caplog):
-    keeper = CodebookKeeper(engine, [], CodebookOptions(8, False, 1, 0, 2, 0.2), 0)
+    options = CodebookConfig(usage_window_steps=2, alarm_usage=0.2)
+    keeper = CodebookMonitor(engine, averages=[], size=8, options=options, seed=0)
     metrics = keeper.count(torch.tensor([0, 1, 2, 3]).view(1, 2, 2), 0)
     assert float(metrics["codebook/perplexity"]) == pytest.approx(4.0), "n rows equally often"
     assert float(metrics["codebook/chosen"]) == 4 / 8
@@ -40,6 +42,6 @@ def test_perplexity_usage_and_alarm_of_known_choices(engine, caplog):
     assert float(metrics["codebook/alarm"]) == 1.0
     assert "the codebook collapses: 12.5% of its rows" in caplog.text
     assert keeper.idle.tolist() == [0, 3, 3, 3, 4, 4, 4, 4]
-    again = CodebookKeeper(engine, [], keeper.options, 0)
+    again = CodebookMonitor(engine, averages=[], size=8, options=options, seed=0)
     again.restore(keeper.state())
     assert torch.equal(again.idle, keeper.idle)

@@ -19,7 +19,7 @@ from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.evaluation_mode import evaluation_mode
 from ldmscale.models.first_stage import LatentScale
 from ldmscale.models.unet import UNet
-from ldmscale.stages.diffusion import DiffusionStage, PreviewConditions
+from ldmscale.stages.diffusion import DiffusionStage, Preview
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.objective import Objective
 from ldmscale.stages.validation import HeldOut
@@ -59,12 +59,15 @@ def diffusion_stage(classes: ClassEmbedder | None) -> DiffusionStage:
         first_stage=FirstStage(None, LatentScale(torch.zeros(4), torch.ones(4)), DEVICE),
         schedule=NoiseSchedule.make("linear", 100, 0.0015, 0.0195),
         objective=Objective("eps", "l2", caption_dropout=0.5),
-        sampler=SamplerOptions(steps=2, guidance=1.0),
-        preview=PreviewConditions(("one", "two"), Conditions(labels=torch.tensor([0, 1])), 0),
+        preview=Preview(
+            ("one", "two"),
+            Conditions(labels=torch.tensor([0, 1])),
+            first_seed=0,
+            sampler=SamplerOptions(steps=2, guidance=1.0),
+        ),
         latent_shape=SHAPE,
         seed=0,
         ranks=Ranks(0, 1, 0, 1),
-        device=DEVICE,
         held_out=HeldOut([batch(labels=True)], 2, 1),
     )
 
@@ -119,7 +122,7 @@ def test_an_autoencoder_stage_whose_forward_raises_trains_in_the_mode_of_before(
     before = modes(engine.network)
     broken = image_batch(0, 0)
     broken = broken | {"image": broken["image"][:, :2], "counts": broken["position"] >= 0}
-    stage.picture_batch, stage.measure_batches = broken, lambda: iter([broken])
+    stage.preview_batch, stage.scale_batches = broken, lambda: iter([broken])
     for evaluate in (lambda: stage.answer(broken), lambda: list(stage.pictures()), stage.finish):
         with pytest.raises(RuntimeError, match="channels"):
             evaluate()

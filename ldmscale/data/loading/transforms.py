@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class ImageItem:
 
     size: int
     seed: int
+    _: KW_ONLY
     crop: str = "center"
     flip: bool = False
     max_pixels: int = MAX_PIXELS
@@ -115,6 +116,7 @@ class LatentItem:
     """
 
     format: LatentFormat
+    _: KW_ONLY
     caption_source: str | None = "txt"
     tokenizer: Tokenizer | EncoderTokenizer | None = None
     labels: ClassLabels | None = None

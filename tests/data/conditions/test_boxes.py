@@ -79,7 +79,7 @@ def test_boxes_of_a_random_view_follow_the_image():
 
 def test_a_latent_is_told_the_boxes_of_its_view():
     format = LatentFormat("a", "latent", "float32", (1, 2, 2), {"size": 16}, flips=True)
-    item = LatentItem(format, None, flip=True, seed=5, layout=SMALL)
+    item = LatentItem(format, caption_source=None, flip=True, seed=5, layout=SMALL)
     told = members([{"class": "cat", "box": [0.25, 0.0, 0.5, 0.5]}], width=40, height=20)
     for position in range(12):
         tokens = item.told(told, position)["tokens"].tolist()
