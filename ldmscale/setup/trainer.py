@@ -129,7 +129,6 @@ def _checkpoints(run: Run, config: TrainingJob) -> RunCheckpoints:
         url=config.checkpoint.url,
         beside=BESIDE,
         storage=storage_of(config.data),
-        storage=storage,
     )
     averages = CheckpointManager(
         run.folder.averages,
