@@ -87,7 +87,11 @@ class RunFolder:
         A finished run that is trained further counts as unfinished until it reaches its new last step.
         """
         identity = self.identity()
-        identity |= {"attempts": number, "finished_step": None, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        identity |= {
+            "attempts": number,
+            "finished_step": None,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
         self.note(identity)
         self.samples.mkdir(parents=True, exist_ok=True)
         self.ledger.touch()
