@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldmscale.config import JOBS
+from ldmscale.config.typed import RETIRED
 from ldmscale.errors import ConfigError
 
 _HARMLESS = re.compile(r"[\w./:*+-]*")  # read as they are; spares the parser's time
@@ -78,7 +79,7 @@ def settle_overrides(job: str, overrides: Sequence[str]) -> list[str]:
     settled = [re.sub(r"^zero=([0-9](?:,[0-9])*)$", quote, override) for override in overrides]
     settled = [re.sub(r"^experiment=(\w+)$", own, override) for override in settled]
     settled = [re.sub(r"^(\w+)=null$", without, override) for override in settled]
-    known = set(typed_keys(JOBS[job]))
+    known = {*typed_keys(JOBS[job]), *RETIRED}
     settled = [
         plain(override) if override.split("=")[0].lstrip("+") in known else override for override in settled
     ]

@@ -14,6 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from ldmscale.config import JOBS, Job
 from ldmscale.errors import ConfigError
 
+# Settings that took null only, with what is given in their place. Files and commands of earlier versions may name them.
+RETIRED = {
+    "unet.num_classes": "labels enter by cross-attention, as published: remove it, and give class_embedder=...",
+}
 MISSING = "???"  # what OmegaConf leaves where a mandatory value was not given
 # Parts of pydantic's locations that name the branch of a union and no key; the last are kinds of text encoders
 _BRANCHES = ("str", "int", "float", "bool", "bert", "clip", "t5")
@@ -25,7 +29,7 @@ def read(kind: type[_T], values: Mapping[str, Any]) -> _T:
 
     Raises ConfigError with every missing, unknown and ill-typed key at once.
     """
-    values = _settle_job_choice(kind, values)
+    values = _without_retired(_settle_job_choice(kind, values))
     faults = set(_missing(values))
     try:
         result = TypeAdapter(kind).validate_python(values)
@@ -64,6 +68,15 @@ def _settle_job_choice(kind: type[Any], values: Mapping[str, Any]) -> dict[str, 
     return {"job": name, **values} if name else dict(values)
 
 
+def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(values)
+    for section, name in (key.split(".") for key in RETIRED):
+        part = found.get(section)
+        if isinstance(part, Mapping) and part.get(name, MISSING) is None:
+            found[section] = {key: value for key, value in part.items() if key != name}
+    return found
+
+
 def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _lists(v) for k, v in value.items()}
@@ -89,7 +102,7 @@ def _fault(error: Mapping[str, Any]) -> str:
     parts = [str(p) for p in error["loc"]]
     path = ".".join(p for p in parts if (p.isidentifier() and p not in _BRANCHES) or p.isdigit())
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{path} is unknown: remove it, or see the keys with --cfg job"
+        return f"{path} is unknown: {RETIRED.get(path, 'remove it, or see the keys with --cfg job')}"
     if error["type"] in ("missing", "missing_argument") or error.get("input") == MISSING:
         return _missing_fault(path)
     return f"{path}={error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
 
 from ldmscale.checkpoint.run_folder import RunFolder
-from ldmscale.config import AutoencoderJob, DiffusionJob, FrozenTextConfig, TextEncoderConfig
+from ldmscale.config import (
+    AutoencoderJob,
+    DiffusionJob,
+    FrozenTextConfig,
+    ImportedUNetConfig,
+    TextEncoderConfig,
+)
 from ldmscale.config.typed import read
 from ldmscale.errors import ConfigError
 from ldmscale.inference.load import load
@@ -69,7 +76,7 @@ def _diffusion(config: DiffusionJob, folder: RunFolder, parts: Parts) -> Model:
             "from here"
         )
     model = Model(
-        parts={"unet": _part(config.unet, parts.unet)},
+        parts={"unet": _part(ImportedUNetConfig(**asdict(config.unet)), parts.unet)},
         diffusion=config.diffusion,
         scale=parts.scale,
         latent_size=parts.latent_shape[1],

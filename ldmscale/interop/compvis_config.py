@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ldmscale.config import ClassEmbedderConfig, DiffusionConfig, SpatialConfig, UNetConfig
+from ldmscale.config import ClassEmbedderConfig, DiffusionConfig, ImportedUNetConfig, SpatialConfig
 from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.errors import DataError
 from ldmscale.interop.model import Model
@@ -198,7 +198,7 @@ def written(model: Model) -> dict[str, Any]:
     )
 
 
-def _condition(model: Model, unet: UNetConfig) -> dict[str, Any]:
+def _condition(model: Model, unet: ImportedUNetConfig) -> dict[str, Any]:
     """What LatentDiffusion is told of the condition: what reads it, under which key of a batch, and how it enters.
 
     Without `conditioning_key` it would join any condition to the latent, and without `cond_stage_config` it does not start.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ldmscale.config import AutoencoderConfig, UNetConfig
+from ldmscale.config import AutoencoderConfig, ImportedUNetConfig
 from ldmscale.interop.tensors import Slot
 from ldmscale.models.unet import heads_of
 
@@ -39,7 +39,7 @@ _STEM = {
 }
 
 
-def unet_slots(config: UNetConfig, names: Sequence[str]) -> list[Slot]:
+def unet_slots(config: ImportedUNetConfig, names: Sequence[str]) -> list[Slot]:
     """The slots of a U-Net whose tensors have `names`, without CompVis' prefix `model.diffusion_model.`."""
     modules = _unet_modules(config)
     slots: dict[str, Slot] = {}
@@ -56,7 +56,7 @@ def unet_slots(config: UNetConfig, names: Sequence[str]) -> list[Slot]:
     return list(slots.values())
 
 
-def _unet_modules(config: UNetConfig) -> dict[str, str]:
+def _unet_modules(config: ImportedUNetConfig) -> dict[str, str]:
     """Modules of ours (blocks, attentions, resamplings) to theirs."""
     modules = dict(_STEM)
     levels, number = len(config.channel_mult), 1
@@ -82,7 +82,7 @@ def _unet_modules(config: UNetConfig) -> dict[str, str]:
     return modules
 
 
-def _attention_slot(config: UNetConfig, module: str, there: str, rest: str) -> Slot:
+def _attention_slot(config: ImportedUNetConfig, module: str, there: str, rest: str) -> Slot:
     name = f"{module}.{rest}"
     if config.context_dim is not None:
         for ours, theirs in TRANSFORMER:
@@ -100,7 +100,7 @@ def _attention_slot(config: UNetConfig, module: str, there: str, rest: str) -> S
     return Slot(f"{there}.qkv.{last}", three, "qkv", heads)
 
 
-def _width(config: UNetConfig, module: str) -> int:
+def _width(config: ImportedUNetConfig, module: str) -> int:
     """Channels of an attention's level."""
     side, _, rest = module.partition(".")
     order = -1 if side == "mid_block" else int(rest.split(".")[0])

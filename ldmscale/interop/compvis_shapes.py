@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldmscale.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config import AutoencoderConfig, ImportedUNetConfig, TextEncoderConfig
 from ldmscale.errors import DataError
 
 Found = Mapping[str, Tensor]
@@ -38,7 +38,7 @@ def multiples(widths: list[int]) -> tuple[float, ...]:
     return tuple(w // channels if w % channels == 0 else w / channels for w in levels)
 
 
-def infer_unet(found: Found, heads: int | None, head_channels: int | None) -> UNetConfig:
+def infer_unet(found: Found, heads: int | None, head_channels: int | None) -> ImportedUNetConfig:
     """The U-Net that has these tensors. Raises DataError naming the tensor without which nothing can be said."""
     first, last = _shape(found, "input_blocks.0.0.weight"), _shape(found, "out.2.weight")
     ups = sorted(
@@ -53,7 +53,7 @@ def infer_unet(found: Found, heads: int | None, head_channels: int | None) -> UN
     widths = [_shape(found, f"input_blocks.{i}.0.out_layers.0.weight")[0] for i in starts]
     depth = _count(found, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
     context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    return UNetConfig(
+    return ImportedUNetConfig(
         in_channels=first[1],
         out_channels=last[0],
         channels=first[0],

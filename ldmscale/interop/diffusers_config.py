@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from ldmscale.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config import AutoencoderConfig, ImportedUNetConfig, TextEncoderConfig
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop.compvis_shapes import multiples
 
@@ -37,7 +37,7 @@ _TEXT_NEUTRAL: dict[str, Sequence[Any]] = {
 }  # fmt: skip
 
 
-def unet_config(values: Values) -> UNetConfig:
+def unet_config(values: Values) -> ImportedUNetConfig:
     """Of UNet2DConditionModel or UNet2DModel. Raises DataError naming each setting that our U-Net cannot follow."""
     conditional = values["_class_name"] == "UNet2DConditionModel"
     read = {
@@ -80,7 +80,7 @@ def unet_config(values: Values) -> UNetConfig:
     heads, size = _heads(values.get("attention_head_dim", 8), widths, levels, conditional, faults)
     if faults:
         raise DataError(faults)
-    return UNetConfig(
+    return ImportedUNetConfig(
         in_channels=values.get("in_channels", 4 if conditional else 3),
         out_channels=values.get("out_channels", 4 if conditional else 3),
         channels=widths[0],
@@ -123,7 +123,7 @@ def _heads(
     return 1, None
 
 
-def unet_values(config: UNetConfig, sample_size: int | None) -> dict[str, Any]:
+def unet_values(config: ImportedUNetConfig, sample_size: int | None) -> dict[str, Any]:
     """config.json of the class that can hold this U-Net. Raises ConfigError naming what neither class can express."""
     levels = len(config.channel_mult)
     widths = [round(config.channels * m) for m in config.channel_mult]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ldmscale.builders.networks import build_autoencoder, build_text_encoder, build_unet
-from ldmscale.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config import AutoencoderConfig, ImportedUNetConfig, TextEncoderConfig
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import diffusers_config as config_there
 from ldmscale.interop import diffusers_names as names_there
@@ -153,12 +153,12 @@ def _read_component(model: Model, name: str, folder: Path, faults: list[str]) ->
     model.source["components"][part] = options | {"name": name}
     if isinstance(config, AutoencoderConfig) and values.get("scaling_factor") is not None:
         model.scale_by(float(values["scaling_factor"]))
-    if isinstance(config, UNetConfig) and isinstance(values.get("sample_size"), int):
+    if isinstance(config, ImportedUNetConfig) and isinstance(values.get("sample_size"), int):
         model.latent_size = values["sample_size"]
 
 
 def _build(config: PartConfig) -> torch.nn.Module:
-    if isinstance(config, UNetConfig):
+    if isinstance(config, ImportedUNetConfig):
         return build_unet(config)
     if isinstance(config, AutoencoderConfig):
         return build_autoencoder(config)

@@ -23,9 +23,9 @@ from ldmscale.config import (
     AutoencoderConfig,
     ClassEmbedderConfig,
     DiffusionConfig,
+    ImportedUNetConfig,
     SpatialConfig,
     TextEncoderConfig,
-    UNetConfig,
 )
 from ldmscale.config.typed import read as read_values
 from ldmscale.errors import DataError
@@ -38,9 +38,9 @@ MODEL_FILE = "model.json"
 FORMAT = "ldmscale imported model"
 VERSION = 1
 SCHEDULE_KEYS = ("timesteps", "schedule", "beta_start", "beta_end", "prediction", "zero_terminal_snr")
-PartConfig = UNetConfig | AutoencoderConfig | TextEncoderConfig | ClassEmbedderConfig | SpatialConfig
+PartConfig = ImportedUNetConfig | AutoencoderConfig | TextEncoderConfig | ClassEmbedderConfig | SpatialConfig
 KINDS: dict[str, type[PartConfig]] = {
-    "unet": UNetConfig,
+    "unet": ImportedUNetConfig,
     "autoencoder": AutoencoderConfig,
     "text_encoder": TextEncoderConfig,
     "class_embedder": ClassEmbedderConfig,
@@ -91,8 +91,8 @@ class Model:
     unknown: dict[str, str] = field(default_factory=dict)
 
     @property
-    def unet(self) -> UNetConfig | None:
-        return cast(UNetConfig, self.parts["unet"].config) if "unet" in self.parts else None
+    def unet(self) -> ImportedUNetConfig | None:
+        return cast(ImportedUNetConfig, self.parts["unet"].config) if "unet" in self.parts else None
 
     @property
     def autoencoder(self) -> AutoencoderConfig | None:

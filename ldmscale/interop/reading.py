@@ -17,9 +17,9 @@ from torch import Tensor
 from ldmscale.config import (
     ClassEmbedderConfig,
     DiffusionConfig,
+    ImportedUNetConfig,
     SpatialConfig,
     TextEncoderConfig,
-    UNetConfig,
 )
 from ldmscale.config.compose import config_folder
 from ldmscale.data.tokenizers.bert import Tokenizer
@@ -41,7 +41,7 @@ class Given:
     """What the user says of a source; it goes before what lies beside it."""
 
     config: Path | None = None  # CompVis' yaml
-    unet: UNetConfig | None = None
+    unet: ImportedUNetConfig | None = None
     unet_heads: int | None = None
     unet_head_channels: int | None = None
     text_encoder: TextEncoderConfig | None = None
@@ -260,15 +260,15 @@ def _storable(value: Any) -> Any:
     return _storable(simple) if simple is not value else str(value)
 
 
-def published_unets(found: UNetConfig) -> list[str]:
+def published_unets(found: ImportedUNetConfig) -> list[str]:
     """The files of conf/unet/ whose networks have the same shapes. They bring the heads, which no shape tells."""
 
-    def shapes(config: UNetConfig) -> UNetConfig:
+    def shapes(config: ImportedUNetConfig) -> ImportedUNetConfig:
         return replace(config, heads=None, head_channels=None, dropout=0.0, checkpointing="off")
 
     names = []
     for path in sorted((config_folder() / "unet").glob("*.yaml")):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if "defaults" not in values and shapes(UNetConfig(**values)) == shapes(found):
+        if "defaults" not in values and shapes(ImportedUNetConfig(**values)) == shapes(found):
             names.append(path.stem)
     return names

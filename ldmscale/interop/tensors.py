@@ -105,12 +105,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} is no whole safetensors file ({error}): get it again") from error
 
 
-def metadata_of(path: Path) -> dict[str, str]:
-    """The texts in the header of a safetensors file."""
-    with safe_open(str(path), framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

@@ -109,7 +109,6 @@ FAULTS = [
     ("autoencoder", ["autoencoder.codebook_size=5"], 1, "a kl autoencoder has no codebook"),
     ("autoencoder", [], 1, "give the path of the weights"),
     ("autoencoder", ["loss.perceptual_weights=null"], 1, "or give loss.perceptual=efficientnet_lite0 or none"),
-    ("diffusion", ["unet.num_classes=10"], 1, "give unet.num_classes=null"),
     ("diffusion", ["diffusion.zero_terminal_snr=true"], 1, "give diffusion.prediction=v (or x0)"),
     ("diffusion", ["diffusion.beta_start=0.5"], 1, "the published are 0.00085 and 0.012"),
     ("diffusion", ["diffusion.loss_bins=1001"], 1, "give as many at most"),
@@ -162,6 +161,12 @@ def test_a_mixture_that_cannot_work_names_its_remedy(job, overrides, ranks, reme
 def test_a_mixture_that_can_work_has_no_fault():
     config = read(JOBS["diffusion"], compose_job("diffusion", ["experiment=smoke"]))
     assert check(config, 2) == []
+
+
+def test_a_setting_that_took_null_only_may_still_be_named():
+    assert composed("diffusion", "unet.num_classes=null") == composed("diffusion")
+    with pytest.raises(ConfigError, match=r"^unet.num_classes is unknown: .* give class_embedder="):
+        composed("diffusion", "unet.num_classes=10")
 
 
 def test_missing_unknown_and_ill_typed_values_are_told_together():

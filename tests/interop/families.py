@@ -13,9 +13,9 @@ from ldmscale.config import (
     AutoencoderConfig,
     ClassEmbedderConfig,
     DiffusionConfig,
+    ImportedUNetConfig,
     SpatialConfig,
     TextEncoderConfig,
-    UNetConfig,
 )
 from ldmscale.data.tokenizers.bert import SPECIAL
 from ldmscale.interop.compvis import to_state
@@ -23,7 +23,7 @@ from ldmscale.interop.model import Model, Part
 from ldmscale.models.conditions import ClassEmbedder, SpatialRescaler
 
 
-def unet(**changes) -> UNetConfig:
+def unet(**changes) -> ImportedUNetConfig:
     values = dict(
         in_channels=4,
         out_channels=4,
@@ -32,7 +32,7 @@ def unet(**changes) -> UNetConfig:
         blocks_per_level=1,
         attention_levels=(0,),
     )
-    return UNetConfig(**(values | changes))
+    return ImportedUNetConfig(**(values | changes))
 
 
 def first_stage(**changes) -> AutoencoderConfig:
@@ -55,7 +55,7 @@ VQ4 = first_stage(kind="vq", latent_channels=3, channel_mult=(1, 2, 2), codebook
 
 @dataclass
 class Family:
-    unet: UNetConfig | None = None
+    unet: ImportedUNetConfig | None = None
     autoencoder: AutoencoderConfig | None = None
     text_encoder: TextEncoderConfig | None = None
     class_embedder: ClassEmbedderConfig | None = None

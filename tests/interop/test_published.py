@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from ldmscale.builders.networks import build_autoencoder, build_text_encoder, build_unet
-from ldmscale.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from ldmscale.config import AutoencoderConfig, ImportedUNetConfig, TextEncoderConfig
 from ldmscale.config.compose import config_folder
 from ldmscale.interop import compvis_names as names_there
 from ldmscale.interop import compvis_shapes as shapes_there
@@ -26,7 +26,7 @@ def configs(group: str, kind: type) -> dict:
     return {name: kind(**values) for name, values in alone.items()}
 
 
-UNETS = {n: c for n, c in configs("unet", UNetConfig).items() if c.norm_groups == 32}
+UNETS = {n: c for n, c in configs("unet", ImportedUNetConfig).items() if c.norm_groups == 32}
 AUTOENCODERS = {
     n: c
     for n, c in configs("autoencoder", AutoencoderConfig).items()

@@ -88,11 +88,6 @@ def check_conditions(config: DiffusionJob) -> list[str]:
             f"unet.context_dim={unet.context_dim}, but nothing gives a context: give text_encoder=, class_embedder= or "
             "embeddings=, or unet.context_dim=null"
         )
-    if unet.num_classes is not None:
-        faults.append(
-            "unet.num_classes is set, but labels enter by cross-attention here, as published: give unet.num_classes=null "
-            "and class_embedder=..."
-        )
     joined = 0 if config.spatial is None else config.spatial.channels
     if unet.out_channels != latent or unet.in_channels != latent + joined:
         reason = f" and spatial.channels={joined}" if joined else ""

@@ -21,6 +21,7 @@ from ldmscale.config.schema.models import (
     ClassEmbedderConfig,
     EmbeddingsConfig,
     FrozenTextConfig,
+    ImportedUNetConfig,
     LayoutConfig,
     SpatialConfig,
     TextEncoderConfig,
@@ -164,7 +165,7 @@ class ImportJob:
     job: Literal["import"]
     src: str  # .ckpt, .safetensors or a diffusers folder
     dst: str  # the folder of the imported model
-    unet: UNetConfig | HeadsConfig
+    unet: ImportedUNetConfig | HeadsConfig
     text_encoder: TextEncoderConfig | HeadsConfig
     class_embedder: ClassEmbedderConfig | None = None
     spatial: SpatialConfig | None = None

@@ -63,10 +63,16 @@ class UNetConfig:
     transformer_depth: int = 1
     residual_updown: bool = False
     scale_shift_norm: bool = False  # the time vector scales and shifts, instead of being added
-    num_classes: int | None = None
     dropout: float = 0.0
     norm_groups: int = 32
     checkpointing: Checkpointing = "off"
+
+
+@dataclass(frozen=True, config=STRICT)
+class ImportedUNetConfig(UNetConfig):
+    """A U-Net of a model that was imported. No training of ours gives labels to the time vector."""
+
+    num_classes: int | None = None  # classes whose vectors are added to the time vector
 
 
 @dataclass(frozen=True, config=STRICT)

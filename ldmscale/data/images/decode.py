@@ -27,9 +27,6 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 LATENT = "latent.npy"
 """Member name of a latent."""
 
-DECODERS = ("pillow", "turbo")
-"""What decodes JPEGs: Pillow, or libjpeg-turbo itself through simplejpeg, which copies less."""
-
 _FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP"}
 _ORIENTATION = 0x0112
 
@@ -124,7 +121,7 @@ def decode_image(
         flip: mirror every second image left to right (by the generator).
         generator: gives the crop's place, then the flip; needed for `crop="random"` and `flip`.
         max_pixels: refuse larger images before decoding them.
-        decoder: of JPEGs (`DECODERS`).
+        decoder: of JPEGs: "pillow", or "turbo", libjpeg-turbo itself through simplejpeg, which copies less.
         out: takes the result, and is returned.
 
     Returns:

@@ -129,9 +129,6 @@ class LatentManifest:
             channel_std=tuple(record["channel_std"]),
         )
 
-    def shard_paths(self, folder: str | Path) -> list[str]:
-        return [str(Path(folder).absolute() / name) for name in self.shards]
-
     def check_autoencoder(self, autoencoder: str, folder: str | Path) -> None:
         """Compares the autoencoder that made the latents with the run's.
 

@@ -57,8 +57,6 @@ KINDS = {
 }
 """Kinds of damage, in words."""
 
-# The sample is used all the same: the decoder looks at the bytes, and the order at the spans.
-_HARMLESS = frozenset({"no_end_mark", "wrong_extension", "duplicate_member"})
 _LISTED = 200  # damages kept by name for each shard; all are counted
 _HEAD = 64 * 1024  # enough of an image to learn its size, nearly always
 
@@ -71,11 +69,6 @@ class Damage:
     key: str
     kind: str  # one of KINDS
     detail: str
-
-    @property
-    def harmless(self) -> bool:
-        """Whether the sample can be used in spite of it."""
-        return self.kind in _HARMLESS
 
     def __str__(self) -> str:
         return f"{self.shard}{': ' + self.key if self.key else ''}: {self.kind}: {self.detail}"
@@ -211,6 +204,7 @@ class _Scanner:
     def run(self) -> Scan:
         key: str | None = None
         group: dict[str, Member] = {}
+        repeated: list[Member] = []  # of the sample, with an extension that an earlier member has
         try:
             for member in members(self.read, self.size):
                 if member.refused:
@@ -224,18 +218,18 @@ class _Scanner:
                 if named is None:
                     continue  # README, LICENSE, .DS_Store: files that belong to no sample
                 if named[0] != key:
-                    self.close(key, group)
-                    key, group = named[0], {}
+                    self.close(key, group, repeated)
+                    key, group, repeated = named[0], {}, []
                 if named[1] in group:
                     self.note(key, "duplicate_member", f"two members end with .{named[1]}; the first counts")
-                    group[f"{named[1]}\0{member.start}"] = member  # keeps the span whole
+                    repeated.append(member)  # keeps the span whole
                 else:
                     group[named[1]] = member
         except TarFault as fault:
-            self.close(key, group)
+            self.close(key, group, repeated)
             self.note("", fault.kind, fault.detail)
         else:
-            self.close(key, group)
+            self.close(key, group, repeated)
         if not self.spans:
             self.note("", "empty_shard", f"no sample in {self.size} bytes")
         return Scan(
@@ -252,12 +246,13 @@ class _Scanner:
         if len(self.damage) < _LISTED:
             self.damage.append(Damage(self.shard, key, kind, detail))
 
-    def close(self, key: str | None, group: dict[str, Member]) -> None:
+    def close(self, key: str | None, group: dict[str, Member], repeated: list[Member]) -> None:
         """Ends a sample: its span, and what is wrong with it."""
         if key is None or not group:
             return
-        start = min(member.start for member in group.values())
-        nbytes = max(member.end for member in group.values()) - start
+        everything = [*group.values(), *repeated]
+        start = min(member.start for member in everything)
+        nbytes = max(member.end for member in everything) - start
         if nbytes >= 2**32:
             self.note(key, "too_large", f"{nbytes} bytes; samples must be smaller than 4 GiB")
             return

@@ -20,14 +20,6 @@ from ldmscale.storage.digest import sha256
 
 FORMAT = "ldmscale-selection-1"
 
-REASONS = {
-    "filter": "data.filter is false",
-    "filter_unknown": "data.filter asks for json keys that the sample does not have",
-    "caption": "the caption is shorter or longer than data.min_caption_words and max_caption_words, or unusable",
-    "image": "the image is smaller than data.min_image_side, or its header unusable",
-}
-"""Why a sample is not taken."""
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -82,7 +74,10 @@ class Selection:
             header: reads the image's header; raises DataError if that cannot be done.
 
         Returns:
-            (bucket + 1, ""), or (0, one of REASONS).
+            (bucket + 1, ""), or (0, the reason why the sample is not taken): "filter", `data.filter` is false;
+            "filter_unknown", it asks for json keys that the sample does not have; "caption", the caption is shorter or
+            longer than data.min_caption_words and max_caption_words, or unusable; "image", the image is smaller than
+            data.min_image_side, or its header unusable.
         """
         if self.condition is not None:
             verdict = self.condition(_record(member("json")))

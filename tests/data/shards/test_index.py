@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from ldmscale.data.shards.scan import SPAN
 from ldmscale.data.shards.urls import expand
 from ldmscale.errors import DataError
 
+CHECKOUT = Path(__file__).resolve().parents[3]
 WriteShards = Callable[..., list[str]]
 WriteTar = Callable[..., str]
 MakeImage = Callable[..., bytes]
@@ -314,3 +317,26 @@ def test_a_damaged_shard_gives_its_readable_samples(
         ShardIndex.open([str(tmp_path / "07.tar")], build_missing=True)
     with pytest.raises(DataError, match="missing_shard"):
         ShardIndex.build([str(tmp_path / "08.tar")])
+
+
+def test_two_members_of_one_name_are_reported_in_words_that_can_be_printed(
+    tmp_path: Path, write_tar: WriteTar, make_image: MakeImage
+) -> None:
+    image = make_image(format="JPEG")
+    path = write_tar(tmp_path / "a.tar", [("0001.jpg", image), ("0001.jpg", image)])
+    done = subprocess.run(
+        [sys.executable, "-m", "ldmscale", "index", f"data.shards={path}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    printed = done.stdout + done.stderr
+    assert f"missing_member: {path} 0001: no .txt for the caption (members: jpg)" in printed
+    assert f"duplicate_member: {path} 0001: two members end with .jpg; the first counts" in printed
+    assert "\0" not in printed
+    # The span of the sample holds both members.
+    index = ShardIndex.build([path])
+    assert index is not None and index.total == 1
+    assert SampleReader(index).read(0, 0).members == {"jpg": image}
