@@ -1,7 +1,7 @@
 """The dry run: one micro-batch forward and backward before the first step, so that missing memory shows at once.
 
 All shapes of a run are fixed, so one micro-batch with every network active is the largest there is. It changes
-nothing: gradients are thrown away, and buffers, counters and random states come back.
+nothing: gradients are discarded, and buffers, counters and random states are restored.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def rehearse(stage: Stage, batch: Batch, step: int) -> None:
             for name in stage.active(step):
                 rehearsals.enter_context(stage.engines[name].rehearsal())
             stage.micro_step(batch, step)
-            told = _told(stage, step)
+            memory = _memory_line(stage, step)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise
@@ -57,12 +57,12 @@ def rehearse(stage: Stage, batch: Batch, step: int) -> None:
     log.info(
         "a dry run of one micro-batch went well in %.1f s; GiB held / in theory:", time.perf_counter() - began
     )
-    for line in gather_lists([told]):
+    for line in gather_lists([memory]):
         log.info("  %s", line)
 
 
-def _told(stage: Stage, step: int) -> str:
-    """What this rank holds of each network while it has gradients, beside theory, and the peak of its memory."""
+def _memory_line(stage: Stage, step: int) -> str:
+    """The memory of each network on this rank while it has gradients, measured and in theory, and the peak."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = []
     for name in stage.active(step):
@@ -82,8 +82,8 @@ def _told(stage: Stage, step: int) -> str:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    said = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in said
+    allocator = "can't allocate memory" in str(error)  # torch's on a CPU raises RuntimeError
+    return allocator or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _device(stage: Stage) -> torch.device:
@@ -91,7 +91,7 @@ def _device(stage: Stage) -> torch.device:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryUsage:
     """Bytes on one rank."""
 
     weights: int  # as the forward pass sees them
@@ -103,7 +103,7 @@ class Held:
         return self.weights + self.gradients + self.states
 
 
-def measured(engine: Engine) -> Held:
+def measured(engine: Engine) -> MemoryUsage:
     """Bytes of the tensors that the engine holds now: within `rehearsal`, or before an update, also of gradients."""
     seen: set[int] = set()
     weights = _bytes(engine.weights(), seen)
@@ -111,10 +111,10 @@ def measured(engine: Engine) -> Held:
     moments = (
         v for state in engine.base_optimizer.state.values() for v in state.values() if torch.is_tensor(v)
     )
-    return Held(weights, gradients, _bytes([*engine.masters, *moments], seen))
+    return MemoryUsage(weights, gradients, _bytes([*engine.masters, *moments], seen))
 
 
-def expected(parameters: int, ranks: int, stage: int, precision: str, moments: int = 2) -> Held:
+def expected(parameters: int, ranks: int, stage: int, precision: str, moments: int = 2) -> MemoryUsage:
     """Theory's bytes on one rank; `moments` of the optimiser: 2 for AdamW, 0 for SGD."""
     weight = 2 if precision == "bf16" else 4
     weights = weight * parameters / (ranks if stage == 3 else 1)
@@ -122,7 +122,7 @@ def expected(parameters: int, ranks: int, stage: int, precision: str, moments: i
     # The fp32 weights of stages 0 and 3 are their own masters.
     own_masters = precision == "bf16" or stage in (1, 2)
     states = 4 * parameters * (moments + own_masters) / (ranks if stage >= 1 else 1)
-    return Held(round(weights), round(gradients), round(states))
+    return MemoryUsage(round(weights), round(gradients), round(states))
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:

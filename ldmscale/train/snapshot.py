@@ -88,7 +88,7 @@ def snapshot_averages(
 
 
 def restore(source: str | Path | Reader, engines: Mapping[str, Engine], averages: Averages) -> dict[str, Any]:
-    """Bring engines and averages to a checkpoint's state; returns what was saved beside the tensors.
+    """Bring engines and averages to a checkpoint's state; returns what was saved besides the tensors.
 
     Collective under ZeRO. The random state of each rank comes back if the number of ranks is the one that
     saved. An average that the checkpoint does not have starts from the restored weights. Raises

@@ -110,7 +110,7 @@ class ShardedEma:
         return min(self.decay, (1 + count) / (10 + count)) if self.warmup else self.decay
 
     def description(self) -> dict[str, float]:
-        """What a checkpoint says of it beside its weights."""
+        """What a checkpoint stores of it besides its weights."""
         return {"updates": self.updates, "decay": self.decay}
 
     @torch.no_grad()

@@ -70,16 +70,16 @@ class Engine:
         return self._backend(*args)
 
     def backward(self, loss: Tensor) -> None:
-        """Back-propagate the mean loss of one micro-batch; it is divided by the accumulation steps here."""
+        """Backward of the mean loss of one micro-batch, divided by the accumulation steps here."""
         self.refuse_averaged("backward")
         self._backend.backward(nan_if_nonfinite(loss))
 
     def step(self, *, discard: bool = False) -> bool:
         """Follows each backward. True when it closed an accumulation window and updated the weights.
 
-        A window with a non-finite loss or gradient is thrown away on all ranks, counted in `skipped_updates`, and
-        gives False; `at_boundary` tells it from a window that goes on. With `discard` (on all ranks) a window is
-        thrown away whatever its gradient.
+        A window with a non-finite loss or gradient is skipped on all ranks, counted in `skipped_updates`, and returns
+        False, as a step inside a window does; `at_boundary` distinguishes them. With `discard` (on all ranks) a window is
+        skipped whatever its gradient.
         """
         self.refuse_averaged("step")
         if not self._backend.closes_window():

@@ -1,4 +1,4 @@
-"""Joining and leaving the process group that DeepSpeed works in, and keeping its chatter away.
+"""Joins and leaves the process group that DeepSpeed works in, and routes its log messages.
 
 DeepSpeed is imported inside functions, because the import takes seconds.
 """
