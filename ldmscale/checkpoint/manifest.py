@@ -156,16 +156,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_text(folder / NAME, json.dumps(raw))
 
 
-def file_names(raw: Any, source: object) -> list[str]:
-    """Names of the files of tensors in a parsed manifest.
+def file_sizes(raw: Any, source: object) -> dict[str, int]:
+    """Bytes of the files of tensors in a parsed manifest, by their names.
 
-    Raises CheckpointError, once for all names, where one is none of those that ranks write.
+    Raises CheckpointError where a name is none of those that ranks write, a size is none, or there are no files.
     """
     try:
-        names = [file["name"] for file in raw["files"]]
+        sizes = {
+            accepted(file["name"], RANK_FILE, source, CheckpointError): file["size"] for file in raw["files"]
+        }
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{source} lists no files ({error!r}): take an older checkpoint") from error
-    return [accepted(name, RANK_FILE, source, CheckpointError) for name in names]
+    if not all(type(size) is int and size >= 0 for size in sizes.values()):
+        raise CheckpointError(f"{source} has a file without a size: take an older checkpoint")
+    return sizes
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -182,7 +186,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path} has format {written!r}, this version reads {FORMAT}: use the version that wrote it"
         )
-    names = file_names(raw, path)
+    file_sizes(raw, path)
     try:
         keys = {
             key: Entry(
@@ -195,9 +199,7 @@ def read_manifest(folder: Path) -> Manifest:
             images_seen=raw["images_seen"],
             world_size=raw["world_size"],
             libraries=raw["libraries"],
-            files=tuple(
-                FileRecord(**{**file, "name": name}) for file, name in zip(raw["files"], names, strict=True)
-            ),
+            files=tuple(FileRecord(**file) for file in raw["files"]),
             keys=keys,
             state=raw["state"],
         )

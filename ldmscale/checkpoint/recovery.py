@@ -8,12 +8,15 @@ from typing import Any
 from ldmscale.checkpoint.remote import RemoteCheckpoints
 from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.errors import ConfigError
+from ldmscale.storage.names import TOKENIZER_FILE, WANDB_ID, has_form
 from ldmscale.storage.object_store import Storage
 
 log = logging.getLogger(__name__)
 
 # Uploaded with every checkpoint. The configuration and the identity of the run are in the manifest.
-BESIDE = ("metrics.jsonl", "skipped_steps.jsonl", "classes.json", "tokenizer")
+_TOKENIZER = "tokenizer"  # a folder
+BESIDE = ("metrics.jsonl", "skipped_steps.jsonl", "classes.json", _TOKENIZER)
+_LARGEST = 8 << 30  # bytes of all of them: the metrics of ten million steps
 
 
 def recover(folder: RunFolder, url: str | None, storage: Storage) -> None:
@@ -29,8 +32,9 @@ def recover(folder: RunFolder, url: str | None, storage: Storage) -> None:
         steps = store.steps()
         if not steps:
             return
-        about: dict[str, Any] = store.state(steps[-1]).get("run", {})
-        names = store.get_beside(folder.path)
+        found = store.state(steps[-1]).get("run")
+        about: dict[str, Any] = found if isinstance(found, dict) else {}
+        names = store.get_beside(folder.path, _restorable, _LARGEST)
     except Exception as error:  # each store's library has its own
         raise ConfigError(
             f"checkpoint.url={url} cannot be read ({error!r}), and {folder.path} holds no run: whether a run is to be "
@@ -39,7 +43,15 @@ def recover(folder: RunFolder, url: str | None, storage: Storage) -> None:
     log.warning(
         "%s is gone: the run goes on from %s (%s)", folder.path, url, ", ".join(names) or "no metrics"
     )
-    if about.get("wandb_id") is not None:
+    if has_form(about.get("wandb_id"), WANDB_ID):
         folder.note({**folder.identity(), "wandb_id": about["wandb_id"]})
-    if about.get("config") is not None:
+    if isinstance(about.get("config"), dict):
         folder.settle_config(about["config"])  # last: from here on the folder holds the run
+
+
+def _restorable(name: str) -> bool:
+    """Whether an upload writes a file of this name: one of `BESIDE`, or a file of the tokenizer's folder. Never code."""
+    folder, slash, file = name.partition("/")
+    if slash:
+        return folder == _TOKENIZER and has_form(file, TOKENIZER_FILE)
+    return name in BESIDE and name != _TOKENIZER

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldmscale.checkpoint import manifest as manifests
 from ldmscale.checkpoint.folders import folder_name, step_of
 from ldmscale.checkpoint.shards import COMPLETE
-from ldmscale.errors import DataError
+from ldmscale.errors import CheckpointError, DataError
 from ldmscale.storage.atomic import sync
+from ldmscale.storage.names import shown
 from ldmscale.storage.object_store import Storage
 from ldmscale.storage.store_folder import StoreFolder
 from ldmscale.storage.upload_claim import Claim
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _BESIDE = "beside"
 _STARTS = "starts"
+_LARGEST_TEXT = 1 << 30  # bytes of a manifest
 
 
 class RemoteCheckpoints:
@@ -85,12 +87,27 @@ class RemoteCheckpoints:
             self._store.make(place.rpartition("/")[0])
             self._store.upload(path, place)
 
-    def get_beside(self, root: Path) -> list[str]:
-        """Download the files of the run into its folder; returns their names."""
-        names = list(self._store.below(_BESIDE))
-        for name in names:
+    def get_beside(self, root: Path, wanted: Callable[[str], bool], most_bytes: int) -> list[str]:
+        """Download the files of the run into its folder; returns their names.
+
+        Anyone who may write to the store can put files there. Those whose names are not `wanted`, and those beyond
+        `most_bytes` in all, are left in the store, which is logged.
+        """
+        found = self._store.below(_BESIDE)
+        names, left = [], most_bytes
+        for name in sorted(filter(wanted, found)):
+            if found[name].size > left:
+                log.warning("%s/%s/%s has %d bytes: left there", self.url, _BESIDE, name, found[name].size)
+                continue
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            self._store.download(f"{_BESIDE}/{name}", root / name)
+            self._store.download(f"{_BESIDE}/{name}", root / name, most_bytes=left)
+            left -= found[name].size
+            names.append(name)
+        if foreign := sorted(name for name in found if not wanted(name)):
+            log.warning(
+                "%s/%s holds %d files that no upload of a run writes, left there: %s",
+                self.url, _BESIDE, len(foreign), ", ".join(map(shown, foreign[:5])),
+            )  # fmt: skip
         return names
 
     def state(self, step: int) -> dict[str, Any]:
@@ -98,11 +115,17 @@ class RemoteCheckpoints:
         state: dict[str, Any] = json.loads(self._read(step, manifests.NAME))["state"]
         return state
 
-    def files(self, step: int) -> list[str]:
-        """Names of a checkpoint's files of tensors."""
-        return [file["name"] for file in json.loads(self._read(step, manifests.NAME))["files"]]
+    def files(self, step: int) -> dict[str, int]:
+        """Bytes of a checkpoint's files of tensors by their names. Raises CheckpointError as `manifest.file_sizes`."""
+        source = f"{self.url}/{_place(step, manifests.NAME)}"
+        return manifests.file_sizes(json.loads(self._read(step, manifests.NAME)), source)
 
     def _read(self, step: int, name: str) -> bytes:
+        size = self._store.size(_place(step, name))
+        if size is not None and size > _LARGEST_TEXT:
+            raise CheckpointError(
+                f"{self.url}/{_place(step, name)} has {size} bytes, expected {_LARGEST_TEXT} at most: remove that checkpoint"
+            )
         return self._store.storage.content(f"{self.url}/{_place(step, name)}")
 
     def get_small(self, step: int, folder: Path) -> None:
@@ -111,9 +134,9 @@ class RemoteCheckpoints:
             (folder / name).write_bytes(self._read(step, name))
             sync(folder / name)
 
-    def get(self, step: int, name: str, folder: Path) -> None:
-        """Download one file into a folder, flushed to the disk."""
-        self._store.download(_place(step, name), folder / name)
+    def get(self, step: int, name: str, size: int, folder: Path) -> None:
+        """Download one file of `size` bytes into a folder, flushed to the disk."""
+        self._store.download(_place(step, name), folder / name, most_bytes=size)
         sync(folder / name)
 
     def remove(self, step: int) -> None:

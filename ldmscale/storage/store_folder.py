@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldmscale.errors import DataError
 from ldmscale.storage.object_store import AbsentError, ShardState, Short, Storage, state_of
 
 _BYTES_A_TRY = 16 * 2**20  # of a large object, in the time that one try may take
@@ -118,10 +119,14 @@ class StoreFolder:
             lambda: self.storage.bounded(fs, "put_file", str(file), path, tries=tries), f"{self.url}/{name}"
         )
 
-    def download(self, name: str, file: Path) -> None:
-        """Writes an object into a local file. Raises AbsentError if it is not there."""
+    def download(self, name: str, file: Path, most_bytes: int) -> None:
+        """Writes an object into a local file. Raises AbsentError if it is not there, DataError if it is larger."""
         url = f"{self.url}/{name}"
         size = int(self.storage.info(url)["size"])
+        if size > most_bytes:
+            raise DataError(
+                f"{url} has {size} bytes, expected {most_bytes} at most: it is not what was written there"
+            )
         fs, path = self.storage.locate(url)
 
         def once() -> None:
