@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from ldmscale.config import (
     TextEncoderConfig,
     UNetConfig,
 )
+from ldmscale.config.checks.pretrained_text import parts_elsewhere
 from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.errors import ConfigError
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
@@ -160,6 +162,8 @@ def open_text_encoder(config: FrozenTextConfig) -> FrozenTextEncoder:
     """
     from transformers.utils import logging as chatter
 
+    if faults := parts_elsewhere(Path(config.path)):
+        raise ConfigError(faults)
     # It reports the weights of CLIP's other half; what is missing is refused below.
     chatter.set_verbosity_error()  # type: ignore[no-untyped-call]
     chatter.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -32,6 +32,7 @@ _PLAIN = r"[^/\\.\-][^/\\]*"
 PLAIN = _form("a plain file name", _PLAIN)
 FOLDER = _form("the plain name of a folder", _PLAIN)
 SAFETENSORS = _form("a plain file name that ends in .safetensors", _PLAIN + r"\.safetensors")
+WEIGHTS = _form("a plain file name that ends in .safetensors or .bin", _PLAIN + r"\.(safetensors|bin)")
 TAR = _form("a plain file name that ends in .tar", _PLAIN + r"\.tar")
 TOKENIZER_FILE = _form("a plain file name that ends in .json, .txt or .model", _PLAIN + r"\.(json|txt|model)")
 RANK_FILE = _form("rank_00000.safetensors or the like", r"rank_[0-9]{5,9}\.safetensors")

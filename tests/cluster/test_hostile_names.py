@@ -63,6 +63,16 @@ def slurm_options(script: str) -> dict[str, str]:
     return found
 
 
+def environment_of(folder: Path, srun: str) -> tuple[dict[str, str], Path]:
+    """Variables of a job with another program in the place of srun, and the file that `RANK` writes."""
+    programs, seen = folder / "programs", folder / "seen.json"
+    programs.mkdir()
+    (programs / "srun").write_text(srun)
+    (programs / "srun").chmod(0o755)
+    own = {"PATH": f"{programs}:{os.environ['PATH']}", "SEEN": str(seen)}
+    return os.environ | own | {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "here"}, seen
+
+
 @pytest.mark.parametrize("name", HELD)
 def test_a_script_runs_nothing_of_a_name_and_its_paths_arrive_whole(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "work" / HELD[name]
@@ -83,16 +93,7 @@ def test_a_script_runs_nothing_of_a_name_and_its_paths_arrive_whole(name: str, t
     script = render(frozen, "diffusion", HELD[name], logs, folder, cluster)
     frozen.script.write_text(script)
 
-    programs, seen = tmp_path / "programs", tmp_path / "seen.json"
-    programs.mkdir()
-    (programs / "srun").write_text(SRUN)
-    (programs / "srun").chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "SEEN": str(seen),
-        "SLURM_JOB_ID": "17",
-        "SLURM_JOB_NODELIST": "here",
-    }
+    environment, seen = environment_of(tmp_path, SRUN)
     before = sorted(tmp_path.rglob("*"))
     done = subprocess.run(
         ["bash", str(frozen.script)], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
@@ -105,6 +106,24 @@ def test_a_script_runs_nothing_of_a_name_and_its_paths_arrive_whole(name: str, t
     options = slurm_options(script)
     assert options["output"] == str(logs / "slurm_17.out") and options["chdir"] == str(folder)
     assert (options["job-name"], options["partition"]) == (HELD[name], HELD[name])
+
+
+def test_the_count_of_failures_is_a_number_and_nothing_else_is_evaluated(tmp_path: Path) -> None:
+    frozen = Frozen(tmp_path / "run" / "submissions" / "0001")
+    frozen.folder.mkdir(parents=True)
+    cluster = ClusterConfig(nodes=1, tasks_per_node=1, max_failures_without_progress=0)
+    frozen.script.write_text(render(frozen, "diffusion", "name", tmp_path / "run", tmp_path, cluster))
+    environment, _ = environment_of(tmp_path, "#!/usr/bin/env bash\nexit 7\n")
+    command = ["bash", str(frozen.script)]
+    counts = {"a[$(touch PWNED)]": "1", "PWNED=1": "1", "": "1", "08": "9", "2": "3", "9" * 20: "1"}
+    for before, after in counts.items():
+        (frozen.folder / "failures_0").write_text(before + "\n")
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 7 and "giving up" in done.stdout, done.stdout + done.stderr
+        assert (frozen.folder / "failures_0").read_text() == f"{after}\n", before
+    assert not list(tmp_path.rglob("PWNED"))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import text_folders
 import torch
@@ -127,3 +130,21 @@ def test_what_cannot_be_opened_is_told(config, tmp_path):
     with pytest.raises(DataError, match="gives no tokenizer"):
         keep(str(tmp_path), tmp_path / "run")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_in_several_files_is_opened_where_all_of_them_lie_in_its_folder(config, tmp_path):
+    folder = tmp_path / "split"
+    REFERENCE[config.kind].from_pretrained(config.path).save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    split = other(config, path=str(folder))
+    whole, found = (open_text_encoder(each).state_dict() for each in (config, split))
+    assert len(set(values["weight_map"].values())) > 1 and all(
+        torch.equal(found[k], v) for k, v in whole.items()
+    )
+    key, name = next(iter(values["weight_map"].items()))
+    shutil.copy(folder / name, tmp_path / name)  # so that nothing but its place is wrong
+    for elsewhere in (f"../{name}", str(tmp_path / name), 5):
+        index.write_text(json.dumps({**values, "weight_map": {**values["weight_map"], key: elsewhere}}))
+        with pytest.raises(ConfigError, match="expected a plain file name"):
+            open_text_encoder(split)

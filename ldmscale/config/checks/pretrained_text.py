@@ -13,7 +13,9 @@ from typing import Any
 
 from ldmscale.config import FrozenTextConfig, TextEncoderConfig
 from ldmscale.errors import ConfigError
+from ldmscale.storage import names
 from ldmscale.storage.hub import hub_file
+from ldmscale.storage.names import has_form, shown
 
 # model_type in config.json, and what text_encoder.kind calls it
 KINDS = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}
@@ -44,20 +46,39 @@ def text_shape(path: str) -> TextShape:
     if os.path.isdir(path):
         folder = Path(path)
         faults = [
-            f"{path} has no {what} ({', '.join(names)}): give a folder that save_pretrained of model and tokenizer wrote"
-            for what, names in (
+            f"{path} has no {what} ({', '.join(files)}): give a folder that save_pretrained of model and tokenizer wrote"
+            for what, files in (
                 ("config.json", ("config.json",)),
                 ("weights", WEIGHTS),
                 ("tokenizer", TOKENIZERS),
             )
-            if not any((folder / name).is_file() for name in names)
+            if not any((folder / name).is_file() for name in files)
         ]
-        if faults:
+        if faults := [*faults, *parts_elsewhere(folder)]:
             raise ConfigError(faults)
         file = folder / "config.json"
     else:
         file = _from_hub(path)
     return _described(json.loads(file.read_text(encoding="utf-8")))
+
+
+def parts_elsewhere(folder: Path) -> list[str]:
+    """Faults of the indexes of a model that is split into files: names of files that are not in its folder."""
+    faults = []
+    for index in (folder / name for name in WEIGHTS if name.endswith(".index.json")):
+        if not index.is_file():
+            continue
+        try:
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            foreign = [name for name in named if not has_form(name, names.WEIGHTS)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            faults.append(f"{index} has no weight_map of tensors and files: download it again")
+            continue
+        if foreign:
+            faults.append(
+                f"{index} names {shown(foreign[0])}: expected {names.WEIGHTS.words}; download it again"
+            )
+    return faults
 
 
 def _described(settings: dict[str, Any]) -> TextShape:
