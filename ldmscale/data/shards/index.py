@@ -155,6 +155,10 @@ class ShardIndex:
                 f"the {len(urls)} shards hold no sample{'' if wanted is None else ' that is selected'} at all; look at "
                 "what `ldmscale index data.shards=...` says"
             )
+        if index.shards != urls:  # its name is a hash of them, and its content may be anyone's
+            raise DataError(
+                f"the index {merged} names other shards than data.shards: delete it, and start the same command again"
+            )
         return index
 
     @classmethod

@@ -340,3 +340,20 @@ def test_two_members_of_one_name_are_reported_in_words_that_can_be_printed(
     index = ShardIndex.build([path])
     assert index is not None and index.total == 1
     assert SampleReader(index).read(0, 0).members == {"jpg": image}
+
+
+def test_an_index_that_names_other_shards_than_the_user_is_refused(
+    tmp_path: Path, write_shards: WriteShards
+) -> None:
+    shards = write_shards(tmp_path / "mine", [2, 2])
+    (tmp_path / "secret").write_bytes(b"of another" * 1000)
+    index = ShardIndex.build(shards)
+    assert index is not None
+    line, _, spans = index.path.read_bytes().partition(b"\n")
+    header = json.loads(line)
+    for names in ([shards[0], str(tmp_path / "secret")], shards[::-1], shards[:1]):
+        index.path.write_bytes(json.dumps({**header, "urls": names}).encode() + b"\n" + spans)
+        with pytest.raises(DataError, match=r"names other shards than data\.shards"):
+            ShardIndex.open(shards)
+    index.path.write_bytes(line + b"\n" + spans)
+    assert ShardIndex.open(shards).shards == shards
