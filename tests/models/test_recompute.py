@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from parity import draw
 from torch import Tensor
 
-from ldmscale.models.layers import Upsample
 from ldmscale.models.recompute import geglu_linear, norm_silu
 from ldmscale.models.transformer import GatedFeedForward
 
@@ -90,32 +89,3 @@ def test_differentiating_twice_is_refused_and_not_silently_wrong() -> None:
     (first,) = torch.autograd.grad(geglu_linear(x, weight, bias).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_upsampling_with_taps_added_up_before_is_the_same_algebra(layout: torch.memory_format) -> None:
-    layer = Upsample(6).double()
-    x = draw(2, 6, 15, 20).contiguous(memory_format=layout).requires_grad_(True)  # 600 positions
-    upstream = draw(2, 6, 30, 40, seed=4)
-    parameters = (x, layer.conv.weight, layer.conv.bias)
-    found = layer(x)
-    found_gradients = torch.autograd.grad(found, parameters, upstream)
-    repeated = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    expected = F.conv2d(repeated, layer.conv.weight, layer.conv.bias, padding=1)
-    assert (
-        found.grad_fn.next_functions[1] != expected.grad_fn.next_functions[1]
-    )  # the weight goes through sums
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for f, e in zip(found_gradients, torch.autograd.grad(expected, parameters, upstream), strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
-
-
-def test_small_maps_and_half_precision_upsample_by_the_published_convolution() -> None:
-    layer = Upsample(4)
-    small = draw(1, 4, 4, 4).float()
-    repeated = F.interpolate(small, scale_factor=2.0, mode="nearest")
-    assert torch.equal(layer(small), F.conv2d(repeated, layer.conv.weight, layer.conv.bias, padding=1))
-    layer.bfloat16()
-    large = draw(2, 4, 16, 16).bfloat16()
-    repeated = F.interpolate(large, scale_factor=2.0, mode="nearest")
-    assert torch.equal(layer(large), F.conv2d(repeated, layer.conv.weight, layer.conv.bias, padding=1))
