@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldmscale.config import DiffusionJob, EmbeddingsConfig, TextEncoderConfig
-from ldmscale.data.conditions.annotations import ClassLabels, GivenEmbeddings
+from ldmscale.config import DiffusionJob, TextEncoderConfig
+from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.conditions.boxes import LayoutTokens
 from ldmscale.data.conditions.segmentation import ClassMaps
 from ldmscale.data.conditions.spatial import Holes, SmallImages
@@ -17,7 +17,7 @@ from ldmscale.data.loading.transforms import ImageItem, LatentItem
 from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
 from ldmscale.setup.classes import settle_classes, settle_layout
-from ldmscale.setup.index import shapes_of
+from ldmscale.setup.index import embeddings_reader, shapes_of
 from ldmscale.setup.run import Run
 from ldmscale.setup.text import settle_tokenizer
 
@@ -102,8 +102,3 @@ def map_reader(config: DiffusionJob) -> ClassMaps | None:
         return None
     assert spatial.map_classes is not None
     return ClassMaps(spatial.map_member, spatial.map_classes, 2**spatial.halvings / config.autoencoder.factor)
-
-
-def embeddings_reader(given: EmbeddingsConfig | None) -> GivenEmbeddings | None:
-    """Reads the embeddings of a sample; None for a model that reads none."""
-    return None if given is None else GivenEmbeddings(given.member, given.width, given.max_tokens)

@@ -16,14 +16,46 @@ from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import EvaluateJob
 from ldmscale.data.shards.urls import expand
 from ldmscale.distributed.environment import Ranks
+from ldmscale.distributed.process_group import close_world, open_world
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.evaluation.held_out import ImageSet, ReconstructionScores
 from ldmscale.evaluation.metrics import FeatureSums, frechet_distance
 from ldmscale.inference.load import load
 from ldmscale.models.autoencoder import KLAutoencoder
 from ldmscale.models.first_stage import digest
+from ldmscale.setup.index import open_index
+from ldmscale.storage.atomic import write_json
+from ldmscale.tracking.logs import set_up_logging
 
 log = logging.getLogger(__name__)
+
+
+def evaluate(config: EvaluateJob, ranks: Ranks) -> None:
+    """Measure the model as configured; rank 0 writes the result with its protocol to one JSON file. Collective."""
+    world = open_world(ranks)
+    set_up_logging(None, ranks)
+    index = open_index(config.data.shards, config.data, ranks)
+    images = ImageSet(index, config.data, min(config.evaluate.samples or index.total, index.total))
+    if images.count < 1:
+        raise DataError(f"data.shards={config.data.shards} holds no samples")
+    measure = {"reconstruction": evaluate_reconstruction}[config.evaluate.kind]
+    result = measure(config, images, ranks, world.device)
+    if ranks.is_main:
+        chosen = config.evaluate
+        out = chosen.out or str(Path(chosen.model) / "evaluation" / f"{chosen.kind}.json")
+        write_json(Path(out), result, indent=1)
+        log.info("%s; all of it is in %s", _summary(result), out)
+    close_world()
+
+
+def _summary(result: dict[str, Any]) -> str:
+    parts = []
+    for name, value in result["metrics"].items():
+        if isinstance(value, dict):
+            parts.append(f"{name} ({value['name']}) {value['distance']:.4f}")
+        else:
+            parts.append(f"{name} {value:.4f}")
+    return f"{result['protocol']['images']} images: {', '.join(parts)}"
 
 
 def evaluate_reconstruction(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ldmscale.config import DataConfig
+from ldmscale.config import DataConfig, EmbeddingsConfig
 from ldmscale.config.schema.data import WeightedShardsConfig
+from ldmscale.data.conditions.annotations import GivenEmbeddings
 from ldmscale.data.images.buckets import Shape, bucket_shapes
 from ldmscale.data.shards.mixture import Mixture, WeightedShards
 from ldmscale.data.shards.selection import Selection
@@ -74,3 +75,8 @@ def storage_of(data: DataConfig) -> Storage:
     """How remote shards are reached."""
     given = data.storage
     return Storage(given.options, given.endpoint, given.patience_seconds, given.request_seconds)
+
+
+def embeddings_reader(given: EmbeddingsConfig | None) -> GivenEmbeddings | None:
+    """Reads the embeddings of a sample; None for a model that reads none."""
+    return None if given is None else GivenEmbeddings(given.member, given.width, given.max_tokens)
