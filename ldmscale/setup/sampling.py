@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 def sample_set(config: SampleConfig, ranks: Ranks) -> None:
     """Sample the images that are missing in the output folder, shared out over the ranks. Collective."""
-    # The ranks meet when all have drawn their share, which may be hours after the first.
+    # The ranks meet when all have sampled their share, which may be hours after the first.
     world = open_world(ranks, timeout_minutes=24 * 60.0)
     set_up_logging(None, ranks)
     made_by = parameters(config)
-    # Rank 0 looks alone: its answer stands, whatever the others draw meanwhile.
+    # Rank 0 looks for missing images alone: the folder changes as soon as a rank samples.
     prompts, out, missing = from_main_rank(lambda: prepare_set(config, made_by))
     folder = SampleFolder(out, made_by)
     wanted = prompts.images(config.images_per_prompt, config.first_seed, config.distinct_seeds)
@@ -55,33 +55,31 @@ def sample_set(config: SampleConfig, ranks: Ranks) -> None:
             draw_images(parts, mine, len(missing), config, folder, ranks)
         except LdmscaleError as error:
             fault = error
-    told = _faults_of_ranks(fault)  # the ranks meet here, also those that could not draw their share
-    if told is not None:
+    shared = _shared_fault(fault)  # the ranks meet here, also those that failed
+    if shared is not None:
         if ranks.is_main:
             folder.abandon()
-        raise told
+        raise shared
     if ranks.is_main:
         folder.write_grid(wanted, config.images_per_prompt if config.images_per_prompt > 1 else None)
         log.info("images and grid.png are in %s", folder.path)
     close_world()
 
 
-def _faults_of_ranks(fault: LdmscaleError | None) -> LdmscaleError | None:
-    """What kept any rank from drawing its share, as one error that is the same on all. Collective."""
-
+def _shared_fault(fault: LdmscaleError | None) -> LdmscaleError | None:
+    """The faults of all ranks as one error, the same on every rank; None if there are none. Collective."""
     own = [] if fault is None else [(isinstance(fault, (ConfigError, DataError)), str(fault).split("\n"))]
-    told = gather_lists(own)
-    if not told:
+    found = gather_lists(own)
+    if not found:
         return None
-    texts = list(dict.fromkeys(text for _, lines in told for text in lines))
-    users = all(of_user for of_user, _ in told)
+    texts = list(dict.fromkeys(text for _, lines in found for text in lines))
+    users = all(of_user for of_user, _ in found)
     return ConfigError(texts) if users else LdmscaleError("; ".join(texts), shared=True)
 
 
 def parameters(config: SampleConfig) -> dict[str, str]:
-    """What an image depends on besides its prompt and seed, as its PNG and sample.json tell it."""
-
-    told = {
+    """The parameters that an image depends on besides its prompt and seed, for its PNG and sample.json."""
+    found = {
         "ldmscale": __version__,
         "model": str(Path(config.model).absolute()),
         "checkpoint": _weights(Path(config.model)),
@@ -89,20 +87,19 @@ def parameters(config: SampleConfig) -> dict[str, str]:
     for name in ("ema", "precision", "sampler", "spacing", "steps", "eta", "guidance", "guidance_rescale",
                  "height", "width", "strength", "images_per_prompt", "first_seed", "distinct_seeds"):  # fmt: skip
         value = getattr(config, name)
-        told[name] = "" if value is None else str(value)
+        found[name] = "" if value is None else str(value)
     if config.spatial_guidance != 1:
-        told["spatial_guidance"] = str(config.spatial_guidance)
+        found["spatial_guidance"] = str(config.spatial_guidance)
     for name in ("image", "mask"):
         path = getattr(config, name)
-        told[name] = "" if path is None else f"{path} ({file_digest(path)})"
+        found[name] = "" if path is None else f"{path} ({file_digest(path)})"
     if config.condition is not None:
-        told["condition"] = conditions_digest(config.condition)
-    return told
+        found["condition"] = conditions_digest(config.condition)
+    return found
 
 
 def _weights(model: Path) -> str:
-    """What tells the weights of a model from others: the checkpoint's name and manifest, or the files of other formats."""
-
+    """Identifies the weights of a model: the checkpoint's name and manifest, or the files of other formats."""
     run = RunFolder(model)
     given = model if (model / "COMPLETE").is_file() else None
     checkpoint = given or (newest_checkpoint(run.checkpoints) if run.config_file.is_file() else None)
