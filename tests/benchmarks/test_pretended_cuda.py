@@ -1,0 +1,168 @@
+"""What benchmarks/pretended_cuda counts: known graphs, today's steps, and the networks of diffusers. No times are asserted.
+
+Each test starts processes, because CUDA must be pretended before torch is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.pretended_cuda.device import Unsupported, library
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pretended() -> None:
+    try:
+        library()
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def counted(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """What `python -m benchmarks.pretended_cuda` writes as JSON."""
+    path = tmp_path / "counted.json"
+    done = python("-m", "benchmarks.pretended_cuda", *arguments, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Any]:
+    """What program_counters.py counts."""
+    done = python(str(HERE / "program_counters.py"))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_counts_of_known_graphs_are_those_computed_by_hand(known: dict[str, Any]) -> None:
+    found = known
+    forward = found["forward"]  # relu of a linear layer 4 -> 8 on 2 rows, fp32
+    assert forward["kernels_of"] == {"addmm": 1, "relu": 1} and forward["kernels"] == 2
+    assert forward["teraflops"] * 1e12 == pytest.approx(2 * 2 * 4 * 8)
+    # addmm reads 8 biases, 2 x 4 inputs and 4 x 8 weights and writes 2 x 8; relu reads and writes 2 x 8.
+    assert forward["bytes"] == 4 * ((8 + 8 + 32 + 16) + (16 + 16))
+    assert forward["notes"]["fp32 matrix product"] == 1 and forward["notes"]["wait"] == 0
+    # The gradient of silu is one kernel on CUDA; that of the bias is one of the two sums.
+    expected = {"addmm": 1, "silu": 1, "sum": 2, "ones_like": 1, "silu_backward": 1, "mm": 1}
+    assert found["backward"]["kernels_of"] == expected
+    assert found["gradient"] == ["cuda:0", [8, 4]]
+    assert (found["item"], found["list"]) == (2.0, [2.0, 2.0])
+    assert found["peak"] == 2 * 4096 and found["held"] == 4096 + 2048
+    assert found["host"] == [2.0, 2.0] and found["of the host"] == 0
+
+
+def test_each_wait_and_each_copy_is_counted_by_its_kind(known: dict[str, Any]) -> None:
+    found = known
+    # .item(), .tolist(), .cpu() and synchronize; the copy to the host that is not blocking is none.
+    assert found["waits"]["wait"] == 4 and found["waits"]["copy to host"] == 1
+    copies = {kind: count for kind, count in found["copies"].items() if count}
+    # Pageable and pinned memory without non_blocking, and copy_; a slice of pinned memory is pinned.
+    assert copies == {"blocking copy": 3, "pageable copy": 1, "pinned copy": 2}
+    lines = {note["where"].split(":")[0] for note in found["copied"]}
+    assert lines == {"program_counters.py"}
+    assert sorted(note["what"] for note in found["copied"]) == [
+        "40 B",
+        "60 B",
+        "60 B",
+        "60 B",
+        "60 B",
+        "64 B",
+    ]
+    assert found["index"]["index on the host"] == 1 and found["index"]["wait"] == 0
+
+
+@pytest.mark.slow
+def test_our_unet_is_compared_with_that_of_diffusers(tmp_path: Path) -> None:
+    """Records today's ratio of kernels, 1.52; a later change that needs fewer kernels lowers the bound."""
+    found = counted(tmp_path, "unet", "--small", "--batch", "2", "--side", "8")
+    ours, theirs = found["networks"]["ours"], found["networks"]["diffusers"]
+    assert ours["parameters"] == theirs["parameters"] == 34_327_748
+    # The same arithmetic, but for the projections that one of them computes as convolutions.
+    assert ours["totals"]["teraflops"] == pytest.approx(theirs["totals"]["teraflops"], rel=0.01)
+    assert ours["waits"] == theirs["waits"] == 0
+    assert ours["totals"]["kernels_of"]["_scaled_dot_product_flash_attention_backward"] == 96
+    assert theirs["totals"]["kernels_of"]["_scaled_dot_product_flash_attention_backward"] == 96
+    assert theirs["totals"]["kernels_of"]["silu_backward"] == theirs["totals"]["kernels_of"]["silu"]
+    assert found["ratios"]["kernels"] <= 1.53
+
+
+@pytest.mark.slow
+def test_counts_of_a_diffusion_step_are_equal_in_two_runs(tmp_path: Path) -> None:
+    """Records today's law: no wait and at most 6 blocking copies per micro-step (wanted: 0), one wait per update."""
+    arguments = ("diffusion-step", "--small", "--batch", "2")
+    found = counted(tmp_path, *arguments)
+    assert counted(tmp_path, *arguments) == found
+    micro_step, update, metrics = found["phases"]
+    notes = micro_step["totals"]["notes"]
+    assert notes["wait"] == 0 and notes["mixed devices"] == 0 and notes["fp32 matrix product"] == 0
+    assert notes["blocking copy"] <= 6 and notes["pinned copy"] >= 2
+    assert update["totals"]["notes"]["wait"] <= 1 and metrics["totals"]["notes"]["wait"] <= 1
+    for phase in found["phases"]:
+        assert phase["host_tensors"] == []
+    assert update["collectives"]["all_reduce"] >= 1
+
+
+@pytest.mark.slow
+def test_a_step_of_the_autoencoder_does_not_wait(tmp_path: Path) -> None:
+    """Records today's law: one blocking copy per micro-step (wanted: 0), one wait per update of each of two engines."""
+    found = counted(tmp_path, "autoencoder-step", "--small", "--batch", "1", "--side", "64")
+    micro_step, update, _ = (phase["totals"] for phase in found["phases"])
+    assert micro_step["notes"]["wait"] == 0 and micro_step["notes"]["blocking copy"] <= 1
+    assert micro_step["notes"]["mixed devices"] == 0 and update["notes"]["wait"] <= 2
+
+
+@pytest.mark.slow
+def test_collectives_behind_deepspeed_are_counted(tmp_path: Path) -> None:
+    """At ZeRO-2 every micro-step reduces all gradients once, and the update gathers all parameters once."""
+    found = counted(tmp_path, "zero", "2", "--small", "--ranks", "4")
+    passes = {one["name"]: one for one in found["passes"]}
+    assert found["ranks"] == 4 and passes["forward"]["calls"] == {}
+    assert passes["backward"]["elements"]["all_reduce"] == pytest.approx(1.0, abs=0.01)
+    assert passes["update"]["elements"]["all_gather_into_tensor"] == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.slow
+def test_deepspeed_takes_its_cuda_accelerator_and_gets_no_cpu_tensor(tmp_path: Path) -> None:
+    """Records today's law at ZeRO-1: no wait per micro-step, two per update."""
+    found = counted(tmp_path, "deepspeed", "1", "--small")
+    assert found["accelerator"] == "cuda" and found["masters"] == ["float32 on cuda:0"]
+    parts = {part["name"]: part for part in found["parts"]}
+    assert all(part["host_tensors"] == [] for part in found["parts"])
+    assert parts["micro-step 1 of 2"]["waits"] == parts["micro-step 2 of 2"]["waits"] == 0
+    assert parts["micro-step 1 of 2"]["collectives"] == {}
+    assert parts["micro-step 2 of 2"]["collectives"] == {"all_reduce": 1}
+    assert parts["update"]["waits"] <= 2
+
+
+def test_a_machine_that_cannot_pretend_cuda_reports_why(tmp_path: Path) -> None:
+    done = python("-m", "benchmarks.pretended_cuda", "unet", PATH="/nowhere", LDMSCALE_CACHE=str(tmp_path))
+    assert done.returncode == 3 and "needs g++ to compile cuda_hooks.cpp" in done.stderr
+    late = python("-c", "import torch; from benchmarks.pretended_cuda.device import pretend; pretend()")
+    assert late.returncode == 1 and "torch is imported already" in late.stderr
+    without = python("-m", "benchmarks.pretended_cuda", "zero")
+    assert without.returncode == 2 and "needs a stage" in without.stderr
