@@ -25,15 +25,14 @@ from ldmscale.diffusion.sample_latents import SamplerOptions, draw_latents
 from ldmscale.diffusion.timesteps import SAMPLERS
 from ldmscale.distributed.environment import Ranks
 from ldmscale.models.conditions import Conditions
-from ldmscale.models.latent_scale import LatentScale
+from ldmscale.models.first_stage import LatentScale
 from ldmscale.models.perceptual import LPIPS, VGG16_STAGES
 from ldmscale.setup.diffusion import build_objective
-from ldmscale.stages.autoencoder import AutoencoderStage, LossTerms
+from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance, LossTerms
 from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
 from ldmscale.stages.diffusion import DiffusionStage
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.gan import Adversary, AdversaryTerms, RealAndFake
-from ldmscale.stages.log_variance import LogVariance
 from ldmscale.tracking.metrics import MetricSums
 from ldmscale.train.engine.ema import ShardedEma
 from ldmscale.train.engine.engine import Engine, EngineOptions

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 _STEP_SECONDS = 0.1  # in which the host waits for the device
 
@@ -49,7 +49,7 @@ def measure(ranks: int, *, repeats: int = 30, steps: int = 10, lazy: bool = Fals
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         os.environ["TORCH_GLOO_LAZY_INIT"] = "1" if lazy else "0"
         try:
-            mp.start_processes(
+            start_processes(
                 _rank, (ranks, folder, repeats, steps), nprocs=ranks, start_method="spawn", join=True
             )
         finally:
@@ -63,7 +63,7 @@ def _rank(rank: int, ranks: int, folder: str, repeats: int, steps: int) -> None:
     begin = time.perf_counter()
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(f"{folder}/store", ranks),
+        store=dist.FileStore(f"{folder}/store", ranks),  # type: ignore[attr-defined]
         rank=rank,
         world_size=ranks,
         timeout=timedelta(seconds=120),

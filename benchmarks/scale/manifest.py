@@ -21,7 +21,7 @@ from benchmarks.pretended_cuda import experiment
 from benchmarks.scale.memory import peak_mib
 from ldmscale.builders.networks import build_denoiser
 from ldmscale.checkpoint import manifest as manifests
-from ldmscale.storage.atomic import FileRecord, digest
+from ldmscale.storage.digest import FileRecord, file_xxh3
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
@@ -109,7 +109,7 @@ def measure(stage: int, ranks: int, tensors: Shapes, *, keep: Path | None = None
         stall = _stall_beside(commit)
         path = folder / manifests.NAME
         begin = time.thread_time()
-        digest(path)
+        file_xxh3(path)
         manifest = manifests.read_manifest(folder)
         opened = time.thread_time() - begin
         begin = time.thread_time()

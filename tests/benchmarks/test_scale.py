@@ -53,10 +53,10 @@ def test_the_manifest_at_zero_3_holds_a_piece_for_each_tensor_kind_and_rank(tmp_
         ranks = row["ranks"]
         assert row["tensors"] == len(counts) and row["parameters"] == sum(counts)
         assert row["pieces"] == len(KINDS) * sum(math.ceil(n / math.ceil(n / ranks)) for n in counts)
-    # Eight times the ranks write about eight times the pieces, and the manifest grows with them.
-    assert found[1]["pieces"] > 7.5 * found[0]["pieces"] and found[2]["pieces"] > 3 * found[1]["pieces"]
+    # Eight times the ranks write nearly eight times the pieces; at 256 biases of 64 elements have a piece per element.
+    assert found[1]["pieces"] > 7.5 * found[0]["pieces"] and found[2]["pieces"] > 2.5 * found[1]["pieces"]
     assert found[1]["manifest_mb"] > 3 * found[0]["manifest_mb"]
-    assert found[2]["manifest_mb"] > 2.5 * found[1]["manifest_mb"]
+    assert found[2]["manifest_mb"] > 2 * found[1]["manifest_mb"]
 
 
 def test_the_manifest_at_zero_1_hardly_grows_with_the_ranks(tmp_path: Path) -> None:
