@@ -27,7 +27,7 @@ from ldmscale.distributed.environment import Ranks
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.first_stage import LatentScale
 from ldmscale.models.perceptual import LPIPS, VGG16_STAGES
-from ldmscale.setup.diffusion import build_objective
+from  import build_objective
 from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance, LossTerms
 from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
 from ldmscale.stages.diffusion import DiffusionStage
