@@ -27,7 +27,6 @@ from ldmscale.distributed.environment import Ranks
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.first_stage import LatentScale
 from ldmscale.models.perceptual import LPIPS, VGG16_STAGES
-from  import build_objective
 from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance, LossTerms
 from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
 from ldmscale.stages.diffusion import DiffusionStage
@@ -92,7 +91,7 @@ def diffusion_stage(ranks: PretendedRanks, config: DiffusionJob, precision: str 
         [ShardedEma(engine.masters, 0.9999)],
         FirstStage(None, LatentScale(torch.zeros(4), torch.full((4,), 0.18)), CUDA),
         build_schedule(config.diffusion),
-        build_objective(config.diffusion),
+        config.diffusion,
         SamplerOptions(),
         None,
         (4, 32, 32),
