@@ -88,16 +88,13 @@ def diffusion_stage(ranks: PretendedRanks, config: DiffusionJob, precision: str 
     engine = Engine("denoiser", denoiser, _options(precision), CUDA)
     return DiffusionStage(
         engine,
-        [ShardedEma(engine.masters, 0.9999)],
-        FirstStage(None, LatentScale(torch.zeros(4), torch.full((4,), 0.18)), CUDA),
-        build_schedule(config.diffusion),
-        config.diffusion,
-        SamplerOptions(),
-        None,
-        (4, 32, 32),
-        0,
-        Ranks(0, ranks.world, 0, ranks.world),
-        CUDA,
+        averages=[ShardedEma(engine.masters, 0.9999)],
+        first_stage=FirstStage(None, LatentScale(torch.zeros(4), torch.full((4,), 0.18)), CUDA),
+        latent_shape=(4, 32, 32),
+        schedule=build_schedule(config.diffusion),
+        objective=config.diffusion,
+        seed=0,
+        ranks=Ranks(0, ranks.world, 0, ranks.world),
     )
 
 
