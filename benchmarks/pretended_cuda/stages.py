@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from ldmscale.distributed.environment import Ranks
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.first_stage import LatentScale
 from ldmscale.models.perceptual import LPIPS, VGG16_STAGES
-from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance, LossTerms
-from ldmscale.stages.codebook import CodebookKeeper, CodebookOptions
+from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance
+from ldmscale.stages.codebook import CodebookMonitor
 from ldmscale.stages.diffusion import DiffusionStage
 from ldmscale.stages.first_stage import FirstStage
-from ldmscale.stages.gan import Adversary, AdversaryTerms, RealAndFake
+from ldmscale.stages.gan import Adversary, DiscriminatorOnPair
 from ldmscale.tracking.metrics import MetricSums
 from ldmscale.train.engine.ema import ShardedEma
 from ldmscale.train.engine.engine import Engine, EngineOptions
@@ -113,44 +113,32 @@ def autoencoder_stage(config: AutoencoderJob, perceptual: LPIPS, precision: str 
 
     `perceptual` is moved to the device.
     """
-    loss, table = config.loss, config.codebook
+    loss = replace(config.loss, gan_start_step=0)
     with default_dtype(_dtype(precision)), torch.device(CUDA):
         network = build_autoencoder(config.autoencoder)
-        judge = RealAndFake(build_discriminator(loss))
+        judge = DiscriminatorOnPair(build_discriminator(loss))
     _stay(network)
     _stay(judge)
     generator = Engine("generator", network, _options(precision), CUDA)
     discriminator = Engine("discriminator", judge, _options(precision), CUDA)
     averages = [ShardedEma(generator.masters, 0.999)]
     codebook = None
-    if config.autoencoder.codebook_size is not None:
+    if (size := config.autoencoder.codebook_size) is not None:
         # The table starts as it is: k-means would read values.
-        options = CodebookOptions(
-            config.autoencoder.codebook_size, False, 0, 0, table.usage_window_steps, table.alarm_usage
-        )
-        codebook = CodebookKeeper(generator, averages, options, 0)
-    terms = AdversaryTerms(
-        loss.gan, loss.gan_weight, loss.gan_adaptive, 0, loss.r1_weight, loss.r1_every_steps
-    )
+        table = replace(config.codebook, start="uniform", revive_after_steps=0)
+        codebook = CodebookMonitor(generator, averages=averages, size=size, options=table, seed=0)
     return AutoencoderStage(
         generator,
-        Adversary(discriminator, network.last_layer, terms),
-        averages,
-        _on_device(perceptual),
-        LossTerms(
-            loss.reduction == "sum",
-            loss.pixel_weight,
-            loss.perceptual_weight,
-            loss.kl_weight,
-            loss.codebook_weight,
-        ),
-        LogVariance(loss.logvar_start, learned=False, passes=1, betas=(0.5, 0.9), eps=1e-8),
-        codebook,
-        0,
-        lambda: iter(()),
-        {},
-        None,
-        CUDA,
+        averages=averages,
+        loss=loss,
+        distance=_on_device(perceptual),
+        adversary=Adversary(discriminator, network.last_layer, loss),
+        log_variance=LogVariance(loss, config.optim, accumulation_steps=1),
+        codebook=codebook,
+        scale_batches=lambda: iter(()),
+        preview_batch={},
+        held_out=None,
+        seed=0,
     )
 
 
