@@ -69,11 +69,11 @@ def step(gpu: PretendedCuda, ranks: PretendedRanks, stage: Stage, batch: Batch, 
             for average in stage.averages.get(name, ()):
                 average.update()
             sums.add({f"{name}/gradient_norm": engine.gradient_norm()})
-        sums.add(metrics)
+        sums.add({"loss/total": loss, **metrics})
 
     found: list[Phase] = []
     sums = MetricSums()
-    metrics = phase("micro-step", lambda: stage.micro_step(batch, at))
+    loss, metrics = phase("micro-step", lambda: stage.micro_step(batch, at))
     phase("update", update)
     phase("metrics, once per log interval", sums.mean)
     return found
