@@ -21,12 +21,15 @@ from ldmscale.config import ClassEmbedderConfig, SpatialConfig
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import compvis_names as names_there
 from ldmscale.interop import compvis_shapes as shapes_there
-from ldmscale.interop.compvis_config import Hints, matches, schedule_of
+from ldmscale.interop.compvis_config import MOST_TIMESTEPS, Hints, matches, schedule_of
+from ldmscale.interop.limits import tensor_fault
 from ldmscale.interop.model import Model, Part, PartConfig
 from ldmscale.interop.tensors import Slot, faults_of, given, shapes_of, taken
 
 log = logging.getLogger(__name__)
 
+# What tensors of unexpected names and shapes make the search for an architecture raise.
+UNFIT = (DataError, ValueError, IndexError, KeyError, TypeError, RuntimeError, ArithmeticError)
 UNET, FIRST_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
 TEXT = "cond_stage_model.transformer."
 CLASSES, MAPPER = "cond_stage_model.embedding.weight", "cond_stage_model.channel_mapper.weight"
@@ -57,6 +60,9 @@ def from_state(state: Mapping[str, Tensor], hints: Hints) -> Model:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise DataError(f"{name} is a {type(tensor).__name__}, expected a tensor: is this a state_dict?")
+    faults = [fault for name, tensor in state.items() if (fault := tensor_fault(name, tensor))]
+    if faults:
+        raise DataError(faults)
     reader = _Reader(state, hints)
     if any(name.startswith(UNET) for name in state):
         reader.read_unet()
@@ -93,7 +99,7 @@ class _Reader:
             config = replace(config, dropout=self.hints.dropout)
             with torch.device("meta"):
                 shapes = shapes_of(build_unet(config))
-        except (DataError, ValueError, IndexError, ZeroDivisionError) as error:
+        except UNFIT as error:
             self._unreadable(UNET, error)
             return
         if unknown:
@@ -107,7 +113,7 @@ class _Reader:
             config = shapes_there.infer_autoencoder(self._below(prefix))
             with torch.device("meta"):
                 shapes = shapes_of(build_autoencoder(config))
-        except (DataError, ValueError, IndexError, ZeroDivisionError) as error:
+        except UNFIT as error:
             self._unreadable(prefix, error)
             return
         slots = names_there.autoencoder_slots(config, list(shapes))
@@ -122,7 +128,7 @@ class _Reader:
             config = shapes_there.infer_text_encoder(found, heads, size)
             with torch.device("meta"):
                 shapes = shapes_of(build_text_encoder(config))
-        except (DataError, ValueError, IndexError, ZeroDivisionError) as error:
+        except UNFIT as error:
             self._unreadable(TEXT, error)
             return
         nested = "attn_layers.layers.0.0.0.weight" in found
@@ -137,6 +143,15 @@ class _Reader:
 
     def read_small_readers(self) -> None:
         """The table of classes and the channel mapper of maps: one tensor each."""
+        wrong = [
+            f"{name} {list(self.state[name].shape)}: expected {axes} axes"
+            for name, axes in ((CLASSES, (2,)), (MAPPER, (2, 3, 4)))
+            if name in self.state and self.state[name].dim() not in axes
+        ]
+        if wrong:
+            self.faults += wrong
+            self.unreadable += [CLASSES, MAPPER]
+            return
         if CLASSES in self.state:
             rows, width = self.state[CLASSES].shape
             null = bool(self.hints.null_class)
@@ -208,6 +223,16 @@ class _Reader:
     def _settle_schedule(self) -> None:
         model, betas = self.model, self.state.get("betas")
         model.diffusion = self.hints.diffusion
+        if betas is not None and not (
+            betas.dim() == 1 and 1 <= len(betas) <= MOST_TIMESTEPS and betas.is_floating_point()
+        ):
+            self.faults.append(
+                f"betas {list(betas.shape)} of {betas.dtype}: expected up to {MOST_TIMESTEPS:,} floating-point numbers"
+            )
+            betas = None
+        if (stored := self.state.get("scale_factor")) is not None and stored.numel() != 1:
+            self.faults.append(f"scale_factor {list(stored.shape)}: expected one number")
+            return
         if betas is not None:
             told = model.diffusion
             model.diffusion = told or schedule_of(betas)

@@ -15,10 +15,14 @@ from torch import Tensor
 from ldmscale.config import ClassEmbedderConfig, DiffusionConfig, ImportedUNetConfig, SpatialConfig
 from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.errors import DataError
+from ldmscale.interop.limits import DEEPEST, check_values
 from ldmscale.interop.model import Model
 
 # Names of schedules there and here: CompVis' "linear" is linear in the square root of beta.
 SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}
+MOST_TIMESTEPS = 100_000
+_LONGEST_YAML = 1 << 20  # bytes
+_MOST_ALIASES = 100
 PREDICTIONS = {"eps": "eps", "x0": "x0"}
 
 
@@ -48,7 +52,7 @@ def read_hints(values: Mapping[str, Any], where: str) -> Hints:
     unet = _at(params, "unet_config", "params")
     if unet is None:
         return Hints()
-    faults = []
+    faults: list[str] = []
     for key, neutral in (
         ("conv_resample", True),
         ("dims", 2),
@@ -56,38 +60,77 @@ def read_hints(values: Mapping[str, Any], where: str) -> Hints:
         ("n_embed", None),
     ):
         if unet.get(key, neutral) != neutral:
-            faults.append(f"{where}: unet_config.{key}={unet[key]!r}: only {neutral!r} can be read")
+            faults.append(f"{where}: unet_config.{key}={_short(unet[key])}: only {neutral!r} can be read")
     schedule = params.get("beta_schedule", "linear")
-    if schedule not in SCHEDULES:
-        faults.append(f"{where}: beta_schedule={schedule!r}: only {', '.join(SCHEDULES)} can be read")
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
+        faults.append(f"{where}: beta_schedule={_short(schedule)}: only {', '.join(SCHEDULES)} can be read")
     prediction = params.get("parameterization", "eps")
-    if prediction not in PREDICTIONS:
-        faults.append(f"{where}: parameterization={prediction!r}: only {', '.join(PREDICTIONS)} can be read")
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
+        faults.append(
+            f"{where}: parameterization={_short(prediction)}: only {', '.join(PREDICTIONS)} can be read"
+        )
+    text = _at(params, "cond_stage_config", "params") or {}
+    own = _at(values, "ldmscale") or {}
+
+    def number(
+        of: Mapping[str, Any], key: str, default: Any, low: float, high: float, whole: bool = False
+    ) -> Any:
+        value = of.get(key, default)
+        if value is None or (value == default and not isinstance(value, bool)):
+            return value
+        kind: Any = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            faults.append(
+                f"{where}: {key}={_short(value)}: expected a {'whole ' if whole else ''}number from {low:g} to {high:g}"
+            )
+            return default
+        return value
+
+    # Where there is none, CompVis writes -1.
+    heads, size = (number(unet, key, -1, 1, 1 << 20, True) for key in ("num_heads", "num_head_channels"))
+    text_heads, text_size = (number(text, key, None, 1, 1 << 20, True) for key in ("heads", "dim_head"))
+    halvings = number(text, "n_stages", None, 0, 20, True)
+    timesteps = number(params, "timesteps", 1000, 1, MOST_TIMESTEPS, True)
+    start, end = number(params, "linear_start", 1e-4, 0, 1), number(params, "linear_end", 2e-2, 0, 1)
+    factor = number(params, "scale_factor", 1.0, -1e6, 1e6)
+    dropout = number(unet, "dropout", 0.0, 0, 1)
+    names = own.get("class_names") or ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        faults.append(f"{where}: class_names={_short(names)}: expected a list of names")
     if faults:
         raise DataError(faults)
-    heads, size = (unet.get(key, -1) for key in ("num_heads", "num_head_channels"))
-    text = _at(params, "cond_stage_config", "params") or {}
     by_std = bool(params.get("scale_by_std", False))  # then the factor is a tensor of the checkpoint
     return Hints(
         # Where both are given, the size of a head is what CompVis uses.
         heads=heads if heads != -1 and size == -1 else None,
         head_channels=size if size != -1 else None,
-        text_heads=text.get("heads"),
-        text_head_channels=text.get("dim_head"),
+        text_heads=text_heads,
+        text_head_channels=text_size,
         diffusion=DiffusionConfig(
-            timesteps=params.get("timesteps", 1000),
+            timesteps=timesteps,
             schedule=SCHEDULES[schedule],  # type: ignore[arg-type]
-            beta_start=params.get("linear_start", 1e-4),
-            beta_end=params.get("linear_end", 2e-2),
+            beta_start=start,
+            beta_end=end,
             prediction=prediction,
         ),
-        scale_factor=None if by_std else float(params.get("scale_factor", 1.0)),
+        scale_factor=None if by_std else float(factor),
         latent_size=params.get("image_size") if isinstance(params.get("image_size"), int) else None,
-        dropout=float(unet.get("dropout", 0.0)),
-        halvings=text.get("n_stages"),
-        null_class=(_at(values, "ldmscale") or {}).get("null_class"),
-        class_names=tuple((_at(values, "ldmscale") or {}).get("class_names") or ()) or None,
+        dropout=float(dropout),
+        halvings=halvings,
+        null_class=None if own.get("null_class") is None else bool(own["null_class"]),
+        class_names=tuple(names) or None,
     )
+
+
+def _short(value: Any) -> str:
+    """A value in a message: only what is one value is printed."""
+    if (
+        isinstance(value, (str, float, bool))
+        or value is None
+        or (isinstance(value, int) and abs(value) < 1 << 64)
+    ):
+        return repr(value) if len(str(value)) < 80 else f"{str(value)[:60]!r}..."
+    return f"a {type(value).__name__}"
 
 
 def find_yaml(checkpoint: Path) -> Path | None:
@@ -98,14 +141,35 @@ def find_yaml(checkpoint: Path) -> Path | None:
     return None
 
 
+def _check_tokens(text: str) -> None:
+    """Raises ValueError for YAML that grows without a bound when it is read: aliases of aliases, and depth."""
+    aliases = depth = 0
+    for token in yaml.scan(text):
+        aliases += isinstance(token, yaml.AliasToken)
+        name = type(token).__name__
+        depth += name.endswith("StartToken") and not name.startswith("Stream")
+        depth -= name.endswith(("SequenceEndToken", "MappingEndToken", "BlockEndToken"))
+        if aliases > _MOST_ALIASES:
+            raise ValueError(f"it has more than {_MOST_ALIASES} aliases")
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Raises DataError where it is no mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if path.stat().st_size > _LONGEST_YAML:
+            raise ValueError(f"it has more than {_LONGEST_YAML:,} bytes")
+        text = path.read_text(encoding="utf-8")
+        _check_tokens(text)
+        if "<<" in text:
+            raise ValueError("it merges mappings (<<)")
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(
             f"{path} cannot be read as a configuration ({error}): give another config="
         ) from error
+    check_values(values, str(path))
     if not isinstance(values, dict):
         raise DataError(
             f"{path} is no configuration: it holds a {type(values).__name__}; give another config="

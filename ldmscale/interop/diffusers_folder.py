@@ -124,8 +124,12 @@ def _read_component(model: Model, name: str, folder: Path, faults: list[str]) ->
         found, other, options = _read_weights(
             folder, "model" if part == "text_encoder" else "diffusion_pytorch_model"
         )
-    except (DataError, ValueError) as error:
-        told = error.faults if isinstance(error, DataError) else (str(error),)
+    except (DataError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        told = (
+            error.faults
+            if isinstance(error, DataError)
+            else (f"config.json fits no architecture ({type(error).__name__}: {error})",)
+        )
         faults += [f"{where}{fault}" for fault in told]
         return
     old = any(key.endswith(".proj_attn.weight") for key in found)

@@ -30,6 +30,7 @@ from ldmscale.config import (
 from ldmscale.config.typed import read as read_values
 from ldmscale.errors import DataError
 from ldmscale.interop.compvis_names import TEXT_HEAD
+from ldmscale.interop.lightning import read_lightning, write_lightning
 from ldmscale.interop.tensors import read_json, read_safetensors, write_json, write_safetensors
 from ldmscale.models.first_stage import LatentScale
 from ldmscale.storage.names import FOLDER, SAFETENSORS, accepted, shown
@@ -166,6 +167,15 @@ def write_model(model: Model, folder: Path) -> None:
 def read_model(folder: Path) -> Model:
     """An imported model's folder. Raises DataError where it is none, or is not whole."""
     values = read_json(folder / MODEL_FILE)
+    try:
+        return _read_model(folder, values)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{folder / MODEL_FILE} does not describe a model ({type(error).__name__}: {error}): import the source again"
+        ) from error
+
+
+def _read_model(folder: Path, values: Any) -> Model:
     if values.get("format") != FORMAT or values.get("version") != VERSION:
         raise DataError(
             f"{folder / MODEL_FILE} is of {values.get('format')!r} {values.get('version')}, expected {FORMAT!r} {VERSION}: "
@@ -214,46 +224,6 @@ def _check_names(values: Mapping[str, Any], file: Path) -> None:
     for entry in components:
         if "file" in entry:
             accepted(entry["file"], SAFETENSORS, file, DataError)
-
-
-def write_lightning(values: Mapping[str, Any], folder: Path) -> None:
-    """Plain values as JSON; the tensors among them beside it, under their paths."""
-    tensors: dict[str, Tensor] = {}
-
-    def encode(value: Any, path: str) -> Any:
-        if isinstance(value, Tensor):
-            tensors[path] = value
-            return {"": "tensor", "at": path}
-        if isinstance(value, dict):
-            pairs = [[encode(k, ""), encode(v, f"{path}/{k}".lstrip("/"))] for k, v in value.items()]
-            return {"": "dict", "of": pairs}
-        if isinstance(value, (list, tuple)):
-            items = [encode(v, f"{path}/{i}".lstrip("/")) for i, v in enumerate(value)]
-            return {"": "tuple", "of": items} if isinstance(value, tuple) else items
-        return value
-
-    encoded = encode(dict(values), "")
-    write_json(folder / "lightning.json", encoded)
-    if tensors:
-        write_safetensors(folder / "lightning.safetensors", tensors)
-
-
-def read_lightning(folder: Path) -> dict[str, Any]:
-    path = folder / "lightning.safetensors"
-    tensors = read_safetensors(path) if path.is_file() else {}
-
-    def decode(value: Any) -> Any:
-        if isinstance(value, list):
-            return [decode(v) for v in value]
-        if not isinstance(value, dict):
-            return value
-        if value[""] == "tensor":
-            return tensors[value["at"]]
-        if value[""] == "tuple":
-            return tuple(decode(v) for v in value["of"])
-        return {decode(k): decode(v) for k, v in value["of"]}
-
-    return cast(dict[str, Any], decode(read_json(folder / "lightning.json")))
 
 
 def _plain(value: Any) -> Any:

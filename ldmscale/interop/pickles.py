@@ -7,8 +7,10 @@ and OmegaConf are never imported: an inert stand-in takes their place and keeps 
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import pickletools
+import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
@@ -21,6 +23,10 @@ import torch
 from torch.serialization import safe_globals
 
 from ldmscale.errors import DataError
+from ldmscale.interop.limits import check_tensors, check_values, tensors_in
+
+_MOST_BYTES = 1 << 25  # of a pickle beside its tensors; one of 1,000 tensors has 200 kB
+_MOST_OPERATIONS = 4_000_000  # of all pickles of a file
 
 
 class Inert:
@@ -93,12 +99,20 @@ _TORCH_NAMES = {
 def read_pickle(path: Path) -> dict[str, Any]:
     """The dictionary in a .ckpt; tensors are mapped from the file where its layout allows.
 
-    Raises DataError for a file that is no checkpoint, and for one that would call anything but the making of
-    tensors and plain values; nothing of such a file is executed.
+    Raises DataError for a file that is no checkpoint, for one that would call anything but the making of tensors and plain
+    values, and for one that expands to far more than its own size; nothing of such a file is executed.
     """
     try:
         names = _named(path)
-    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+        zipfile.BadZipFile,
+    ) as error:
         raise DataError(
             f"{path} is no checkpoint that PyTorch wrote ({error}): give a .ckpt, .safetensors or a diffusers folder"
         ) from error
@@ -120,14 +134,32 @@ def read_pickle(path: Path) -> dict[str, Any]:
     with safe_globals(stand_ins):  # type: ignore[arg-type]
         try:
             found = _torch_load(path)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (
+            Exception
+        ) as error:  # a damaged pickle makes PyTorch's loader raise whatever its operations raise
             raise DataError(
-                f"{path} cannot be read as weights only ({reason}): save its state_dict as .safetensors where it comes from"
+                f"{path} cannot be read as weights only ({_reason(error)}): save its state_dict as .safetensors where it "
+                "comes from"
             ) from error
     if not isinstance(found, (dict, OrderedDict)):
         raise DataError(f"{path} holds a {type(found).__name__}, expected a dictionary with a state_dict")
+    check_values(found, str(path))
+    check_tensors(tensors_in(found), path)
     return dict(found)
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch's loader found, without its advice: that is to load the file with less care."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    text = text.rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    first = text.splitlines()[0].partition(" Please ")[0]
+    if re.search(r"weights_only|safe_globals|Weights only load failed", first):
+        return "its loader refuses what is in it"
+    return (
+        first
+        if isinstance(error, (pickle.UnpicklingError, RuntimeError))
+        else f"{type(error).__name__}: {first}"
+    )
 
 
 def _torch_load(path: Path) -> Any:
@@ -138,17 +170,33 @@ def _named(path: Path) -> set[str]:
     """Every function and class that the file names, found without loading it."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            members = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            size = path.stat().st_size
+            for member in archive.infolist():
+                # PyTorch stores members as they are. A compressed one can expand a thousandfold.
+                if member.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"its member {member.filename!r} is compressed")
+                if member.file_size > size:
+                    raise ValueError(
+                        f"its member {member.filename!r} claims {member.file_size:,} of {size:,} bytes"
+                    )
+            members = [member for member in archive.infolist() if member.filename.endswith("data.pkl")]
             if not members:
                 raise ValueError("an archive without data.pkl")
-            return {name for member in members for name in _globals(archive.read(member))}
+            if sum(member.file_size for member in members) > _MOST_BYTES:
+                raise ValueError(f"a data.pkl of more than {_MOST_BYTES:,} bytes")
+            count = itertools.count(1)
+            return {name for member in members for name in _globals(archive.read(member), count)}
     with open(path, "rb") as file:  # before PyTorch 1.6: several pickles, then the storages
-        return {name for _ in range(5) for name in _globals(file)}
+        count = itertools.count(1)
+        return {name for _ in range(5) for name in _globals(file, count)}
 
 
-def _globals(source: Any) -> Iterator[str]:
+def _globals(source: Any, count: Iterator[int]) -> Iterator[str]:
+    """`count` numbers the operations of all pickles of a file."""
     strings: list[str] = []
     for code, argument, _ in pickletools.genops(source):
+        if next(count) > _MOST_OPERATIONS:
+            raise ValueError(f"a pickle of more than {_MOST_OPERATIONS:,} operations")
         if code.name in ("GLOBAL", "INST"):
             yield _modern(str(argument).replace(" ", "."))
         elif code.name == "STACK_GLOBAL":  # protocol 4 and later: module and name are the strings before it

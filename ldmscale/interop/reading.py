@@ -27,6 +27,7 @@ from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import compvis
 from ldmscale.interop.compvis_config import Hints, find_yaml, load_yaml, read_hints
 from ldmscale.interop.diffusers_folder import is_diffusers, read_folder
+from ldmscale.interop.lightning import storable
 from ldmscale.interop.model import MODEL_FILE, SCHEDULE_KEYS, Model, read_model
 from ldmscale.interop.pickles import plain, read_pickle
 from ldmscale.interop.tensors import read_safetensors
@@ -96,7 +97,7 @@ def _read_checkpoint(path: Path, given: Given) -> Model:
     elif isinstance(stored := plain(lightning.get("hyper_parameters")), dict):
         hints = read_hints(stored, "hyper_parameters")
     model = compvis.from_state(state, _over(hints, given))
-    model.lightning = {str(key): _storable(value) for key, value in lightning.items()}
+    model.lightning = storable(lightning)
     model.source |= {"format": "compvis", "suffix": path.suffix}
     return model
 
@@ -242,22 +243,6 @@ def add_tokenizer(model: Model, name_or_folder: str, folder: Path) -> None:
         )
     tokenizer.save(folder)
     model.tokenizer = folder
-
-
-def _storable(value: Any) -> Any:
-    """Plain values and tensors: classes by their names, other objects by their state."""
-    if isinstance(value, Tensor) or value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, Mapping):
-        return {_storable(k): _storable(v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_storable(v) for v in value)
-    if isinstance(value, (list, set)):
-        return [_storable(v) for v in value]
-    simple = plain(value)
-    return _storable(simple) if simple is not value else str(value)
 
 
 def published_unets(found: ImportedUNetConfig) -> list[str]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldmscale.errors import DataError
+from ldmscale.errors import CheckpointError, DataError
 
 Form = Literal["same", "conv1", "conv2", "qkv"]
 
@@ -78,6 +78,9 @@ def faults_of(
         expected = slot.foreign_shape(shapes)
         if name not in found:
             faults.append(f"{name} is missing, expected {list(expected)}")
+        elif not found[name].is_floating_point():
+            dtype = str(found[name].dtype).removeprefix("torch.")
+            faults.append(f"{name} has the dtype {dtype}, expected floating point")
         elif tuple(found[name].shape) != expected:
             faults.append(f"{name} has the shape {list(found[name].shape)}, expected {list(expected)}")
     return faults
@@ -96,9 +99,20 @@ def given(slots: Iterable[Slot], weights: Mapping[str, Tensor], prefix: str = ""
     return {prefix + slot.foreign: slot.to_foreign(weights) for slot in slots}
 
 
+_LONGEST_HEADER = 1 << 25  # a header of 1,000 tensors has 120 kB
+_LONGEST_JSON = 1 << 26
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, mapped. Raises DataError where it is none, or is cut off."""
     try:
+        with open(path, "rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise DataError(
+                f"{path} claims a header of {length:,} bytes, more than the {_LONGEST_HEADER:,} that are read: it is no "
+                "model's; get it again"
+            )
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
@@ -118,7 +132,10 @@ def write_safetensors(
             tensor = tensor.clone()
         seen.add(tensor.data_ptr())
         dense[name] = tensor
-    save_file(dense, str(path), dict(metadata or {"format": "pt"}))
+    try:
+        save_file(dense, str(path), dict(metadata or {"format": "pt"}))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written ({error}): free room there and run the command again") from error
 
 
 def own_storage(tensor: Tensor) -> Tensor:
@@ -134,12 +151,19 @@ def own_storage(tensor: Tensor) -> Tensor:
 
 def write_json(path: Path, values: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and UTF-8 has no form for
+        content = json.dumps(values, indent=2).encode("utf-8")
+    path.write_bytes(content + b"\n")
 
 
 def read_json(path: Path) -> Any:
     """Raises DataError where it is no JSON."""
     try:
+        if path.stat().st_size > _LONGEST_JSON:
+            raise ValueError(f"it has more than {_LONGEST_JSON:,} bytes")
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}): get it again") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ldmscale.errors import ConfigError
+from ldmscale.errors import CheckpointError, ConfigError
 from ldmscale.interop import compvis, compvis_config
 from ldmscale.interop.diffusers_folder import write_folder
 from ldmscale.interop.model import Model
@@ -43,8 +43,9 @@ def write(model: Model, dst: Path, form: str, ema: bool, overwrite: bool) -> Non
             "an import of the result needs tokenizer=%s", model.tokenizer,
         )  # fmt: skip
     if dst.suffix in FILES:
-        appearing_file(dst.with_suffix(".yaml"), overwrite, lambda path: _write_text(path, settings))
+        # The large file first: where it does not fit, nothing is left.
         appearing_file(dst, overwrite, lambda path: _write_checkpoint(model, state, path))
+        appearing_file(dst.with_suffix(".yaml"), overwrite, lambda path: _write_text(path, settings))
         return
     suffix = ".safetensors" if model.source.get("suffix") == ".safetensors" else ".ckpt"
     with appearing(dst, overwrite) as folder:
@@ -82,7 +83,13 @@ def _write_checkpoint(model: Model, state: dict[str, torch.Tensor], path: Path) 
             )
         return
     # Storages of their own: of a mapped file, torch.save would write the whole for each tensor's sake.
-    torch.save({"state_dict": {k: own_storage(v) for k, v in state.items()}, **model.lightning}, path)
+    content = {"state_dict": {k: own_storage(v) for k, v in state.items()}, **model.lightning}
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # PyTorch's zip writer has no OSError
+        raise CheckpointError(
+            f"{path} cannot be written ({error}): free room there and run the command again"
+        ) from error
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ def main(overrides: Sequence[str]) -> int:
     """Import as configured; see `cli` for the exit status."""
     config, ranks = configured(ImportJob, overrides)
     from ldmscale.interop.compvis import kinds_kept
+    from ldmscale.interop.limits import not_finite
     from ldmscale.interop.model import write_model
     from ldmscale.interop.reading import Given, add_tokenizer, published_unets, read
     from ldmscale.storage.atomic import appearing
@@ -47,6 +48,12 @@ def main(overrides: Sequence[str]) -> int:
     for name, part in model.parts.items():
         count = sum(tensor.numel() for tensor in part.weights.values())
         log.info("%s: %d parameters%s", name, count, "" if part.averaged is None else ", and averaged copies")
+        for copies, tensors in (("weights", part.weights), ("averaged weights", part.averaged or {})):
+            if wrong := not_finite(tensors):
+                log.warning(
+                    "%s: %d of %d %s hold values that are not finite (first: %s); they are kept as they are, and such a "
+                    "network computes nothing of use", name, len(wrong), len(tensors), copies, wrong[0],
+                )  # fmt: skip
     for what, count in kinds_kept(model).items():
         log.info("kept as they are: %d tensors, %s", count, what)
     for told in model.unknown.values():
