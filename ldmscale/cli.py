@@ -7,11 +7,15 @@ configuration or the data cannot work; 75 stopped after a complete save, run me 
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from ldmscale import messages
 
 JOB_SUMMARIES = {
     "quickstart": "the whole pipeline, small, on this machine: shards, autoencoder, latents, diffusion, samples",
@@ -33,6 +37,8 @@ FINISHED, FAULTY, FAILED, STOPPED = 0, 2, 1, 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one job and return the exit status."""
+    if arguments is None:
+        sys.excepthook = _report_crash
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         _show(_help())
@@ -72,6 +78,14 @@ def _run(job: str, arguments: list[str]) -> int:
         return STOPPED
     except LdmscaleError as error:
         _tell([str(error)], shared=error.shared)
+        return FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        _tell(
+            [f"{error}: free room there, or give another folder, and run the same command again"],
+            shared=False,
+        )
         return FAILED
     except KeyboardInterrupt:
         return 130
@@ -131,6 +145,13 @@ def _through_hydra(job: str, arguments: list[str], folder: str) -> int:
     return max(statuses, default=FINISHED)
 
 
+def _report_crash(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Writes a traceback as Python does, without secrets: libraries put URLs and options into their messages."""
+    from traceback import format_exception
+
+    _show(messages.shown("".join(format_exception(kind, error, traceback)).rstrip()), sys.stderr)
+
+
 def _help() -> str:
     width = max(map(len, JOB_SUMMARIES))
     jobs = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in JOB_SUMMARIES.items())
@@ -147,7 +168,9 @@ def _tell(faults: Sequence[str], *, shared: bool = True) -> int:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         count += "" if rank == "0" else f" on rank {rank}"
         _show(
-            "\n".join([f"ldmscale cannot do this, {count}:", *(f"  - {fault}" for fault in faults)]),
+            "\n".join(
+                [f"ldmscale cannot do this, {count}:", *(messages.block(f"  - {fault}") for fault in faults)]
+            ),
             sys.stderr,
         )
     return FAULTY

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+from ldmscale import messages
+
 
 class LdmscaleError(Exception):
     """Base of all errors that ldmscale raises on purpose.
@@ -26,6 +28,9 @@ class LdmscaleError(Exception):
         error.__cause__ = self.__cause__
         error.shared = True
         return error
+
+    def __str__(self) -> str:
+        return messages.shown(super().__str__())
 
 
 class ConfigError(LdmscaleError):

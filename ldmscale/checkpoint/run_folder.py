@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import yaml
 
+from ldmscale import redact
 from ldmscale.errors import ConfigError
 from ldmscale.storage.atomic import write_json, write_text
 from ldmscale.storage.digest import sha256
@@ -40,14 +41,18 @@ class RunFolder:
         self.lease = self.path / "lease"
 
     def settle_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.yaml in a new run; an old one keeps what it was started with."""
+        """Write config.yaml in a new run, without secrets; an old one keeps what it was started with."""
         if not self.config_file.exists():
-            write_text(self.config_file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+            kept = redact.config(config)
+            write_text(self.config_file, yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
 
     def config(self) -> dict[str, Any]:
-        """The configuration that the run was started with. Raises ConfigError where the folder is no run."""
+        """The configuration that the run was started with. Raises ConfigError where the folder is no run.
+
+        What came from environment variables is read from them again, where they are set.
+        """
         try:
-            return cast(dict[str, Any], yaml.safe_load(self.config_file.read_text()))
+            return cast(dict[str, Any], redact.resolve(yaml.safe_load(self.config_file.read_text())))
         except FileNotFoundError:
             raise ConfigError(
                 f"{self.path} is not a run folder: it has no config.yaml; give the folder of a run"
@@ -123,10 +128,11 @@ def latents_folder(path: str) -> Path:
 
 
 def about_run(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values for a manifest: the configuration and its hash, W&B's id, the start of the run, host, revision."""
+    """Plain values for a manifest: the configuration without secrets and its hash, W&B's id, the start of the run, ..."""
+    kept = redact.config(config)
     return {
-        "config": dict(config),
-        "config_sha256": config_hash(config),
+        "config": kept,
+        "config_sha256": config_hash(kept),
         "wandb_id": identity.get("wandb_id"),
         "attempt": identity.get("attempts"),
         "host": socket.gethostname(),

@@ -19,7 +19,7 @@ from ldmscale.errors import CheckpointError
 from ldmscale.storage.lease import newest_holder
 
 _TAIL_BYTES = 64 * 1024
-_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|^\w*(Error|Exception)\b: |^Traceback")
+_ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|^\s*[\w.]*(Error|Exception)\b: |^\s*Traceback")
 _SHOWN_RANKS = 8
 
 

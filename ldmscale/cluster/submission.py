@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from ldmscale import redact
 from ldmscale.checkpoint.run_folder import REVISION, git_revision
 from ldmscale.config.compose import config_folder
 from ldmscale.errors import ConfigError
@@ -72,7 +73,7 @@ def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[s
         frozen = Frozen(_next_folder(submissions))
     except OSError as error:
         raise ConfigError(f"{submissions} cannot be made ({error.strerror}): give another run.dir") from None
-    frozen.config.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    frozen.config.write_text(yaml.safe_dump(redact.config(config), sort_keys=False, allow_unicode=True))
     package = Path(__file__).resolve().parents[1]
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(package, frozen.code / "ldmscale", ignore=ignore)
@@ -86,7 +87,7 @@ def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[s
         frozen.record,
         {
             "job": job,
-            "command": list(command),
+            "command": [redact.text(word) for word in command],
             "directory": os.getcwd(),
             "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "code_sha256": folder_sha256(frozen.code),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldmscale import redact
 from ldmscale.checkpoint.run_folder import RunFolder, latents_folder
 from ldmscale.cluster import slurm as queue
 from ldmscale.cluster import submission as frozen
@@ -106,6 +107,12 @@ def _plan(stage: Stage) -> Planned:
             # What an earlier stage will have made cannot be there yet.
             faults += [f for f in error.faults if not any(str(path) in f for path in stage.awaited)]
             config = config or _unchecked(stage, of_job, error)
+    # The job reads its configuration from a file, and files hold no secrets.
+    for key in redact.lost(plain(config)) if config is not None else ():
+        faults.append(
+            f"{key} holds a secret, and a submission keeps none: put the value into an environment variable, export it "
+            f"where the job runs (sbatch passes yours on), and give {key}='${{oc.env:NAME}}'"
+        )
     if faults or cluster is None or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     owner = _owner(config)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
+from ldmscale import redact
 from ldmscale.config import JOBS
 from ldmscale.config.typed import RETIRED
 from ldmscale.errors import ConfigError
@@ -128,7 +130,28 @@ def compose_valid(job: str, overrides: Sequence[str]) -> tuple[dict[str, Any], l
 
 def _composed(job: str, overrides: Sequence[str]) -> dict[str, Any]:
     config = compose(config_name=job, overrides=list(overrides))
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+    with _environment_read() as variables:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    if variables:
+        redact.register_environment(OmegaConf.to_container(config, resolve=False), values, variables)
+    return cast(dict[str, Any], values)
+
+
+@contextmanager
+def _environment_read() -> Iterator[dict[str, str]]:
+    """Collects the environment variables that interpolations read while the block runs."""
+    variables: dict[str, str] = {}
+
+    def read(key: str, *default: str | None) -> str | None:
+        if key in os.environ:
+            variables[key] = os.environ[key]
+        return oc.env(key, *default)
+
+    OmegaConf.register_new_resolver("oc.env", read, replace=True)
+    try:
+        yield variables
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
 def _sorted_out(job: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
+from ldmscale import redact
 from ldmscale.config import JOBS, Job
 from ldmscale.config.checks import check
 from ldmscale.config.compose import compose_valid
@@ -35,6 +36,7 @@ def resolved(kind: type[_J], overrides: Sequence[str], world_size: int) -> _J:
         return _thawed(kind, overrides, world_size)
     job = next(name for name, type_ in JOBS.items() if type_ is kind)
     values, faults = compose_valid(job, overrides)
+    redact.register(values)
     try:
         config = read(kind, values)
     except ConfigError as error:
@@ -55,9 +57,15 @@ def _thawed(kind: type[_J], arguments: Sequence[str], world_size: int) -> _J:
     if len(arguments) != 2:
         raise ConfigError(f"{FROZEN} takes one file and no overrides; found {' '.join(arguments[1:])}")
     try:
-        values = yaml.safe_load(Path(arguments[1]).read_text())
+        values = redact.resolve(yaml.safe_load(Path(arguments[1]).read_text()))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{FROZEN} {arguments[1]}: {error}") from None
+    if missing := redact.unresolved(values):
+        raise ConfigError(
+            f"{FROZEN} {arguments[1]} reads the environment variables {', '.join(missing)}, which are not set here: "
+            "export them in the job's environment"
+        )
+    redact.register(values)
     config = read(kind, values)
     if faults := check(cast(Job, config), world_size):
         raise ConfigError(faults)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ldmscale import redact
 from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import JOBS
 from ldmscale.config.typed import differences, plain, read
@@ -42,7 +43,10 @@ def changes(folder: RunFolder, config: Mapping[str, Any]) -> list[str]:
     """
     if not folder.config_file.exists():
         return []
-    changed = differences(_completed(folder.config()), config)
+    old = _completed(folder.config())
+    # A file keeps no secret to compare with. Those of the command line count.
+    shown = differences(redact.config(old), redact.config(config))
+    changed = {key: shown[key] for key in differences(old, config) if key in shown}
     fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS)}
     if fixed:
         raise ConfigError(

@@ -135,7 +135,9 @@ def write_safetensors(
     try:
         save_file(dense, str(path), dict(metadata or {"format": "pt"}))
     except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be written ({error}): free room there and run the command again") from error
+        raise CheckpointError(
+            f"{path} cannot be written ({error}): free room there and run the command again"
+        ) from error
 
 
 def own_storage(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ldmscale import redact
 from ldmscale.config import QuickstartJob
 from ldmscale.config.typed import differences, plain
 from ldmscale.data.shards.index import ShardIndex
@@ -122,7 +123,7 @@ def _cpu_seconds() -> float:
 
 def _settle(config: QuickstartJob, folder: Path) -> None:
     """Write down what this folder's quickstart is; refuse another one in it."""
-    file, now = folder / "quickstart.json", plain(config)
+    file, now = folder / "quickstart.json", redact.config(plain(config))
     if file.exists():
         changed = differences(json.loads(file.read_text()), now)
         if faults := [

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from ldmscale.data.latents.format import LatentFormat
 from ldmscale.data.latents.work_queue import Claim, Claims
 from ldmscale.data.latents.writer import LatentShardWriter, Source
-from ldmscale.data.loading.loader import calm_worker
+from ldmscale.data.loading.loader import start_of_workers
 from ldmscale.data.loading.shard_chunks import Chunk, ChunkReader, Span
 from ldmscale.data.loading.skipped_samples import Ledger
 from ldmscale.data.loading.transforms import ImageItem
@@ -216,7 +216,7 @@ class _Line:
             collate_fn=_as_it_is,
             prefetch_factor=2 if work.workers else None,
             multiprocessing_context=context,
-            worker_init_fn=calm_worker if work.workers else None,
+            worker_init_fn=start_of_workers() if work.workers else None,
             persistent_workers=work.workers > 0,
             generator=torch.Generator().manual_seed(0),
         )

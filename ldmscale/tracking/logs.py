@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.logging import RichHandler
 
 from ldmscale.distributed.environment import Ranks
+from ldmscale.messages import Formatter
 from ldmscale.tracking.console import terminal
 
 # Libraries that tell at INFO (or even WARNING) what only their own developers want to know.
@@ -82,7 +83,7 @@ def quiet_libraries() -> None:
 def _file_handler(path: Path, ranks: Ranks) -> logging.Handler:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, mode="a", encoding="utf-8")
-    handler.setFormatter(logging.Formatter(f"%(asctime)s r{ranks.rank} %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(Formatter(f"%(asctime)s r{ranks.rank} %(levelname)s %(name)s: %(message)s"))
     return handler
 
 
@@ -90,14 +91,14 @@ def _console_handler(ranks: Ranks, level: int) -> logging.Handler:
     handler: logging.Handler
     if not ranks.is_main:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(f"[rank {ranks.rank}] %(levelname)s %(message)s"))
+        handler.setFormatter(Formatter(f"[rank {ranks.rank}] %(levelname)s %(message)s"))
         handler.setLevel(max(level, logging.ERROR))
         return handler
     if terminal().is_terminal:
         handler = RichHandler(console=terminal(), show_path=False, log_time_format="[%X]", markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     handler.setLevel(level)
     return handler

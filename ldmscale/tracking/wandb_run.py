@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
+from ldmscale import redact
+
 log = logging.getLogger(__name__)
 
 _SERVER_SECONDS = 3.0  # how long "auto" waits for the server before it chooses offline
@@ -138,7 +140,7 @@ def start_wandb(
         )
         chosen = _choose_mode(mode, settings.base_url)
         folder.mkdir(parents=True, exist_ok=True)
-        with _no_answers():
+        with _no_answers(), _shown_arguments():
             run = wandb.init(
                 dir=str(folder),
                 mode=chosen,
@@ -147,8 +149,8 @@ def start_wandb(
                 name=name,
                 project=project,
                 entity=entity,
-                tags=list(tags),
-                config=dict(config or {}),
+                tags=[redact.text(tag) for tag in tags],
+                config=redact.config(config or {}),
                 settings=settings,
             )
         run.define_metric("step")
@@ -172,6 +174,17 @@ def _no_answers() -> Iterator[None]:
             yield
         finally:
             sys.stdin = before
+
+
+@contextmanager
+def _shown_arguments() -> Iterator[None]:
+    """The command line without secrets: W&B keeps it with the run."""
+    before = sys.argv
+    sys.argv = [redact.text(word) for word in before]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _choose_mode(mode: Literal["auto", "offline", "online"], base_url: str) -> Literal["online", "offline"]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ldmscale import redact
 from ldmscale.data.images.buckets import BucketCursor
 from ldmscale.data.loading.fetch import Fetcher, Run, Ticket
 from ldmscale.data.loading.latent_batches import SKIPPED, BatchMemory, LatentReader
@@ -182,7 +183,7 @@ class Loader:
             pin_memory=self._pin_memory,
             prefetch_factor=4,
             multiprocessing_context=context,
-            worker_init_fn=calm_worker,
+            worker_init_fn=start_of_workers(),
             # Draws of torch's own, from the global generator, would make the training's draws depend on the
             # loader.
             generator=torch.Generator().manual_seed(0),
@@ -291,6 +292,16 @@ def _collate(items: list[dict[str, Any]]) -> Batch:
         else:
             batch[name] = torch.tensor(values, dtype=torch.int64)  # [b]
     return batch
+
+
+def start_of_workers() -> Callable[[int], None]:
+    """What a loading process does first: `calm_worker`, and it learns which secrets messages must not show."""
+    return partial(_begin_worker, redact.known())
+
+
+def _begin_worker(secrets: Mapping[str, str], number: int) -> None:
+    redact.know(secrets)  # a fork has them already, a process of the fork server does not
+    calm_worker(number)
 
 
 def calm_worker(number: int) -> None:

@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ldmscale import messages, redact
+
 log = logging.getLogger(__name__)
 
 
@@ -31,22 +33,21 @@ class Ledger:
     def record(self, *, shard: str, key: str, reason: str, position: int | None) -> None:
         """Writes down a sample (or, with an empty key, a shard) that was skipped, and why."""
         # Names in tars may be no text at all, and log files take only text.
-        told = f"{key or 'all'} of {shard}: {reason}".encode("utf-8", "backslashreplace").decode("utf-8")
-        log.warning("skipped %s", told)
+        log.warning("skipped %s", messages.name(f"{key or 'all'} of {shard}: {reason}"))
         if self.path is None:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         entry = {
-            "shard": shard,
+            "shard": redact.text(shard),
             "key": key,
-            "reason": reason,
+            "reason": messages.name(reason),
             "position": position,
             "rank": self.rank,
             "time": now,
         }
         line = (json.dumps(entry) + "\n").encode("utf-8")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(handle, line)
         finally:

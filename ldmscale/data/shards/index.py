@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmscale import redact
 from ldmscale.data.images.decode import MAX_PIXELS
 from ldmscale.data.shards.records import (
     FORMAT,
@@ -61,13 +62,17 @@ class ShardIndex:
         storage: how remote shards are reached.
     """
 
-    def __init__(self, path: Path, storage: Storage | None = None) -> None:
+    def __init__(
+        self, path: Path, storage: Storage | None = None, shards: Sequence[str] | None = None
+    ) -> None:
+        """`shards`: their URLs, where the file may not hold them since there are secrets in them."""
         self.path = path
         self.storage = storage or Storage()
         with open(path, "rb") as stream:
             line = stream.readline()
         header = json.loads(line)
-        self.shards: list[str] = header["urls"]
+        self.shards: list[str] = header["urls"] if shards is None else list(shards)
+        self._urls = shards
         self.counts = np.array(header["counts"], dtype=np.int64)
         self.sizes = np.array(header["sizes"], dtype=np.int64)
         self.total = int(self.counts.sum())
@@ -80,8 +85,8 @@ class ShardIndex:
             else np.empty(0, dtype=SPAN)
         )
 
-    def __reduce__(self) -> tuple[type[ShardIndex], tuple[Path, Storage]]:
-        return ShardIndex, (self.path, self.storage)  # workers map the same file anew
+    def __reduce__(self) -> tuple[type[ShardIndex], tuple[Path, Storage, Sequence[str] | None]]:
+        return ShardIndex, (self.path, self.storage, self._urls)  # workers map the same file anew
 
     def span(self, shard: int, index: int) -> tuple[int, int]:
         """Returns (offset, bytes) of sample `index` of shard number `shard`.
@@ -149,7 +154,7 @@ class ShardIndex:
                         )  # fmt: skip
                 records = _records(urls, wanted)
             _merge(urls, states, records, merged, wanted)
-        index = cls(merged, store)
+        index = cls(merged, store, None if urls == _kept(urls) else urls)
         if index.total == 0:
             raise DataError(
                 f"the {len(urls)} shards hold no sample{'' if wanted is None else ' that is selected'} at all; look at "
@@ -195,6 +200,11 @@ class ShardIndex:
         if gone:
             raise DataError(_some([f"{item}; check data.shards" for item in gone]))
         return cls.open(shards, selection=selection, storage=storage) if world == 1 else None
+
+
+def _kept(urls: list[str]) -> list[str]:
+    """As the file holds them: without secrets."""
+    return [redact.text(url) for url in urls]
 
 
 def _states(urls: Sequence[str], storage: Storage) -> tuple[list[ShardState], list[str]]:
@@ -248,7 +258,7 @@ def _merge(
     known = [pair[1] for pair in records if pair[1] is not None]
     header: dict[str, Any] = {
         "format": FORMAT,
-        "urls": urls,
+        "urls": _kept(urls),
         "sizes": [state.size for state in states],
         "counts": [record["samples"] if selection is None else sum(record["buckets"]) for record in known],
     }

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmscale import redact
 from ldmscale.data.conditions.validation import ConditionChecks
 from ldmscale.data.shards.scan import CHECKS, SPAN, Scan, damage_to_json, json_line, scan_shard
 from ldmscale.data.shards.selection import FORMAT as SELECTION_FORMAT
@@ -163,7 +164,12 @@ def index_shard(
 ) -> Record:
     """Looks through a shard, writes its record (unless the one there is to be kept) and its selection."""
     scan = _scan(url, state.size, check, caption_source, max_pixels, storage, selection, conditions)
-    common = {"url": url, "size": state.size, "version": state.version, "samples": len(scan.spans)}
+    common = {
+        "url": redact.text(url),
+        "size": state.size,
+        "version": state.version,
+        "samples": len(scan.spans),
+    }
     record = {
         "format": FORMAT,
         **common,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ldmscale import messages
 from ldmscale.data.conditions.annotations import caption_member, caption_of
 from ldmscale.data.conditions.validation import ConditionChecks
 from ldmscale.data.images.decode import (
@@ -69,6 +70,11 @@ class Damage:
     key: str
     kind: str  # one of KINDS
     detail: str
+
+    def __post_init__(self) -> None:
+        # It goes into index, report and log, and all but its kind are words of others.
+        for part in ("shard", "key", "detail"):
+            object.__setattr__(self, part, messages.name(getattr(self, part)))
 
     def __str__(self) -> str:
         return f"{self.shard}{': ' + self.key if self.key else ''}: {self.kind}: {self.detail}"
