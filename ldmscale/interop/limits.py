@@ -76,7 +76,12 @@ def _inside(value: Any) -> Iterable[Any] | None:
         return (each for pair in value.items() for each in pair)
     if isinstance(value, (list, tuple, set, frozenset)):
         return value
+    # A stand-in for a class that is not imported, see `pickles.plain`: nodes of OmegaConf also hold their parents.
     arguments, state = getattr(value, "arguments", None), getattr(value, "state", None)
+    if isinstance(state, dict) and (
+        held := next((key for key in ("_content", "_val") if key in state), None)
+    ):
+        return (state[held],)
     if isinstance(arguments, tuple) and not isinstance(value, (type, Tensor)):
         return (*arguments, state)
     return None

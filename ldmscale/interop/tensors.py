@@ -108,7 +108,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
-        if length > _LONGEST_HEADER:
+        if _LONGEST_HEADER < length < path.stat().st_size:
             raise DataError(
                 f"{path} claims a header of {length:,} bytes, more than the {_LONGEST_HEADER:,} that are read: it is no "
                 "model's; get it again"
