@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(job: str, arguments: list[str]) -> int:
     from ldmscale.config.compose import config_folder, quiet_hydra, settle_overrides
+    from ldmscale.config.secrets import sweep_faults
     from ldmscale.errors import ConfigError, DataError, LdmscaleError, StoppedEarlyError
 
     try:
@@ -69,6 +70,8 @@ def _run(job: str, arguments: list[str]) -> int:
         arguments = settle_overrides(job, arguments)
         if any(argument.startswith("-") for argument in arguments):
             quiet_hydra()
+            if faults := sweep_faults(job, arguments):
+                return _tell(faults)
             return _through_hydra(job, arguments, str(config_folder()))
         return _job_function(job)(arguments)
     except (ConfigError, DataError) as error:
@@ -168,9 +171,7 @@ def _tell(faults: Sequence[str], *, shared: bool = True) -> int:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         count += "" if rank == "0" else f" on rank {rank}"
         _show(
-            "\n".join(
-                [f"ldmscale cannot do this, {count}:", *(messages.block(f"  - {fault}") for fault in faults)]
-            ),
+            "\n".join([f"ldmscale cannot do this, {count}:", *map(messages.entry, faults)]),
             sys.stderr,
         )
     return FAULTY

@@ -37,12 +37,17 @@ def shown(text: str) -> str:
 def block(text: str) -> str:
     """`shown`, with every line but the first indented, so that no name can forge another message."""
     first, *rest = shown(text).split("\n")
-    return "\n".join([first, *(line if not line or line[0].isspace() else _INDENT + line for line in rest)])
+    return "\n".join([first, *(_INDENT + line if line else line for line in rest)])
 
 
-def name(text: str) -> str:
-    """A foreign name as a file may keep it: one line, as `shown`."""
-    return shown(text.replace("\n", "\\n"))
+def entry(text: str) -> str:
+    """`text` as an entry of a list: `block` behind a dash, so that no other line looks like an entry."""
+    return f"  - {block(text)}"
+
+
+def name(text: str, longest: int = _LONGEST_LINE) -> str:
+    """A foreign name as a file or a table may keep it: one line, as `shown`, of about `longest` characters at most."""
+    return _cut(shown(text.replace("\n", "\\n")), longest)
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldmscale import redact
 from ldmscale.checkpoint.run_folder import RunFolder, latents_folder
 from ldmscale.cluster import slurm as queue
 from ldmscale.cluster import submission as frozen
@@ -25,6 +24,7 @@ from ldmscale.config.checks.cluster import check_cluster, check_script_paths
 from ldmscale.config.compose import compose_job, compose_valid
 from ldmscale.config.load import resolved
 from ldmscale.config.resume import changes
+from ldmscale.config.secrets import secret_faults
 from ldmscale.config.typed import plain, read
 from ldmscale.distributed.environment import in_slurm_step
 from ldmscale.errors import ConfigError
@@ -108,11 +108,9 @@ def _plan(stage: Stage) -> Planned:
             faults += [f for f in error.faults if not any(str(path) in f for path in stage.awaited)]
             config = config or _unchecked(stage, of_job, error)
     # The job reads its configuration from a file, and files hold no secrets.
-    for key in redact.lost(plain(config)) if config is not None else ():
-        faults.append(
-            f"{key} holds a secret, and a submission keeps none: put the value into an environment variable, export it "
-            f"where the job runs (sbatch passes yours on), and give {key}='${{oc.env:NAME}}'"
-        )
+    if config is not None:
+        where = ", export it where the job runs (sbatch passes yours on)"
+        faults += secret_faults(plain(config), "a submission", hint=where)
     if faults or cluster is None or config is None:
         raise ConfigError(list(dict.fromkeys(faults)))
     owner = _owner(config)
