@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldmscale import messages
 from ldmscale.checkpoint.folders import complete_checkpoints
 from ldmscale.checkpoint.manager import newest_checkpoint
 from ldmscale.checkpoint.run_folder import RunFolder
@@ -20,6 +21,7 @@ from ldmscale.storage.lease import newest_holder
 
 _TAIL_BYTES = 64 * 1024
 _ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|^\s*[\w.]*(Error|Exception)\b: |^\s*Traceback")
+_RANK_LOG = re.compile(r"rank_[0-9]{5,9}\.log")
 _SHOWN_RANKS = 8
 
 
@@ -106,6 +108,8 @@ def _errors(logs: Path, found: Findings) -> None:
     """The last error of each rank, those that fewest ranks share first: the first to fail fails alone."""
     last: dict[int, str] = {}
     for path in sorted(logs.glob("rank_*.log")):
+        if _RANK_LOG.fullmatch(path.name) is None:
+            continue
         lines = [line for line in _tail(path).splitlines() if _ERROR.search(line)]
         if lines:
             last[int(path.stem.removeprefix("rank_"))] = lines[-1].strip()[:300]
@@ -188,9 +192,9 @@ class Findings:
     faults: list[str] = field(default_factory=list)
 
     def told(self) -> str:
-        """All of it, in aligned lines."""
+        """All of it, in aligned lines. Names and words of files stay in the line that they belong to."""
         width = max((len(name) for name in self.values), default=0)
-        lines = [f"  {name:<{width}}  {value}" for name, value in self.values.items()]
-        lines += [f"  warning: {warning}" for warning in self.warnings]
-        lines += [f"  fault: {fault}" for fault in self.faults]
+        lines = [f"  {name:<{width}}  {messages.name(value)}" for name, value in self.values.items()]
+        lines += [f"  warning: {messages.name(warning)}" for warning in self.warnings]
+        lines += [f"  fault: {messages.name(fault)}" for fault in self.faults]
         return "\n".join(lines)

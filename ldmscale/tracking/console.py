@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ldmscale import messages
+
 # What a line shows, if the metrics have it: keys (the first that is there), short name, format, width in
 # plain lines.
 _SHOWN = (
@@ -27,6 +29,8 @@ _SHOWN = (
     (("lr", "generator/lr"), "lr", "{:.2e}", 11),
     (("time/data_wait_share",), "wait", "{:.0%}", 9),
 )
+
+_LONGEST_TITLE = 100  # characters: the name of a run
 
 _terminal: Console | None = None
 
@@ -45,7 +49,7 @@ class ProgressDisplay:
     def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
         self._console = console or terminal()
         self._total = total_steps
-        self._title = title
+        self._title = messages.name(title, _LONGEST_TITLE)
         self._first_step: int | None = None
         self._first_time = time.monotonic()
         self._live: Live | None = None
@@ -53,7 +57,7 @@ class ProgressDisplay:
         # columns.
         self._metrics = Text("", no_wrap=True, overflow="ellipsis")
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -61,7 +65,7 @@ class ProgressDisplay:
             TimeRemainingColumn(),
             console=self._console,
         )
-        self._task = self._bar.add_task(title, total=total_steps)
+        self._task = self._bar.add_task(self._title, total=total_steps)
 
     def start(self, step: int = 0) -> None:
         """Begin to show, at `step`."""

@@ -39,7 +39,7 @@ class Ledger:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         entry = {
             "shard": redact.text(shard),
-            "key": key,
+            "key": messages.name(key),
             "reason": messages.name(reason),
             "position": position,
             "rank": self.rank,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ldmscale import redact
+from ldmscale import messages, redact
 from ldmscale.data.conditions.validation import ConditionChecks
 from ldmscale.data.shards.scan import CHECKS, SPAN, Scan, damage_to_json, json_line, scan_shard
 from ldmscale.data.shards.selection import FORMAT as SELECTION_FORMAT
@@ -183,7 +183,8 @@ def index_shard(
     }
     if not keep_record:
         if scan.damage:
-            log.warning("%s: %d damaged, first: %s", url, sum(scan.damage_counts.values()), scan.damage[0])
+            count = sum(scan.damage_counts.values())
+            log.warning("%s: %d damaged, first: %s", messages.name(url), count, scan.damage[0])
         _write_beside(url, f"{shard_name(url)}.idx", [json_line(record), scan.spans.tobytes()])
     if selection is not None:
         taken = {
