@@ -6,8 +6,10 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -190,6 +192,31 @@ def test_latents_that_are_not_finite_are_refused_by_key(images: Path, tmp_path: 
     assert {entry["key"] for entry in entries} == {
         f"{s:02d}_{n}" for s in range(SHARDS) for n in range(IN_EACH)
     }
+
+
+def test_a_sample_whose_record_cannot_be_parsed_is_skipped_by_key(images: Path, tmp_path: Path) -> None:
+    given, out = tmp_path / "given", tmp_path / "out"
+    shutil.copytree(images, given)
+    out.mkdir()
+    refused = {"00_1": b"[" * 200_000, "00_2": b'{"a": ' * 900 + b"1" + b"}" * 900, "00_3": b'\xff{"k": 1}'}
+    records = refused | {"00_4": b'{"note": "\\ud83d"}'}  # half a surrogate pair, which UTF-8 cannot write
+    with tarfile.open(images / "00000.tar") as old, tarfile.open(given / "00000.tar", "w") as new:
+        for member in old:
+            key, _, extension = member.name.partition(".")
+            file = old.extractfile(member)
+            assert file is not None
+            data = records[key] if extension == "json" and key in records else file.read()
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    work, claims = prepared(given, out)
+    assert make_shards(work, claims, lambda: False)
+    entries = read_ledger(out / "data_ledger.jsonl")
+    assert {entry["key"] for entry in entries} == set(refused)
+    assert all("no valid json" in entry["reason"] for entry in entries)
+    with tarfile.open(out / "00000.tar") as made:
+        kept = {name: made.extractfile(name).read() for name in made.getnames() if name.endswith(".json")}  # type: ignore[union-attr]
+    assert sorted(kept) == ["00_0.json", "00_4.json", "00_5.json", "00_6.json"]
+    assert json.loads(kept["00_4.json"]) == {"note": "\ud83d"}
 
 
 def test_a_stopped_process_leaves_its_shard_to_others(images: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldmscale.data.conditions.record import is_text, parse_record
 from ldmscale.data.images.decode import decode_array
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.storage.atomic import write_file
@@ -65,14 +66,13 @@ def caption_in(data: bytes, source: str = "txt") -> str:
     caption = " ".join(text.split())
     if not caption:
         raise DataError(f"the caption ({source}) is empty")
+    if not is_text(caption):
+        raise DataError(f"the caption ({source}) is no text: it has one half of a surrogate pair")
     return caption
 
 
 def _json_caption(text: str, key: str) -> str:
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"the json member is no valid json: {error}") from error
+    record = parse_record(text)
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str):
         known = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
@@ -113,9 +113,9 @@ class ClassLabels:
         if isinstance(label, str) and not label.isdecimal():
             known = "they are numbers" if self.names is None else ", ".join(self.names[:8])
             raise DataError(f"there is no class {label!r} among the {self.count} ({known} ...)")
-        number = int(label)
+        number = int(label) if isinstance(label, int) or len(label) < 20 else -1
         if not 0 <= number < self.count:
-            raise DataError(f"the label {number} is out of range: there are {self.count} classes")
+            raise DataError(f"the label {label} is out of range: there are {self.count} classes")
         return number
 
     def title(self, number: int) -> str:
@@ -151,11 +151,13 @@ def raw_label(members: Mapping[str, bytes], source: str) -> int | str:
             f"has no {member} member for the label (members: {', '.join(sorted(members)) or 'none'})"
         )
     try:
-        text = members[member].decode("utf-8-sig")
-        value = json.loads(text)[key] if member == "json" else text.strip()
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        data = members[member]
+        value = parse_record(data)[key] if member == "json" else data.decode("utf-8-sig").strip()
+    except DataError as error:
+        raise DataError(f"its label ({source}) cannot be read: {error}") from error
+    except (UnicodeDecodeError, KeyError, TypeError) as error:
         raise DataError(f"its label ({source}) cannot be read: {type(error).__name__} {error}") from error
-    if isinstance(value, bool) or not isinstance(value, (int, str)) or value == "":
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or value == "" or not is_text(str(value)):
         raise DataError(f"its label ({source}) is {value!r}; expected a whole number or a name")
     return value
 

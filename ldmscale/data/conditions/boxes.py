@@ -8,7 +8,6 @@ a grid of 90 x 90.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldmscale.data.conditions.annotations import ClassLabels
+from ldmscale.data.conditions.record import parse_record
 from ldmscale.data.images.decode import View
 from ldmscale.errors import DataError
 
@@ -130,8 +130,10 @@ def raw_boxes(members: Mapping[str, bytes], source: str) -> list[RawBox]:
             f"has no {member} member for the boxes (members: {', '.join(sorted(members)) or 'none'})"
         )
     try:
-        listed = json.loads(members[member].decode("utf-8-sig"))[key]
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        listed = parse_record(members[member])[key]
+    except DataError as error:
+        raise DataError(f"its boxes ({source}) cannot be read: {error}") from error
+    except (KeyError, TypeError) as error:
         raise DataError(f"its boxes ({source}) cannot be read: {type(error).__name__} {error}") from error
     if not isinstance(listed, list):
         raise DataError(f"its boxes ({source}) are a {type(listed).__name__}; expected a list of objects")
@@ -157,9 +159,9 @@ def size_told(members: Mapping[str, bytes]) -> tuple[int, int]:
         DataError: if it does not.
     """
     try:
-        record = json.loads(members["json"].decode("utf-8-sig"))
+        record = parse_record(members["json"])
         width, height = int(record["width"]), int(record["height"])
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+    except (DataError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise DataError(
             f"its json does not tell the image's width and height, which place the boxes: {type(error).__name__} {error}"
         ) from error
@@ -172,7 +174,7 @@ def _raw_box(entry: Any, source: str) -> RawBox:
     try:
         label, corners = entry["class"], tuple(float(corner) for corner in entry["box"])
         left, top, right, bottom = corners
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"its boxes ({source}) have {str(entry)[:80]}; expected class and box: [left, top, right, bottom]"
         ) from error

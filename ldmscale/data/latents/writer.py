@@ -106,7 +106,7 @@ class LatentShardWriter:
         if (flipped is not None) != self.format.flips or (tokens is not None) != bool(self.format.tokenizer):
             raise ValueError(f"{key}: flipped latents and tokens must be given as {self.format} says")
         stored = self._stored(key, latent)
-        text = json.dumps(dict(metadata), sort_keys=True, ensure_ascii=False).encode("utf-8")
+        text = _json(metadata)
         # Arrays first: whatever the texts' lengths are, they are at the same place of every sample.
         members = {LATENT: _npy(stored)}
         if flipped is not None:
@@ -260,6 +260,14 @@ def finish_set(
 def _total(records: list[dict[str, Any]], name: str) -> np.ndarray:
     """Sum over shards [C], exactly rounded."""
     return np.array([math.fsum(column) for column in zip(*(record[name] for record in records), strict=True)])
+
+
+def _json(metadata: Mapping[str, Any]) -> bytes:
+    record = dict(metadata)
+    try:
+        return json.dumps(record, sort_keys=True, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair: only its escape keeps it
+        return json.dumps(record, sort_keys=True).encode("utf-8")
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldmscale.data.conditions.record import parse_record
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.reader import Sample, SampleReader
 from ldmscale.errors import DataError
@@ -78,10 +78,7 @@ class ChunkReader(Dataset[Chunk]):
 
 
 def _metadata(sample: Sample) -> dict[str, Any]:
-    try:
-        found = json.loads(sample.members.get("json", b"{}"))
-    except ValueError as error:
-        raise DataError(f"its json cannot be read: {error}") from error
+    found = parse_record(sample.members.get("json", b"{}"))
     if not isinstance(found, dict):
         raise DataError(f"its json is a {type(found).__name__}, expected an object")
     return found

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from ldmscale.data.conditions.annotations import caption_member, caption_of
+from ldmscale.data.conditions.record import parse_record
 from ldmscale.data.images.buckets import Shape, bucket_of
 from ldmscale.data.images.decode import ImageHeader
 from ldmscale.data.shards.filter import Condition
@@ -108,7 +109,7 @@ class Selection:
 def _record(data: bytes | None) -> dict[str, object]:
     """The sample's json; what is no json object has no keys."""
     try:
-        found = json.loads(data) if data else {}
-    except (ValueError, RecursionError):
+        found = parse_record(data) if data else {}
+    except DataError:
         return {}
     return found if isinstance(found, dict) else {}
