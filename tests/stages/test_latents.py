@@ -196,7 +196,7 @@ def test_latents_that_are_not_finite_are_refused_by_key(images: Path, tmp_path: 
 
 def test_a_sample_whose_record_cannot_be_parsed_is_skipped_by_key(images: Path, tmp_path: Path) -> None:
     given, out = tmp_path / "given", tmp_path / "out"
-    shutil.copytree(images, given)
+    shutil.copytree(images, given, ignore=shutil.ignore_patterns(".ldmscale_index"))
     out.mkdir()
     refused = {"00_1": b"[" * 200_000, "00_2": b'{"a": ' * 900 + b"1" + b"}" * 900, "00_3": b'\xff{"k": 1}'}
     records = refused | {"00_4": b'{"note": "\\ud83d"}'}  # half a surrogate pair, which UTF-8 cannot write
