@@ -53,7 +53,8 @@ def ldmscale(host_process: Host) -> Run:
     ) -> subprocess.CompletedProcess[str]:
         present, before = dict(os.environ), dict(host_process.environment)
         for variables in (present, before):
-            variables.pop("PYTEST_CURRENT_TEST", None)
+            for name in ("PYTEST_CURRENT_TEST", "DS_ACCELERATOR"):
+                variables.pop(name, None)
         if not cold and present == before:
             return host_process.completed(list(arguments), cwd, ranks, timeout, given)
         command = [sys.executable, "-m", "ldmscale", *arguments]

@@ -65,6 +65,10 @@ def _import_muon_plainly() -> None:
         setattr(torch, "compile", compile_function)  # noqa: B010
 
 
+_OF_ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+_before: dict[str, str | None] = {}  # values that `connect` replaced, for `disconnect` to restore
+
+
 def connect(device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
     """Make DeepSpeed ready for this process, with a process group: gloo on CPU, NCCL on CUDA.
 
@@ -73,8 +77,10 @@ def connect(device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
     here, and should be long, since the first steps compile, fetch and allocate.
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in os.environ
-    if alone:  # DeepSpeed reads these here and there
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    if alone:  # DeepSpeed reads these in several places
+        for name in _OF_ONE_RANK:
+            _before.setdefault(name, os.environ.get(name))
+        os.environ |= _OF_ONE_RANK
     # DeepSpeed decides this at its import, and would take any GPU that it sees.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     # Before the group is made: DeepSpeed's default arguments would keep a group that exists alive for ever.
@@ -103,7 +109,16 @@ def connect(device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
 
 
 def disconnect() -> None:
-    """Leave the process group, if there is one. A process that is one of several ranks cannot connect again."""
+    """Leave the process group, if there is one, and restore the environment: child processes are no ranks.
+
+    A process that is one of several ranks cannot connect again.
+    """
+    for name, value in _before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _before.clear()
     if dist.is_initialized():
         from deepspeed import comm
 

@@ -1,9 +1,13 @@
-"""Memory that a step frees is there for the next one."""
+"""What `connect` does to its process: the environment of child processes, and memory that a step frees."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from ldmscale.train.engine.process import connect, disconnect
 
 PROGRAM = """
 import resource
@@ -22,6 +26,18 @@ assert keep_freed_memory()
 kept = [faults_of_a_step() for _ in range(4)]  # the first ones still grow the heap
 assert freed[1] > pages / 2 and kept[-1] < pages / 100, (freed, kept)
 """
+
+
+def test_child_processes_of_a_process_that_was_connected_alone_are_no_ranks() -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    before = {name: os.environ.get(name) for name in names}
+    connect(torch.device("cpu"))
+    try:
+        connect(torch.device("cpu"))
+        assert [os.environ[name] for name in names] == ["0", "1", "0", "1"]
+    finally:
+        disconnect()
+    assert {name: os.environ.get(name) for name in names} == before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is set on Linux only")
