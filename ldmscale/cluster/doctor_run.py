@@ -15,6 +15,7 @@ from ldmscale.checkpoint.folders import complete_checkpoints
 from ldmscale.checkpoint.manager import newest_checkpoint
 from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.checkpoint.shards import Reader
+from ldmscale.config import SafetyConfig
 from ldmscale.distributed.watchdog import Beat, odd_ranks, read_beats
 from ldmscale.errors import CheckpointError
 from ldmscale.storage.lease import newest_holder
@@ -25,7 +26,7 @@ _RANK_LOG = re.compile(r"rank_[0-9]{5,9}\.log")
 _SHOWN_RANKS = 8
 
 
-def examine_run(folder: RunFolder, beat_seconds: float = 15.0) -> Findings:
+def examine_run(folder: RunFolder) -> Findings:
     """What happened to the run in `folder`. Raises ConfigError where it is no run folder."""
     config = folder.config()
     found = Findings()
@@ -44,6 +45,8 @@ def examine_run(folder: RunFolder, beat_seconds: float = 15.0) -> Findings:
         found.values["state"] = f"finished at step {finished}"
         return found
     _holder(folder, found)
+    # The run's own interval: a rank is silent after a number of beats, however short they are.
+    beat_seconds = float(config.get("safety", {}).get("heartbeat_seconds", SafetyConfig.heartbeat_seconds))
     _beats(folder, int(identity["attempts"]), beat_seconds, found)
     _errors(folder.path / "logs", found)
     _ledger(folder.ledger, found)
