@@ -146,6 +146,6 @@ def decoded(content: bytes) -> dict[str, Any] | None:
     """What `encoded` made; None of anything else."""
     try:
         record = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

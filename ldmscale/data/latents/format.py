@@ -111,7 +111,7 @@ class LatentManifest:
                 f"{folder} has no manifest.json: no finished set of latents; run `ldmscale latents` to its "
                 "end"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path} is damaged ({error}); run `ldmscale latents` again, it keeps finished shards"
             ) from error

@@ -20,7 +20,16 @@ import numpy as np
 
 from ldmscale import messages, redact
 from ldmscale.data.conditions.validation import ConditionChecks
-from ldmscale.data.shards.scan import CHECKS, SPAN, Scan, damage_to_json, json_line, scan_shard
+from ldmscale.data.shards.scan import (
+    CHECKS,
+    SPAN,
+    Scan,
+    Statistics,
+    damage_from_json,
+    damage_to_json,
+    json_line,
+    scan_shard,
+)
 from ldmscale.data.shards.selection import FORMAT as SELECTION_FORMAT
 from ldmscale.data.shards.selection import Selection
 from ldmscale.data.shards.tar import Read
@@ -42,12 +51,34 @@ Record = dict[str, Any]
 
 def read_record(url: str) -> Record | None:
     """The record of a shard, None if it was not looked through."""
-    return _first_line(url, f"{shard_name(url)}.idx", FORMAT)
+    record = _first_line(url, f"{shard_name(url)}.idx", FORMAT)
+    return record if record is not None and _sound(record) else None
 
 
 def read_selection(url: str, selection: Selection) -> Record | None:
     """What the selection takes of a shard, None if that was not looked at."""
-    return _first_line(url, _selection_name(url, selection), SELECTION_FORMAT)
+    taken = _first_line(url, _selection_name(url, selection), SELECTION_FORMAT)
+    return taken if taken is not None and _sound_selection(taken) else None
+
+
+def _sound(record: Record) -> bool:
+    """Whether it has the parts that `index_shard` writes. Beside shards of others lies an index of others."""
+    try:
+        damage_from_json("", record["damage"])
+        Statistics().add(Statistics.from_json(record["statistics"]))
+        counts = (record["samples"], record["size"], *record["damage_counts"].values())
+        known = {"version", "caption", "max_pixels"} <= record.keys() and record["check"] in CHECKS
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return known and all(type(count) is int and count >= 0 for count in counts)
+
+
+def _sound_selection(taken: Record) -> bool:
+    try:
+        counts = (taken["size"], *taken["buckets"], *taken["dropped"].values())
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return "version" in taken and all(type(count) is int and count >= 0 for count in counts)
 
 
 def read_spans(url: str, count: int) -> np.ndarray:
@@ -71,7 +102,7 @@ def _first_line(url: str, name: str, format: str) -> Record | None:
     try:
         with open(path, "rb") as stream:
             record = json.loads(stream.readline())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and record.get("format") == format else None
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from PIL import Image
 from ldmscale.cli import main
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.reader import SampleReader
+from ldmscale.data.shards.report import check_shards
 
 RECORD = b'{"caption": "x", "width": 48, "height": 40}'
 Members = list[tuple[str, bytes | tarfile.TarInfo]]
@@ -202,3 +204,32 @@ def test_a_reader_takes_no_member_that_leaves_the_folder(tmp_path: Path) -> None
     assert [sorted(reader.read(0, number).members) for number in range(2)] == [["jpg", "json", "txt"]] * 2
     reader.close()
     assert not any("ESCAPED" in path for path in files(tmp_path.parent))
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no samples": lambda record: record.pop("samples"),
+    "negative": lambda record: record.update(samples=-1),
+    "text for a number": lambda record: record.update(size="1"),
+    "no check": lambda record: record.update(check="all"),
+    "damage of numbers": lambda record: record.update(damage=[{"key": 1, "kind": 2, "detail": 3}]),
+    "statistics of text": lambda record: record["statistics"].update(captions="many"),
+    "nested": lambda record: record.update(statistics=json.loads("[" * 900 + "]" * 900)),
+}
+
+
+@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED)
+def test_an_index_of_others_that_makes_no_sense_is_made_anew(
+    forge: Callable[[dict[str, Any]], Any], tmp_path: Path
+) -> None:
+    shard = str(tmp_path / "00000.tar")
+    Path(shard).write_bytes(tar(sample("a") + sample("b")))
+    whole = check_shards([shard]).to_json()
+    (index,) = tmp_path.rglob("00000.tar.idx")
+    line, _, spans = index.read_bytes().partition(b"\n")
+    record = json.loads(line)
+    forge(record)
+    index.write_bytes(json.dumps(record).encode() + b"\n" + spans)
+    assert check_shards([shard]).to_json() == whole  # looked through again
+    assert index.read_bytes() == line + b"\n" + spans
+    index.write_bytes(b"[" * 200_000 + b"\n" + spans)
+    assert check_shards([shard]).to_json() == whole
