@@ -339,9 +339,9 @@ class CheckpointManager:
             step = step_of(folder)
             assert step is not None
             try:
-                state = remote.state(step) if remote is not None else manifests.read_manifest(folder).state
-                self._known[folder.name] = self._kept(step, state)
-            except (CheckpointError, DataError, OSError, ValueError):
+                found = manifests.read_manifest(folder) if remote is None else remote.manifest(step)
+                self._known[folder.name] = self._kept(step, found.state)
+            except (CheckpointError, DataError, OSError, ValueError, TypeError, AttributeError):
                 self._known[folder.name] = Kept(step)
         return self._known[folder.name]
 

@@ -16,15 +16,31 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
 
 from ldmscale.errors import CheckpointError
 from ldmscale.storage.atomic import write_text
 from ldmscale.storage.digest import FileRecord, file_xxh3
-from ldmscale.storage.names import RANK_FILE, accepted
+from ldmscale.storage.names import RANK_FILE, accepted, shown
+from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 FORMAT = 1
 NAME = "manifest.json"
+# Bytes of an element, by the names that torch gives its types; those that the files of tensors have.
+BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 _LIBRARIES = ("ldmscale", "torch", "deepspeed", "safetensors", "xxhash")
 
 
@@ -156,52 +172,93 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_text(folder / NAME, json.dumps(raw))
 
 
-def file_sizes(raw: Any, source: object) -> dict[str, int]:
-    """Bytes of the files of tensors in a parsed manifest, by their names.
+def read_manifest(folder: Path) -> Manifest:
+    """Raises CheckpointError if there is none, or it is torn or forged, or of another format."""
+    path = folder / NAME
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {folder} is not a complete checkpoint; take another one")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): take an older checkpoint") from error
+    return parse_manifest(content, path)
 
-    Raises CheckpointError where a name is none of those that ranks write, a size is none, or there are no files.
+
+def parse_manifest(content: bytes, source: object) -> Manifest:
+    """The manifest in the bytes of a file. Raises CheckpointError, naming `source`, where they are no whole manifest.
+
+    What it returns holds together: each tensor is covered once by shards that lie in files of the list, and no file is
+    smaller than what it is to hold.
     """
     try:
-        sizes = {
-            accepted(file["name"], RANK_FILE, source, CheckpointError): file["size"] for file in raw["files"]
-        }
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{source} lists no files ({error!r}): take an older checkpoint") from error
-    if not all(type(size) is int and size >= 0 for size in sizes.values()):
-        raise CheckpointError(f"{source} has a file without a size: take an older checkpoint")
-    return sizes
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Raises CheckpointError if there is none, or it is torn, or of another format."""
-    path = folder / NAME
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: {folder} is not a complete checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): take an older checkpoint") from error
-    written = raw.get("format") if isinstance(raw, dict) else None
-    if written != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {written!r}, this version reads {FORMAT}: use the version that wrote it"
-        )
-    file_sizes(raw, path)
-    try:
-        keys = {
-            key: Entry(
-                entry["dtype"], tuple(entry["shape"]), tuple(Shard(*shard) for shard in entry["shards"])
+        raw = parsed_object(content)
+        if raw.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{source} has format {shown(raw.get('format'))}, this version reads {FORMAT}: use the version that wrote it"
             )
-            for key, entry in raw["keys"].items()
-        }
-        return Manifest(
-            step=raw["step"],
-            images_seen=raw["images_seen"],
-            world_size=raw["world_size"],
-            libraries=raw["libraries"],
-            files=tuple(FileRecord(**file) for file in raw["files"]),
-            keys=keys,
-            state=raw["state"],
+        found = checked(_Manifest, raw)
+        files = tuple(
+            FileRecord(accepted(file.name, RANK_FILE, source, CheckpointError), file.size, file.xxh3_128)
+            for file in found.files
         )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} lacks a part ({error!r}): take an older checkpoint") from error
+        if len({file.name for file in files}) < len(files):
+            raise ValueError("a file is listed twice")
+        keys = {
+            key: Entry(entry.dtype, tuple(entry.shape), tuple(Shard(*shard) for shard in entry.shards))
+            for key, entry in found.keys.items()
+        }
+        _check_places(keys, files)
+    except ValueError as error:
+        raise CheckpointError(f"{source} is damaged ({error}): take an older checkpoint") from error
+    return Manifest(
+        step=found.step,
+        images_seen=found.images_seen,
+        world_size=found.world_size,
+        libraries=found.libraries,
+        files=files,
+        keys=keys,
+        state=found.state,
+    )
+
+
+class _Entry(BaseModel):
+    dtype: Literal[tuple(BYTES)]  # type: ignore[valid-type]
+    shape: Annotated[list[Count], Field(max_length=64)]
+    shards: Annotated[list[tuple[Count, Count, Count]], Field(min_length=1)]
+
+
+class _File(BaseModel):
+    name: object
+    size: Count
+    xxh3_128: str
+
+
+class _Manifest(BaseModel):
+    step: Count
+    images_seen: Count
+    world_size: Count
+    libraries: dict[str, str]
+    files: Annotated[list[_File], Field(min_length=1)]
+    keys: dict[str, _Entry]
+    state: dict[str, Any]
+
+
+def _check_places(keys: Mapping[str, Entry], files: Sequence[FileRecord]) -> None:
+    """Raises ValueError where shards leave holes, overlap, or lie outside the files."""
+    held = [0] * len(files)
+    for key, entry in keys.items():
+        if key.count("/") < 2:
+            raise ValueError(f"found the key {shown(key)}, expected NETWORK/KIND/NAME")
+        end = 0
+        for shard in entry.shards:
+            if shard.file >= len(files):
+                raise ValueError(f"{shown(key)} lies in file number {shard.file} of {len(files)}")
+            if shard.offset != end:
+                raise ValueError(f"{shown(key)} has a piece at element {shard.offset}, expected one at {end}")
+            end += shard.numel
+            held[shard.file] += shard.numel * BYTES[entry.dtype]
+        if end != entry.numel:
+            raise ValueError(f"{shown(key)} of shape {list(entry.shape)} has pieces of {end} elements")
+    for file, size in zip(files, held, strict=True):
+        if size > file.size:
+            raise ValueError(f"{file.name} is to hold {size} bytes of tensors and has {file.size} bytes")

@@ -32,7 +32,7 @@ def recover(folder: RunFolder, url: str | None, storage: Storage) -> None:
         steps = store.steps()
         if not steps:
             return
-        found = store.state(steps[-1]).get("run")
+        found = store.manifest(steps[-1]).state.get("run")
         about: dict[str, Any] = found if isinstance(found, dict) else {}
         names = store.get_beside(folder.path, _restorable, _LARGEST)
     except Exception as error:  # each store's library has its own

@@ -9,14 +9,13 @@ An object store cannot rename a folder. The manifest, uploaded last and removed 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ldmscale.checkpoint import manifest as manifests
 from ldmscale.checkpoint.folders import folder_name, step_of
+from ldmscale.checkpoint.manifest import Manifest, parse_manifest
 from ldmscale.checkpoint.shards import COMPLETE
 from ldmscale.errors import CheckpointError, DataError
 from ldmscale.storage.atomic import sync
@@ -110,15 +109,10 @@ class RemoteCheckpoints:
             )  # fmt: skip
         return names
 
-    def state(self, step: int) -> dict[str, Any]:
-        """The training state in a checkpoint's manifest there."""
-        state: dict[str, Any] = json.loads(self._read(step, manifests.NAME))["state"]
-        return state
-
-    def files(self, step: int) -> dict[str, int]:
-        """Bytes of a checkpoint's files of tensors by their names. Raises CheckpointError as `manifest.file_sizes`."""
+    def manifest(self, step: int) -> Manifest:
+        """A checkpoint's manifest there. Raises CheckpointError where it is damaged."""
         source = f"{self.url}/{_place(step, manifests.NAME)}"
-        return manifests.file_sizes(json.loads(self._read(step, manifests.NAME)), source)
+        return parse_manifest(self._read(step, manifests.NAME), source)
 
     def _read(self, step: int, name: str) -> bytes:
         size = self._store.size(_place(step, name))

@@ -10,17 +10,29 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import yaml
+from pydantic import BaseModel, Field
 
 from ldmscale import redact
 from ldmscale.errors import ConfigError
 from ldmscale.storage.atomic import write_json, write_text
 from ldmscale.storage.digest import sha256
 from ldmscale.storage.lease import Lease, check_held, take
+from ldmscale.storage.names import WANDB_ID, shown
+from ldmscale.storage.plain_values import Count, bounded, checked, parsed_object
 
 log = logging.getLogger(__name__)
+
+
+class _Identity(BaseModel):
+    """run.json, as far as it is read again. More may stand in it."""
+
+    wandb_id: Annotated[str, Field(pattern=f"^{WANDB_ID.pattern.pattern}$")] | None = None
+    attempts: Count = 0
+    finished_step: Count | None = None
+    text_encoder: dict[str, Any] = {}
 
 
 class RunFolder:
@@ -52,17 +64,37 @@ class RunFolder:
         What came from environment variables is read from them again, where they are set.
         """
         try:
-            return cast(dict[str, Any], redact.resolve(yaml.safe_load(self.config_file.read_text())))
+            # Bounded first: to resolve copies what the file repeats.
+            values = bounded(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
+            if not isinstance(values, dict):
+                raise ValueError(f"found {shown(values)}, expected keys with values")
         except FileNotFoundError:
             raise ConfigError(
                 f"{self.path} is not a run folder: it has no config.yaml; give the folder of a run"
             ) from None
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{self.config_file} is damaged ({str(error).splitlines()[0]}): restore it from a copy, or give another run.name"
+            ) from error
+        return cast(dict[str, Any], redact.resolve(values))
 
     def identity(self) -> dict[str, Any]:
-        """run.json: the W&B id, the number of attempts, and whether the run has finished."""
-        if not self.identity_file.exists():
+        """run.json: the W&B id, the number of attempts, and whether the run has finished.
+
+        Raises ConfigError where the file is damaged.
+        """
+        try:
+            content = self.identity_file.read_bytes()
+            values = parsed_object(content)
+            checked(_Identity, values)
+        except FileNotFoundError:
             return {"wandb_id": secrets.token_hex(4), "attempts": 0, "finished_step": None}
-        return cast(dict[str, Any], json.loads(self.identity_file.read_text()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.identity_file} is damaged ({error}): restore it from a copy, or delete it, which gives the run another "
+                "W&B run"
+            ) from error
+        return values
 
     def hold(
         self,

@@ -84,8 +84,8 @@ class Search:
             temporary.mkdir(parents=True, exist_ok=True)
             if self._rank == 0:
                 remote.get_small(step, temporary)
-            for file, size in list(remote.files(step).items())[self._rank :: self._world_size]:
-                remote.get(step, file, size, temporary)
+            for file in remote.manifest(step).files[self._rank :: self._world_size]:
+                remote.get(step, file.name, file.size, temporary)
         except Exception as error:  # each store's library has its own
             fault = [f"{name} cannot be fetched: {error!r}"]
         if found := collectives.gather_lists(fault):

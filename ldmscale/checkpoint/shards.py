@@ -8,7 +8,9 @@ Nothing here needs torch.distributed, and no file is a pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,23 @@ from ldmscale.errors import CheckpointError
 from ldmscale.storage.atomic import write_text
 from ldmscale.storage.digest import file_xxh3
 
+log = logging.getLogger(__name__)
+
 COMPLETE = "COMPLETE"  # the file that is written last, with the hash of the manifest
+_LONGEST_HASH = 100  # characters of COMPLETE that are looked at
+
+
+@contextmanager
+def state_of(folder: Path) -> Iterator[None]:
+    """Within, the training state of a checkpoint is taken apart: what it lacks or has of another type is a CheckpointError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        log.debug("the training state in %s does not fit", folder, exc_info=True)
+        raise CheckpointError(
+            f"the training state in {folder} does not fit ({type(error).__name__}: {error}): take an older checkpoint, or the "
+            "version that wrote it"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -76,17 +94,30 @@ class Reader:
                 f"{self.folder} is not a complete checkpoint: it has no file {COMPLETE}. Take another one; "
                 "`latest` beside it names the newest complete one."
             )
-        if (self.folder / manifests.NAME).is_file():
-            vouched = (self.folder / COMPLETE).read_text(encoding="utf-8", errors="replace").strip()
-            if vouched != (found := file_xxh3(self.folder / manifests.NAME)):
-                raise CheckpointError(
-                    f"{self.folder} is damaged: {manifests.NAME} has the hash {found}, {COMPLETE} says {vouched!r}"
-                )
+        self._check_vouched()
         self.manifest: Manifest = read_manifest(self.folder)
         self._open: dict[int, TensorFile] = {}
         faults = self._wrong_sizes()
         if faults:
             raise CheckpointError(f"{self.folder} is damaged: " + "; ".join(faults))
+
+    def _check_vouched(self) -> None:
+        manifest = self.folder / manifests.NAME
+        if not manifest.is_file():
+            return  # reading it says so
+        try:
+            with open(self.folder / COMPLETE, encoding="utf-8", errors="replace") as file:
+                vouched = file.read(_LONGEST_HASH).strip()
+            found = file_xxh3(manifest)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be read ({error}): take an older checkpoint"
+            ) from error
+        if vouched != found:
+            raise CheckpointError(
+                f"{self.folder} is damaged: {manifests.NAME} has the hash {found}, {COMPLETE} says {vouched!r}; take an "
+                "older checkpoint"
+            )
 
     @property
     def state(self) -> dict[str, Any]:

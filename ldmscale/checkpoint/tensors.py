@@ -11,14 +11,16 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import xxhash
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from ldmscale.errors import CheckpointError
 from ldmscale.storage.digest import FileRecord
+from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 _BLOCK_BYTES = 1 << 24
 _LONGEST_HEADER = 1 << 30
@@ -69,6 +71,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return FileRecord(path.name, size, state.hexdigest())
 
 
+class _Described(BaseModel):
+    """A tensor in a header."""
+
+    dtype: Literal[tuple(_DTYPES)]  # type: ignore[valid-type]
+    shape: Annotated[list[Count], Field(max_length=64)]
+    data_offsets: tuple[Count, Count]
+
+
 class TensorFile:
     """One safetensors file, open for reading ranges of its flattened tensors.
 
@@ -76,17 +86,20 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._descriptor: int | None = None  # first: `__del__` looks at it, also where the header is torn
         self.path = path
         try:
             with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
                 length = int.from_bytes(file.read(8), "little")
-                if not 0 < length < _LONGEST_HEADER:
-                    raise ValueError(f"a header of {length} bytes")
-                self._header: dict[str, Any] = json.loads(file.read(length))
+                if not 0 < length < min(size, _LONGEST_HEADER):
+                    raise ValueError(f"found a header of {length} bytes in a file of {size}")
+                self._header = parsed_object(file.read(length))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is no whole safetensors file ({error})") from error
-        self._begin = 8 + length
-        self._descriptor: int | None = None
+            raise CheckpointError(
+                f"{path} is no whole safetensors file ({error}): take an older checkpoint"
+            ) from error
+        self._begin, self._size = 8 + length, size
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """Copy elements [start, start + out.numel()) of the flattened tensor `key` into the 1-D tensor `out`,
@@ -94,14 +107,8 @@ class TensorFile:
         """
         if not out.numel():
             return
-        try:
-            entry = self._header[key]
-        except KeyError:
-            raise CheckpointError(f"{self.path} has no tensor {key}") from None
-        dtype = _DTYPES[entry["dtype"]]
-        if start < 0 or start + out.numel() > math.prod(entry["shape"]):
-            raise CheckpointError(f"{self.path} has fewer elements of {key} than are asked for")
-        at = self._begin + entry["data_offsets"][0] + start * dtype.itemsize
+        dtype, first = self._place(key, start, out.numel())
+        at = first + start * dtype.itemsize
         if out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous():
             self._read_bytes(at, _bytes(out))
             return
@@ -111,6 +118,29 @@ class TensorFile:
             part = out[low : low + count]
             self._read_bytes(at + low * dtype.itemsize, _bytes(box[: part.numel()]))
             part.copy_(box[: part.numel()])
+
+    def _place(self, key: str, start: int, count: int) -> tuple[torch.dtype, int]:
+        """Dtype and first byte of a tensor of which elements [start, start + count) are there.
+
+        Raises CheckpointError, also where the header says what the file cannot hold.
+        """
+        if key not in self._header:
+            raise CheckpointError(f"{self.path} has no tensor {key}")
+        try:
+            entry = checked(_Described, self._header[key])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path} is damaged ({key}: {error}): take an older checkpoint"
+            ) from error
+        dtype, numel = _DTYPES[entry.dtype], math.prod(entry.shape)
+        if start < 0 or start + count > numel:
+            raise CheckpointError(f"{self.path} has fewer elements of {key} than are asked for")
+        begin, end = entry.data_offsets
+        if end - begin != numel * dtype.itemsize or self._begin + end > self._size:
+            raise CheckpointError(
+                f"{self.path} is damaged ({key} of {numel} elements lies in bytes {begin} to {end}): take an older checkpoint"
+            )
+        return dtype, self._begin + begin
 
     def _read_bytes(self, at: int, into: memoryview) -> None:
         if self._descriptor is None:

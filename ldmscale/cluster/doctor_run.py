@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ldmscale import messages
 from ldmscale.checkpoint.folders import complete_checkpoints
-from ldmscale.checkpoint.manager import newest_checkpoint
 from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.checkpoint.shards import Reader
+from ldmscale.cluster.submission import read_record
 from ldmscale.config import SafetyConfig
 from ldmscale.distributed.watchdog import Beat, odd_ranks, read_beats
-from ldmscale.errors import CheckpointError
+from ldmscale.errors import CheckpointError, ConfigError, DataError
 from ldmscale.storage.lease import newest_holder
+from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 _TAIL_BYTES = 64 * 1024
 _ERROR = re.compile(r"\b(ERROR|CRITICAL)\b|^\s*[\w.]*(Error|Exception)\b: |^\s*Traceback")
@@ -32,9 +33,11 @@ def examine_run(folder: RunFolder) -> Findings:
     found = Findings()
     identity = folder.identity()
     last = _last_metrics(folder.path / "metrics.jsonl")
-    target = config.get("train", {}).get("max_steps")
+    train = config.get("train")
+    target = train.get("max_steps") if isinstance(train, dict) else None
+    attempts = int(identity.get("attempts", 0))
     found.values["run"] = (
-        f"{config['job']}, {identity['attempts']} starts, the last on {identity.get('started', '?')}"
+        f"{config.get('job', '?')}, {attempts} starts, the last on {identity.get('started', '?')}"
     )
     if last is not None:
         age = time.time() - (folder.path / "metrics.jsonl").stat().st_mtime
@@ -45,18 +48,22 @@ def examine_run(folder: RunFolder) -> Findings:
         found.values["state"] = f"finished at step {finished}"
         return found
     _holder(folder, found)
-    # The run's own interval: a rank is silent after a number of beats, however short they are.
-    beat_seconds = float(config.get("safety", {}).get("heartbeat_seconds", SafetyConfig.heartbeat_seconds))
-    _beats(folder, int(identity["attempts"]), beat_seconds, found)
+    _beats(folder, attempts, _beat_seconds(config), found)
     _errors(folder.path / "logs", found)
     _ledger(folder.ledger, found)
     _submissions(folder.path, found)
     return found
 
 
+def _beat_seconds(config: Mapping[str, Any]) -> float:
+    """The run's own interval: a rank is silent after a number of beats, however short they are."""
+    safety = config.get("safety")
+    found = safety.get("heartbeat_seconds") if isinstance(safety, dict) else None
+    return float(found) if isinstance(found, (int, float)) else SafetyConfig.heartbeat_seconds
+
+
 def _checkpoints(folder: RunFolder, found: Findings) -> None:
     complete = complete_checkpoints(folder.checkpoints)
-    newest = newest_checkpoint(folder.checkpoints)
     torn = [
         p.name
         for p in folder.checkpoints.glob("*")
@@ -64,23 +71,31 @@ def _checkpoints(folder: RunFolder, found: Findings) -> None:
     ]
     names = ", ".join(path.name for path in complete) or "none"
     found.values["checkpoints"] = names
-    if newest is not None:
+    for checkpoint in reversed(complete):
         try:
-            wrong = Reader(newest).wrong_hashes()
-        except CheckpointError as error:
+            wrong = Reader(checkpoint).wrong_hashes()
+        except (CheckpointError, OSError) as error:
             wrong = [str(error)]
-        if wrong:
-            found.warnings.append(f"{newest.name} does not hold ({wrong[0]}): a resume takes the one before")
-        else:
-            found.values["checkpoints"] += f"; {newest.name} was read whole, and its checksums hold"
+        if not wrong:
+            found.values["checkpoints"] += f"; {checkpoint.name} was read whole, and its checksums hold"
+            break
+        found.warnings.append(f"{checkpoint.name} does not hold ({wrong[0]}): a resume takes the one before")
     else:
-        found.warnings.append("there is no complete checkpoint: a resume begins at step 0")
+        found.warnings.append(
+            "every complete checkpoint is damaged: a resume refuses; move them away to begin at step 0"
+            if complete
+            else "there is no complete checkpoint: a resume begins at step 0"
+        )
     if torn:
         found.warnings.append(f"left behind by an interrupted save, and ignored: {', '.join(sorted(torn))}")
 
 
 def _holder(folder: RunFolder, found: Findings) -> None:
-    holder = newest_holder(folder.path / "lease") if (folder.path / "lease").is_dir() else None
+    try:
+        holder = newest_holder(folder.path / "lease") if (folder.path / "lease").is_dir() else None
+    except DataError as error:
+        found.faults.append(str(error))
+        return
     if holder is None:
         found.values["state"] = "never started"
     elif holder.released:
@@ -136,7 +151,11 @@ def _ledger(path: Path, found: Findings) -> None:
 def _submissions(folder: Path, found: Findings) -> None:
     records = sorted((folder / "submissions").glob("[0-9]*/submission.json"))
     if records:
-        record = json.loads(records[-1].read_text())
+        try:
+            record = read_record(records[-1])
+        except ConfigError as error:
+            found.faults.append(str(error))
+            return
         found.values["submission"] = (
             f"{records[-1].parent.name}, Slurm job {record.get('slurm_job', 'not queued')}"
         )
@@ -152,7 +171,8 @@ def _submissions(folder: Path, found: Findings) -> None:
 def _last_metrics(path: Path) -> dict[str, Any] | None:
     for line in reversed(_tail(path).splitlines()):
         try:
-            values: dict[str, Any] = json.loads(line)
+            values = parsed_object(line)
+            checked(Count, values.get("step"))
         except ValueError:
             continue
         return values
@@ -170,7 +190,7 @@ def _tail(path: Path) -> str:
 
 def _field(line: str, name: str) -> str:
     try:
-        return str(json.loads(line).get(name, "?"))
+        return str(parsed_object(line).get(name, "?"))
     except ValueError:
         return "?"
 

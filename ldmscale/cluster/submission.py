@@ -7,7 +7,6 @@ job reads nothing but this folder (and the interpreter's packages, whose version
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
@@ -25,6 +24,7 @@ from ldmscale.config.compose import config_folder
 from ldmscale.errors import ConfigError
 from ldmscale.storage.atomic import write_json
 from ldmscale.storage.digest import folder_sha256
+from ldmscale.storage.plain_values import parsed_object
 
 SUBMISSIONS = "submissions"
 _START = '''"""Starts the frozen code, wherever the job stands: this file's folder comes first in the search for modules."""
@@ -101,13 +101,23 @@ def freeze(owner: Path, job: str, config: Mapping[str, Any], command: Sequence[s
 
 def note(frozen: Frozen, values: Mapping[str, Any]) -> None:
     """Add `values` to the record of the submission."""
-    write_json(frozen.record, {**json.loads(frozen.record.read_text()), **values})
+    write_json(frozen.record, {**read_record(frozen.record), **values})
 
 
 def earlier(owner: Path) -> list[tuple[Frozen, dict[str, Any]]]:
     """The submissions of `owner` with their records, oldest first."""
     files = sorted((owner / SUBMISSIONS).glob("[0-9]*/submission.json"))
-    return [(Frozen(file.parent), json.loads(file.read_text())) for file in files]
+    return [(Frozen(file.parent), read_record(file)) for file in files]
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """A submission.json. Raises ConfigError where it is damaged."""
+    try:
+        return parsed_object(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} is damaged ({error}): move the folder of that submission away, once its job has ended"
+        ) from error
 
 
 def _next_folder(submissions: Path) -> Path:

@@ -10,7 +10,6 @@ or cut off. Ages are differences between modification times of one file system; 
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import os
 import socket
@@ -22,15 +21,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from ldmscale.distributed.environment import Ranks
 from ldmscale.storage.atomic import write_json
+from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 log = logging.getLogger(__name__)
 
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h: failed, and worth another attempt
 _SILENT_BEATS = 4  # a rank that missed so many beats is called silent
 _FOLDER = "heartbeat"
+_LONGEST = 1 << 16  # bytes of a beat
 _SECONDS_TO_END = 60.0
 _SHORT = ("data", "step", "save")  # phases of every step; pictures and measurements may take longer
 
@@ -39,10 +43,10 @@ _SHORT = ("data", "step", "save")  # phases of every step; pictures and measurem
 class Beat:
     """What one rank said last, and how long ago."""
 
-    rank: int
+    rank: Annotated[int, Field(strict=True, ge=0, lt=1 << 24)]
     host: str
     pid: int
-    attempt: int
+    attempt: Count
     step: int
     phase: str
     phase_seconds: float  # in this phase already, when it said so
@@ -177,9 +181,9 @@ def read_beats(folder: Path) -> list[Beat]:
     for path in sorted((folder / _FOLDER).glob("rank_*.json")):
         with suppress(OSError, ValueError, TypeError):
             with open(path) as file:
-                said = json.load(file)
+                said = parsed_object(file.read(_LONGEST))
                 age = now - os.fstat(file.fileno()).st_mtime
-            beats.append(Beat(**(said | {"age_seconds": round(max(0.0, age), 1)})))
+            beats.append(checked(Beat, said | {"age_seconds": round(max(0.0, age), 1)}))
     return beats
 
 

@@ -12,14 +12,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, Field
 
 from ldmscale.errors import ConfigError
 from ldmscale.storage.atomic import finished_file, write_file
 from ldmscale.storage.digest import file_sha256, listing_sha256, sha256
+from ldmscale.storage.plain_values import checked, parsed_object
 from ldmscale.tracking.images import tile, write_png
 
 GRID_IMAGES = 64  # at most; a grid of thousands is no help
@@ -63,6 +66,13 @@ class Prompts:
         ]
 
 
+class _Record(BaseModel):
+    """sample.json."""
+
+    made_by: dict[str, str]
+    prompts: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+
+
 class SampleFolder:
     """The folder of one set. `made_by` is everything, besides prompt and seed, that its images depend on."""
 
@@ -79,9 +89,14 @@ class SampleFolder:
         given = [list(pair) for pair in zip(prompts.texts, prompts.negatives, strict=True)]
         known: list[list[str]] = []
         if self.record.exists():
-            told = json.loads(self.record.read_text(encoding="utf-8"))
-            known = told["prompts"]
-            if faults := [*self._changed(told["made_by"]), *self._other_prompts(known, given)]:
+            try:
+                told = checked(_Record, parsed_object(self.record.read_bytes()))
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"{self.record} is damaged ({error}): restore it from a copy, or give another folder as sample.out"
+                ) from error
+            known = told.prompts
+            if faults := [*self._changed(told.made_by), *self._other_prompts(known, given)]:
                 raise ConfigError(faults)
         elif self.path.is_dir() and next(self.path.glob("*.png"), None) is not None:
             raise ConfigError(

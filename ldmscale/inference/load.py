@@ -20,7 +20,7 @@ from ldmscale.builders.networks import (
 )
 from ldmscale.checkpoint.manager import newest_checkpoint
 from ldmscale.checkpoint.run_folder import RunFolder, is_foreign
-from ldmscale.checkpoint.shards import Reader
+from ldmscale.checkpoint.shards import Reader, state_of
 from ldmscale.config import AutoencoderJob, DiffusionJob, FrozenTextConfig, TextEncoderConfig
 from ldmscale.config.compose import compose_job, config_folder
 from ldmscale.config.typed import read
@@ -99,9 +99,13 @@ def load(path: str | Path, ema: bool | str = True, dtype: torch.dtype = torch.fl
     if checkpoint is None:
         raise CheckpointError(f"{folder.path} has no complete checkpoint yet: wait for the run's first save")
     reader = Reader(checkpoint)
-    if values["job"] == "autoencoder":
-        return _load_autoencoder(read(AutoencoderJob, values), reader, ema, dtype)
-    return _load_diffusion(read(DiffusionJob, values), folder, reader, ema, dtype)
+    if values.get("job") == "autoencoder":
+        autoencoder = read(AutoencoderJob, values)
+        with state_of(checkpoint):
+            return _load_autoencoder(autoencoder, reader, ema, dtype)
+    diffusion = read(DiffusionJob, values)
+    with state_of(checkpoint):
+        return _load_diffusion(diffusion, folder, reader, ema, dtype)
 
 
 def _load_autoencoder(config: AutoencoderJob, reader: Reader, ema: bool | str, dtype: torch.dtype) -> Parts:

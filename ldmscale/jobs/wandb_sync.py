@@ -6,7 +6,6 @@ left in DIR/wandb can also be uploaded as it is, by `wandb sync DIR/wandb/offlin
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from ldmscale.config import WandbSyncJob
 from ldmscale.config.load import configured
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import DataError
+from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,10 @@ def main(overrides: Sequence[str]) -> int:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            values = json.loads(line)
-            values["step"] = int(values["step"])
-        except (ValueError, KeyError, TypeError):
+            values = parsed_object(line)
+            checked(dict[str, float], values)
+            checked(Count, values.get("step"))
+        except ValueError:
             raise DataError(
                 f"{path}, line {number} is no line of metrics: {line[:80]!r}; remove it"
             ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from ldmscale.models.text_encoder import FrozenTextEncoder, StoredTextEncoder
 from ldmscale.setup.index import open_index
 from ldmscale.setup.run import Run
 from ldmscale.storage.atomic import finished_file, write_json
+from ldmscale.storage.plain_values import checked, parsed_object
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +193,11 @@ def _write(folder: Path, tokens: np.ndarray, vectors: np.ndarray, digest: str) -
 
 def _open(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """Rows of token ids, their vectors mapped from the file, and the encoder's digest."""
-    digest = json.loads((folder / "encoder.json").read_text())["digest"]
+    try:
+        digest = checked(str, parsed_object((folder / "encoder.json").read_bytes()).get("digest"))
+    except ValueError as error:
+        raise DataError(
+            f"{folder}/encoder.json is damaged ({error}): delete {folder}, and start again"
+        ) from error
     tokens = np.load(folder / "tokens.npy", allow_pickle=False)
     return tokens, np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False), str(digest)

@@ -20,16 +20,19 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ldmscale.errors import LdmscaleError
+from ldmscale.errors import DataError, LdmscaleError
 from ldmscale.storage.atomic import create_file, write_json
+from ldmscale.storage.plain_values import Count, Flag, checked, parsed_object
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"lease_(\d{8})\.json")
 _POLL_SECONDS = 0.25
+_LONGEST = 1 << 16  # bytes of a lease's file that are read
+_DESCRIBED = ("host", "pid", "since", "processes", "started", "released")
 
 
 class LeaseHeldError(LdmscaleError):
@@ -46,11 +49,11 @@ class Holder:
 
     number: int
     host: str = "?"
-    pid: int = 0
+    pid: Count = 0
     since: str = "?"  # local time of its host
     processes: str = ""  # names the space of process numbers that `pid` belongs to
     started: str = ""  # of the process, so that a number that is used again is no life
-    released: bool = False
+    released: Flag = False
     beat: float = 0.0  # modification time of its file
     age_seconds: float = 0.0  # since its last beat
 
@@ -133,7 +136,7 @@ def take(
     life for so long.
 
     Raises LeaseHeldError, naming the holder, if a live one does not release it within `wait_seconds`, and
-    OSError if the folder cannot be written.
+    OSError if the folder cannot be written, and DataError if the newest holder's file is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_seconds
@@ -190,7 +193,7 @@ def _is_held(folder: Path, number: int) -> bool:
         return False
     try:
         # Opening makes a network file system ask its server, which looking for a name may not.
-        return not json.loads(_path(folder, number).read_text()).get("taken_over", False)
+        return not parsed_object(_path(folder, number).read_bytes()).get("taken_over", False)
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
@@ -205,17 +208,29 @@ def newest_holder(folder: Path) -> Holder | None:
     number = max(numbers)
     path = _path(folder, number)
     try:
-        with open(path) as file:
+        with open(path, "rb") as file:
             beat = os.fstat(file.fileno()).st_mtime
-            raw = json.load(file)
+            content = file.read(_LONGEST)
         with tempfile.TemporaryFile(dir=folder) as probe:  # the file system's own clock
             age = os.fstat(probe.fileno()).st_mtime - beat
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
+        return Holder(number)
+    if not content:
         return Holder(number)  # its file is being made
-    known = {
-        key: raw[key] for key in ("host", "pid", "since", "processes", "started", "released") if key in raw
-    }
-    return Holder(number, beat=beat, age_seconds=max(0.0, age), **known)
+    known = holder_of(content, path)
+    return replace(known, number=number, beat=beat, age_seconds=max(0.0, age))
+
+
+def holder_of(content: bytes, source: object) -> Holder:
+    """The holder whom the content of a lease describes. Raises DataError where it describes none."""
+    try:
+        values = parsed_object(content)
+        known = checked(Holder, {"number": 0, **{key: values[key] for key in _DESCRIBED if key in values}})
+    except ValueError as error:
+        raise DataError(
+            f"the lease {source} is damaged ({error}): make sure that no process uses its folder, delete it, and start again"
+        ) from error
+    return known
 
 
 def _numbers(folder: Path) -> list[int]:
@@ -227,7 +242,10 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _told(folder: Path) -> str:
-    holder = newest_holder(folder)
+    try:
+        holder = newest_holder(folder)
+    except DataError:
+        holder = None
     return "another process" if holder is None else holder.told()
 
 
@@ -249,7 +267,7 @@ def _tidy(folder: Path, number: int) -> None:
 
 def _mark(path: Path, what: str) -> None:
     """Add a note to a lease file, in one move."""
-    write_json(path, json.loads(path.read_text()) | {what: True}, indent=None, durable=False)
+    write_json(path, parsed_object(path.read_bytes()) | {what: True}, indent=None, durable=False)
 
 
 def _process_space() -> str:

@@ -21,13 +21,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from ldmscale.errors import DataError
-from ldmscale.storage.lease import Holder, LeaseLostError, this_process
+from ldmscale.storage.lease import Holder, LeaseLostError, holder_of, this_process
+from ldmscale.storage.plain_values import parsed_object
 from ldmscale.storage.store_folder import StoreFolder
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"([^/\\.][^/\\]*)\.([0-9]{8})\.json")
-_KNOWN = ("number", "host", "pid", "since", "processes", "started")
 _LOOK_SECONDS = 1.0  # a look at all leases serves for so long
 
 
@@ -68,7 +68,10 @@ class StoreLease:
         if self._ended.is_set() or self._folder.size(place(self.name, self.number + 1)) is not None:
             return False
         found = self._folder.read(place(self.name, self.number))
-        return found is not None and json.loads(found).get("token") == self._token
+        try:
+            return found is not None and parsed_object(found).get("token") == self._token
+        except ValueError:
+            return False  # not what this process wrote
 
     def check(self) -> None:
         """Raise LeaseLostError if another process has taken it over."""
@@ -167,8 +170,8 @@ class StoreLeases:
             content = self._folder.read(place(name, seen.number))
             if content is None:
                 return False  # given free meanwhile: the next look tells
-            raw = json.loads(content)
-            seen = replace(seen, holder=Holder(**{key: raw[key] for key in _KNOWN}))
+            source = f"{self._folder.url}/{place(name, seen.number)}"
+            seen = replace(seen, holder=replace(holder_of(content, source), number=seen.number))
             self._seen[name] = seen
         assert seen.holder is not None
         return seen.holder.dead or self._looked - seen.since > timeout_seconds

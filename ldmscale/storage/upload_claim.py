@@ -20,6 +20,7 @@ from contextlib import suppress
 from ldmscale.errors import DataError
 from ldmscale.storage.lease import LeaseLostError, this_process
 from ldmscale.storage.object_store import StoreError
+from ldmscale.storage.plain_values import parsed_object
 from ldmscale.storage.store_folder import StoreFolder
 
 _NAME = re.compile(r"(\d{8})\.json")
@@ -52,7 +53,10 @@ class Claim:
         """Raise LeaseLostError if a later start has claimed it."""
         if (latest := max(self._numbers(), default=0)) > self.number:
             content = self._folder.read(_name(latest))
-            by = json.loads(content or b"{}")
+            try:
+                by = parsed_object(content or b"{}")
+            except ValueError:
+                by = {}  # whatever it holds, its number is the later one
             raise LeaseLostError(
                 f"{self._folder.url.rpartition('/')[0]} was claimed by a later start (process {by.get('process')} on "
                 f"{by.get('host')}, since {by.get('since')}, of {by.get('run')}): this one uploads nothing more and ends. "

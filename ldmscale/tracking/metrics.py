@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.storage.atomic import write_file
+from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class MetricsFile:
 def _step_of(line: bytes) -> float:
     """The step of a line; infinity for a line that is damaged, which is never kept."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return checked(Count, parsed_object(line).get("step"))
+    except ValueError:
         return math.inf
 
 

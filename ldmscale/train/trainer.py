@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ldmscale.checkpoint.shards import state_of
 from ldmscale.data.loading.training_data import TrainingData
 from ldmscale.distributed.collectives import any_true_of, gather_lists, set_collective_timeout
 from ldmscale.distributed.preemption import StopFlag
@@ -138,20 +139,21 @@ class Trainer:
         return newest is not None
 
     def _restore(self, checkpoint: Path) -> None:
-        state = restore(checkpoint, self.stage.engines, self.stage.averages)
-        if state["data"] != self.data.fingerprint:
-            raise DataError(
-                f"the shards or their order are not those that {checkpoint} was trained on (shards were added, removed or "
-                "changed, or the seed, weights, filters, buckets or data.shuffle_block_shards): give those of before, or "
-                f"another run.name to start a new run (then: {state['data']}; now: {self.data.fingerprint})"
-            )
-        self.step = int(state["step"])
-        self.finished_step = self.step if state["finished"] else None
-        self.position, self.consumed = int(state["position"]), state.get("consumed")
-        self.stage.restore(state["stage"])
-        self._saved_step = self.step
-        verify(state["answer"], self._answer(), self._precision, checkpoint)
-        self.guard.restore(state.get("safety", {}))
+        with state_of(checkpoint):
+            state = restore(checkpoint, self.stage.engines, self.stage.averages)
+            if state["data"] != self.data.fingerprint:
+                raise DataError(
+                    f"the shards or their order are not those that {checkpoint} was trained on (shards were added, removed or "
+                    "changed, or the seed, weights, filters, buckets or data.shuffle_block_shards): give those of before, or "
+                    f"another run.name to start a new run (then: {state['data']}; now: {self.data.fingerprint})"
+                )
+            self.step = int(state["step"])
+            self.finished_step = self.step if state["finished"] else None
+            self.position, self.consumed = int(state["position"]), state.get("consumed")
+            self.stage.restore(state["stage"])
+            self._saved_step = self.step
+            verify(state["answer"], self._answer(), self._precision, checkpoint)
+            self.guard.restore(state.get("safety", {}))
 
     def fit(self) -> bool:
         """Train. Returns True at `max_steps`, False after a stop request; everything is saved then."""

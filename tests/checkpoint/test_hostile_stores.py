@@ -139,7 +139,7 @@ def test_a_file_of_another_size_than_the_manifest_says_is_not_downloaded(store: 
     assert found is not None and found.name == "step_00000001"
     os.truncate(store / "step_00000002" / "manifest.json", (1 << 30) + 1)
     with pytest.raises(CheckpointError, match="has 1073741825 bytes"):
-        RemoteCheckpoints(f"file://{store}").state(2)
+        RemoteCheckpoints(f"file://{store}").manifest(2)
 
 
 class Listing(SimpleHTTPRequestHandler):

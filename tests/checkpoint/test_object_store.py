@@ -149,8 +149,8 @@ def _fetched(folder: Path, url: str, step: int) -> Path:
     remote, target = RemoteCheckpoints(url), folder / f"step_{step:08d}"
     target.mkdir()
     remote.get_small(step, target)
-    for name, size in remote.files(step).items():
-        remote.get(step, name, size, target)
+    for file in remote.manifest(step).files:
+        remote.get(step, file.name, file.size, target)
     return target
 
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel
 
 from ldmscale.data.conditions.record import is_text, parse_record
 from ldmscale.data.images.decode import decode_array
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.storage.atomic import write_file
+from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 
 def check_source(source: str) -> None:
@@ -80,6 +82,12 @@ def _json_caption(text: str, key: str) -> str:
     return value
 
 
+class _Classes(BaseModel):
+    source: str
+    count: Count
+    names: list[str] | None
+
+
 @dataclass(frozen=True)
 class ClassLabels:
     """Reads labels of 0 to count - 1. A value, so that loading processes can have it.
@@ -129,10 +137,16 @@ class ClassLabels:
 
     @classmethod
     def load(cls, path: Path) -> ClassLabels:
-        """What `save` wrote."""
-        record = json.loads(path.read_text(encoding="utf-8"))
-        names = None if record["names"] is None else tuple(record["names"])
-        return cls(record["source"], record["count"], names)
+        """What `save` wrote. Raises DataError if it is not there, or damaged."""
+        try:
+            found = checked(_Classes, parsed_object(path.read_bytes()))
+            if found.names is not None and len(found.names) > found.count:
+                raise ValueError(f"found {len(found.names)} names of {found.count} classes")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error}): restore it from a copy, or from the run's checkpoint.url"
+            ) from error
+        return cls(found.source, found.count, None if found.names is None else tuple(found.names))
 
 
 def raw_label(members: Mapping[str, bytes], source: str) -> int | str:

@@ -18,6 +18,7 @@ from ldmscale.errors import DataError
 from ldmscale.storage.atomic import create_file, move, open_new, write_file
 from ldmscale.storage.lease import Lease, take_if_free
 from ldmscale.storage.names import SHA256, accepted
+from ldmscale.storage.plain_values import parsed_object
 
 MANIFEST = "manifest.json"
 CLAIMS = ".claims"
@@ -84,7 +85,7 @@ class LatentFolder:
         with suppress(FileNotFoundError):
             move(self.path / named_after(name, record), path)
         try:
-            whole = path.stat().st_size == record["bytes"]
+            whole = path.stat().st_size == record.get("bytes")
         except OSError:
             return None
         return record if whole else None
@@ -145,7 +146,6 @@ def encoded(record: Mapping[str, Any]) -> bytes:
 def decoded(content: bytes) -> dict[str, Any] | None:
     """What `encoded` made; None of anything else."""
     try:
-        record = json.loads(content)
-    except (ValueError, RecursionError):
+        return parsed_object(content)
+    except ValueError:
         return None
-    return record if isinstance(record, dict) else None

@@ -9,15 +9,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from ldmscale.data.images.decode import LATENT, decode_array
 from ldmscale.data.shards.urls import is_local
 from ldmscale.errors import DataError
 from ldmscale.storage.names import TAR, accepted
 from ldmscale.storage.object_store import AbsentError, Storage
+from ldmscale.storage.plain_values import Count, Flag, checked, parsed_object
 
 FORMAT = "ldmscale-latents-1"
 KINDS = ("moments", "latent")
@@ -71,6 +73,59 @@ class LatentFormat:
         return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
 
 
+_Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class _Format(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    autoencoder: str
+    kind: Literal[KINDS]  # type: ignore[valid-type]
+    dtype: Literal[DTYPES]  # type: ignore[valid-type]
+    shape: tuple[Count, Count, Count]
+    transform: dict[str, Any]
+    flips: Flag = False
+    tokenizer: str | None = None
+
+
+class _Set(BaseModel):
+    format: dict[str, Any]
+    shards: list[object]
+    samples: Count
+    skipped: Count
+    scale_factor: _Finite
+    channel_mean: list[_Finite]
+    channel_std: list[_Finite]
+
+
+class _ShardRecord(BaseModel):
+    version: str
+    format: _Format
+    source: dict[str, Any] | None = None
+    samples: Count
+    skipped: Count
+    bytes: Count
+    sha256: object
+    channel_sum: list[_Finite]
+    channel_squares: list[_Finite]
+
+
+def latent_format(record: object) -> LatentFormat:
+    """The format that a file describes. Raises ValueError where it describes none."""
+    found = checked(_Format, record)
+    return LatentFormat(**found.model_dump())
+
+
+def check_shard_record(record: dict[str, Any], source: object) -> None:
+    """Raises DataError where the record of a finished shard lacks a part, or has one of another type."""
+    try:
+        checked(_ShardRecord, record)
+    except ValueError as error:
+        raise DataError(
+            f"{source} is damaged ({error}); delete it and run `ldmscale latents` again, which makes this shard anew"
+        ) from error
+
+
 @dataclass(frozen=True)
 class LatentManifest:
     """A finished set of latent shards.
@@ -103,9 +158,9 @@ class LatentManifest:
         path = f"{folder}/manifest.json"
         try:
             if is_local(path):
-                record = json.loads(Path(path).read_text(encoding="utf-8"))
+                record = parsed_object(Path(path).read_bytes())
             else:
-                record = json.loads((storage or Storage()).content(path))
+                record = parsed_object((storage or Storage()).content(path))
         except (FileNotFoundError, AbsentError):
             raise DataError(
                 f"{folder} has no manifest.json: no finished set of latents; run `ldmscale latents` to its "
@@ -119,14 +174,24 @@ class LatentManifest:
             raise DataError(
                 f"{path} is of version {record.get('version')!r}, expected {FORMAT!r}; make the latents anew"
             )
+        try:
+            found = checked(_Set, record)
+            shards = tuple(accepted(name, TAR, path, DataError) for name in found.shards)
+            format = latent_format(record["format"])
+            if not len(found.channel_mean) == len(found.channel_std) == format.shape[0]:
+                raise ValueError("the statistics are not of as many channels as the latents")
+        except ValueError as error:
+            raise DataError(
+                f"{path} is damaged ({error}); run `ldmscale latents` again, it keeps finished shards"
+            ) from error
         return cls(
-            format=LatentFormat(**record["format"]),
-            shards=tuple(accepted(name, TAR, path, DataError) for name in record["shards"]),
-            samples=record["samples"],
-            skipped=record["skipped"],
-            scale_factor=record["scale_factor"],
-            channel_mean=tuple(record["channel_mean"]),
-            channel_std=tuple(record["channel_std"]),
+            format=format,
+            shards=shards,
+            samples=found.samples,
+            skipped=found.skipped,
+            scale_factor=found.scale_factor,
+            channel_mean=tuple(found.channel_mean),
+            channel_std=tuple(found.channel_std),
         )
 
     def check_autoencoder(self, autoencoder: str, folder: str | Path) -> None:

@@ -144,7 +144,7 @@ class LatentStore:
         if content is None or record is None:
             return False
         self.store.move(named_after(name, record), name)
-        if self.store.size(name) != record["bytes"]:
+        if self.store.size(name) != record.get("bytes"):
             return False
         self._known[name] = content
         return True

@@ -31,7 +31,9 @@ from ldmscale.data.latents.format import (
     TOKENS,
     LatentFormat,
     LatentManifest,
+    check_shard_record,
     from_stored,
+    latent_format,
     to_stored,
 )
 from ldmscale.data.latents.store import LatentPlace, place_of
@@ -195,9 +197,12 @@ def is_finished(
     path, record = f"{place}/{name}", place.settled(name)
     if record is None:
         return False
-    if record["version"] != FORMAT or LatentFormat(**record["format"]) != format:
+    known = record.get("version") == FORMAT
+    if known:
+        check_shard_record(record, f"{place}/{record_name(name)}")
+    if not known or latent_format(record["format"]) != format:
         raise DataError(
-            f"{path} was made in another way ({_difference(record['format'], asdict(format))}); give another "
+            f"{path} was made in another way ({_difference(record.get('format'), asdict(format))}); give another "
             "folder, or delete this one"
         )
     was = record.get("source")
@@ -276,7 +281,8 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _difference(stored: object, now: Mapping[str, Any]) -> str:
+    stored = stored if isinstance(stored, Mapping) else {}
     return "; ".join(
         f"{name}: {stored.get(name)} there, {value} now"
         for name, value in now.items()

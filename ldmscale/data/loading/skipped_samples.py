@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmscale import messages, redact
+from ldmscale.storage.plain_values import parsed_object
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def read_ledger(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     entries = []
     for line in text.splitlines():
         try:
-            entries.append(json.loads(line))
+            entries.append(parsed_object(line))
         except ValueError:
             log.warning("%s has a line that is no json: %.80s", path, line)
     return entries

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from ldmscale import redact
 from ldmscale.data.images.decode import MAX_PIXELS
@@ -31,15 +33,16 @@ from ldmscale.data.shards.records import (
     read_selection,
     read_spans,
     writable_folder,
+    write_index,
 )
 from ldmscale.data.shards.report import IndexReport, check_shards
 from ldmscale.data.shards.scan import SPAN, json_line
 from ldmscale.data.shards.selection import Selection
 from ldmscale.data.shards.urls import run_pipes, shard_name, shard_states
 from ldmscale.errors import DataError
-from ldmscale.storage.atomic import write_file
 from ldmscale.storage.digest import sha256
 from ldmscale.storage.object_store import ShardState, Storage
+from ldmscale.storage.plain_values import Count, checked, parsed
 
 __all__ = ["IndexReport", "ShardIndex", "check_shards"]
 
@@ -68,19 +71,17 @@ class ShardIndex:
         """`shards`: their URLs, where the file may not hold them since there are secrets in them."""
         self.path = path
         self.storage = storage or Storage()
-        with open(path, "rb") as stream:
-            line = stream.readline()
-        header = json.loads(line)
-        self.shards: list[str] = header["urls"] if shards is None else list(shards)
+        header, begin = _read_header(path, shards)
+        self.shards: list[str] = header.urls if shards is None else list(shards)
         self._urls = shards
-        self.counts = np.array(header["counts"], dtype=np.int64)
-        self.sizes = np.array(header["sizes"], dtype=np.int64)
+        self.counts = np.array(header.counts, dtype=np.int64)
+        self.sizes = np.array(header.sizes, dtype=np.int64)
         self.total = int(self.counts.sum())
-        self.bucket_counts = np.array(header.get("buckets") or self.counts[:, None], dtype=np.int64)
-        self._selection: str | None = header.get("selection")
+        self.bucket_counts = np.array(header.buckets or self.counts[:, None], dtype=np.int64)
+        self._selection = header.selection
         self._first = np.concatenate([[0], np.cumsum(self.counts)])
         self._spans: np.ndarray = (
-            np.memmap(path, dtype=SPAN, mode="r", offset=len(line), shape=(self.total,))
+            np.memmap(path, dtype=SPAN, mode="r", offset=begin, shape=(self.total,))
             if self.total
             else np.empty(0, dtype=SPAN)
         )
@@ -93,16 +94,32 @@ class ShardIndex:
 
         Raises:
             IndexError: if the shard has no such sample.
+            DataError: if the sample does not lie in the shard.
         """
         if not 0 <= index < self.counts[shard]:
             raise IndexError(f"{self.shards[shard]} has {self.counts[shard]} samples, no number {index}")
-        offset, nbytes = self._spans[self._first[shard] + index]
-        return int(offset), int(nbytes)
+        offset, nbytes = map(int, self._spans[self._first[shard] + index])
+        if offset + nbytes > self.sizes[shard]:
+            raise self._outside(shard, index, offset, nbytes)
+        return offset, nbytes
 
     def spans(self, shards: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (offsets, bytes) of several samples, int64 [n] each; the samples must exist."""
+        """Returns (offsets, bytes) of several samples, int64 [n] each; the samples must exist.
+
+        Raises:
+            DataError: if a sample does not lie in its shard.
+        """
         found = np.asarray(self._spans)[self._first[shards] + indices]
-        return found["offset"].astype(np.int64), found["nbytes"].astype(np.int64)
+        offsets, sizes = found["offset"].astype(np.int64), found["nbytes"].astype(np.int64)
+        outside = (offsets < 0) | (offsets > self.sizes[shards] - sizes)
+        if outside.any():
+            at = int(np.argmax(outside))
+            raise self._outside(int(shards[at]), int(indices[at]), int(found["offset"][at]), int(sizes[at]))
+        return offsets, sizes
+
+    def _outside(self, shard: int, index: int, offset: int, nbytes: int) -> DataError:
+        what = f"sample {index} of {self.shards[shard]} has {nbytes} bytes at offset {offset}, the shard has {self.sizes[shard]}"
+        return _damaged(self.path, what)
 
     @property
     def fingerprint(self) -> str:
@@ -202,6 +219,45 @@ class ShardIndex:
         return cls.open(shards, selection=selection, storage=storage) if world == 1 else None
 
 
+class _Header(BaseModel):
+    """The first line of the file of a list of shards."""
+
+    urls: list[str]
+    counts: list[Count]
+    sizes: list[Count]
+    buckets: list[Annotated[list[Count], Field(min_length=1)]] | None = None
+    selection: str | None = None
+
+
+def _read_header(path: Path, shards: Sequence[str] | None) -> tuple[_Header, int]:
+    """The first line, and the bytes it has. Raises DataError where it does not describe the rest of the file."""
+    try:
+        with open(path, "rb") as stream:
+            line = stream.readline()
+            behind = os.fstat(stream.fileno()).st_size - len(line)
+        header = checked(_Header, parsed(line))
+        for name in ("counts", "sizes", "buckets"):
+            found = getattr(header, name)
+            if found is not None and len(found) != len(header.urls):
+                raise ValueError(f"{len(header.urls)} shards have {len(found)} {name}")
+        if shards is not None and len(shards) != len(header.urls):
+            raise ValueError(f"found {len(header.urls)} shards, expected {len(shards)}")
+        if header.buckets and (
+            len({len(row) for row in header.buckets}) > 1
+            or [sum(row) for row in header.buckets] != header.counts
+        ):
+            raise ValueError("the counts of the buckets do not add up")
+        if behind != sum(header.counts) * SPAN.itemsize:
+            raise ValueError(f"found {behind} bytes for {sum(header.counts)} samples")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return header, len(line)
+
+
+def _damaged(path: Path, what: object) -> DataError:
+    return DataError(f"the index {path} is damaged ({what}): delete it, and start the same command again")
+
+
 def _kept(urls: list[str]) -> list[str]:
     """As the file holds them: without secrets."""
     return [redact.text(url) for url in urls]
@@ -267,18 +323,24 @@ def _merge(
     for old in merged.parent.glob(f"{merged.name.rsplit('-', 1)[0]}-*.idx"):
         if old != merged:
             old.unlink(missing_ok=True)  # the same list at an earlier time; who has it mapped keeps it
-    write_file(merged, _merged_parts(header, urls, [record["samples"] for record in known], selection))
+    write_index(merged, _merged_parts(header, urls, known, selection))
 
 
 def _merged_parts(
-    header: dict[str, Any], urls: list[str], counts: list[int], selection: Selection | None
+    header: dict[str, Any], urls: list[str], records: list[Record], selection: Selection | None
 ) -> Iterator[bytes]:
     yield json_line(header)
-    for url, count in zip(urls, counts, strict=True):
-        spans = read_spans(url, count)
+    for url, record in zip(urls, records, strict=True):
+        count = record["samples"]
+        spans = read_spans(url, count, record["size"])
         if selection is not None:
             codes = read_codes(url, selection, count)
             by_bucket = np.argsort(codes, kind="stable")
+            if np.bincount(codes, minlength=selection.buckets + 1)[1:].tolist() != record["buckets"]:
+                raise DataError(
+                    f"the index of shard {url} is damaged: its counts by bucket are not those of its samples; delete it and run "
+                    f"`ldmscale index data.shards={url}`"
+                )
             spans = spans[by_bucket[np.count_nonzero(codes == 0) :]]
         yield spans.tobytes()
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from ldmscale import messages, redact
 from ldmscale.data.conditions.validation import ConditionChecks
@@ -24,8 +25,6 @@ from ldmscale.data.shards.scan import (
     CHECKS,
     SPAN,
     Scan,
-    Statistics,
-    damage_from_json,
     damage_to_json,
     json_line,
     scan_shard,
@@ -34,10 +33,11 @@ from ldmscale.data.shards.selection import FORMAT as SELECTION_FORMAT
 from ldmscale.data.shards.selection import Selection
 from ldmscale.data.shards.tar import Read
 from ldmscale.data.shards.urls import is_local, local_path, shard_name
-from ldmscale.errors import DataError
+from ldmscale.errors import DataError, LdmscaleError
 from ldmscale.storage.atomic import cache_folder, write_file
 from ldmscale.storage.digest import sha256
 from ldmscale.storage.object_store import ShardState, Storage
+from ldmscale.storage.plain_values import Count, checked, parsed
 
 log = logging.getLogger(__name__)
 
@@ -47,43 +47,71 @@ _REMOTE_BLOCK = 16 * 1024 * 1024
 
 
 Record = dict[str, Any]
+_Digits = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
+class IndexWriteError(LdmscaleError):
+    """The folder of an index cannot be written: full, read-only. No fault of a shard."""
+
+
+class _Common(BaseModel):
+    size: Count
+    version: str | Count | None
+    samples: Count
+
+
+class _Statistics(BaseModel):
+    captions: Count
+    images: Count
+    words: dict[_Digits, Count]
+    short_side: dict[_Digits, Count]
+    smallest: tuple[Count, Count] | None
+    largest: tuple[Count, Count] | None
+
+
+class _Damage(BaseModel):
+    key: str
+    kind: str
+    detail: str
+
+
+class _Record(_Common):
+    check: Literal[CHECKS]  # type: ignore[valid-type]
+    caption: str
+    max_pixels: Count
+    damage: list[_Damage]
+    damage_counts: dict[str, Count]
+    statistics: _Statistics
+
+
+class _Taken(_Common):
+    buckets: list[Count]
+    dropped: dict[str, Count]
 
 
 def read_record(url: str) -> Record | None:
-    """The record of a shard, None if it was not looked through."""
-    record = _first_line(url, f"{shard_name(url)}.idx", FORMAT)
-    return record if record is not None and _sound(record) else None
+    """The record of a shard, None if it was not looked through or the record is damaged."""
+    return _first_line(url, f"{shard_name(url)}.idx", FORMAT, _Record)
 
 
 def read_selection(url: str, selection: Selection) -> Record | None:
-    """What the selection takes of a shard, None if that was not looked at."""
-    taken = _first_line(url, _selection_name(url, selection), SELECTION_FORMAT)
-    return taken if taken is not None and _sound_selection(taken) else None
+    """What the selection takes of a shard, None if that was not looked at or the record is damaged."""
+    return _first_line(url, _selection_name(url, selection), SELECTION_FORMAT, _Taken)
 
 
-def _sound(record: Record) -> bool:
-    """Whether it has the parts that `index_shard` writes. Beside shards of others lies an index of others."""
-    try:
-        damage_from_json("", record["damage"])
-        Statistics().add(Statistics.from_json(record["statistics"]))
-        counts = (record["samples"], record["size"], *record["damage_counts"].values())
-        known = {"version", "caption", "max_pixels"} <= record.keys() and record["check"] in CHECKS
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
-    return known and all(type(count) is int and count >= 0 for count in counts)
-
-
-def _sound_selection(taken: Record) -> bool:
-    try:
-        counts = (taken["size"], *taken["buckets"], *taken["dropped"].values())
-    except (KeyError, TypeError, AttributeError):
-        return False
-    return "version" in taken and all(type(count) is int and count >= 0 for count in counts)
-
-
-def read_spans(url: str, count: int) -> np.ndarray:
-    """The spans behind a record: SPAN [count]."""
-    return _behind_line(url, f"{shard_name(url)}.idx", SPAN, count)
+def read_spans(url: str, count: int, size: int) -> np.ndarray:
+    """The spans behind a record, within the `size` bytes of the shard: SPAN [count]. Raises DataError if they are not."""
+    spans = _behind_line(url, name := f"{shard_name(url)}.idx", SPAN, count)
+    # Compared without a sum, which could wrap around.
+    outside = (spans["offset"] > size) | (spans["nbytes"] > size - np.minimum(spans["offset"], size))
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise _damaged(
+            find(url, name),
+            f"sample {at} has {spans['nbytes'][at]} bytes at offset {spans['offset'][at]}, the shard has {size}",
+            url,
+        )
+    return spans
 
 
 def read_codes(url: str, selection: Selection, count: int) -> np.ndarray:
@@ -91,20 +119,33 @@ def read_codes(url: str, selection: Selection, count: int) -> np.ndarray:
     return _behind_line(url, _selection_name(url, selection), np.dtype(np.uint8), count)
 
 
+def _damaged(path: Path | None, what: object, url: str) -> DataError:
+    return DataError(
+        f"the index {path} is damaged ({what}); delete it and run `ldmscale index data.shards={url}`"
+    )
+
+
 def _selection_name(url: str, selection: Selection) -> str:
     return f"{shard_name(url)}.{selection.key}.sel"
 
 
-def _first_line(url: str, name: str, format: str) -> Record | None:
+def _first_line(url: str, name: str, format: str, kind: type[BaseModel]) -> Record | None:
     path = find(url, name)
     if path is None:
         return None
     try:
         with open(path, "rb") as stream:
-            record = json.loads(stream.readline())
-    except (OSError, ValueError, RecursionError):
+            record = parsed(stream.readline())
+    except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("format") == format else None
+    if not isinstance(record, dict) or record.get("format") != format:
+        return None
+    try:
+        checked(kind, record)
+    except ValueError as error:
+        log.warning("the index %s is damaged (%s): it does not count", path, error)
+        return None
+    return record
 
 
 def _behind_line(url: str, name: str, kind: np.dtype[Any], count: int) -> np.ndarray:
@@ -118,7 +159,8 @@ def _behind_line(url: str, name: str, kind: np.dtype[Any], count: int) -> np.nda
             f"the index of shard {url} vanished while it was read; run `ldmscale index data.shards={url}`"
         ) from error
     if len(data) != count * kind.itemsize:
-        raise DataError(f"the index {path} is damaged; delete it and run `ldmscale index data.shards={url}`")
+        what = f"found {len(data)} bytes for {count} samples, expected {count * kind.itemsize}"
+        raise _damaged(path, what, url)
     return np.frombuffer(data, dtype=kind)
 
 
@@ -153,8 +195,15 @@ def writable_folder(url: str) -> Path:
     )
 
 
-def _write_beside(url: str, name: str, parts: Sequence[bytes]) -> None:
-    write_file(writable_folder(url) / name, parts)
+def write_index(path: Path, parts: Iterable[bytes]) -> None:
+    """Writes a file of the index. Raises IndexWriteError where the folder is full or the like."""
+    try:
+        write_file(path, parts)
+    except OSError as error:
+        raise IndexWriteError(
+            f"the index cannot be written to {path.parent} ({error}): free room there, or make it writable, and run the same "
+            "command again; the shards are not damaged"
+        ) from error
 
 
 def covers(
@@ -216,7 +265,9 @@ def index_shard(
         if scan.damage:
             count = sum(scan.damage_counts.values())
             log.warning("%s: %d damaged, first: %s", messages.name(url), count, scan.damage[0])
-        _write_beside(url, f"{shard_name(url)}.idx", [json_line(record), scan.spans.tobytes()])
+        write_index(
+            writable_folder(url) / f"{shard_name(url)}.idx", [json_line(record), scan.spans.tobytes()]
+        )
     if selection is not None:
         taken = {
             "format": SELECTION_FORMAT,
@@ -225,7 +276,9 @@ def index_shard(
             "buckets": np.bincount(scan.codes, minlength=selection.buckets + 1)[1:].tolist(),
             "dropped": scan.dropped,
         }
-        _write_beside(url, _selection_name(url, selection), [json_line(taken), scan.codes.tobytes()])
+        write_index(
+            writable_folder(url) / _selection_name(url, selection), [json_line(taken), scan.codes.tobytes()]
+        )
     return record
 
 

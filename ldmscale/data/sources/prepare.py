@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import BaseModel
+
 from ldmscale.data.images.decode import EXTENSIONS, image_header
 from ldmscale.data.shards.report import check_shards
 from ldmscale.data.sources.sprites import on_square, write_scenes
@@ -28,6 +30,7 @@ from ldmscale.errors import DataError
 from ldmscale.storage.atomic import write_file
 from ldmscale.storage.digest import sha256
 from ldmscale.storage.names import TAR, has_form
+from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 log = logging.getLogger(__name__)
 
@@ -280,10 +283,23 @@ def _shards_in(target: Path, prefix: str) -> list[Path]:
     return [path for part in ("train", "heldout") for path in target.glob(f"{prefix}{part}-*.tar")]
 
 
+class _Source(BaseModel):
+    """What source.json holds besides the settings; of another one the images are prepared anew."""
+
+    train: list[object]
+    heldout: list[object]
+    scenes: list[object]
+    train_samples: Count
+    heldout_samples: Count
+    classes: dict[str, Count]
+    skipped: list[tuple[str, str]]
+
+
 def _known(target: Path, settings: dict[str, Any]) -> Prepared | None:
     """What an earlier call with the same settings made, if it is all there."""
     try:
-        record = json.loads((target / "source.json").read_text(encoding="utf-8"))
+        record = parsed_object((target / "source.json").read_bytes())
+        checked(_Source, record)
     except (OSError, ValueError):
         return None
     if any(record.get(name) != value for name, value in settings.items()):
