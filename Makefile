@@ -10,7 +10,7 @@ PYTHON ?= python3
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 TORCH_INDEX ?=
 ARGS ?=
-# Tests of one file stay together: those that start ranks share a launch.
+# Tests of one file stay together: those that start ranks share a launch. tests/conftest.py orders the files.
 TEST_WORKERS ?= 2
 
 BIN := .venv/bin
@@ -44,10 +44,10 @@ quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in a
 	$(BIN)/ldmscale quickstart $(ARGS)
 
 test: $(STAMP) ## run the tests that every change must pass
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not long" $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 
 test-long: $(STAMP) ## run the tests that take minutes each, before an issue is closed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m long $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m long $(ARGS)
 
 text-model: $(STAMP) ## train a model that follows text in 45 minutes of CPU and write docs/text_model.md
 	$(BIN)/python -m benchmarks.text_model $(ARGS)

@@ -18,6 +18,13 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders whose files take minutes come first, so that no worker begins a long file when the others have finished."""
+    first = ("slurm", "end_to_end")
+    folders = {item: item.path.relative_to(CHECKOUT / "tests").parts[0] for item in items}
+    items.sort(key=lambda item: first.index(folders[item]) if folders[item] in first else len(first))
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers_as_they_were() -> Iterator[None]:
     """A stop flag leaves its signals ignored, and children inherit that: no one could end them any more."""

@@ -26,7 +26,7 @@ import torch
 from ldmscale.checkpoint.folders import complete_checkpoints
 from ldmscale.checkpoint.shards import Reader
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(2400)]
 
 KILLS = {"autoencoder": 11, "latents": 4, "diffusion": 17}
 BATCH = 8
