@@ -128,6 +128,7 @@ def plain_members(data: bytes) -> list[tuple[str, bytes]] | None:
             return None
         if (
             block[135]
+            or block[154:156] != b"\0 "  # the end of the checksum's field
             or not 0 < len(name) <= 100
             or name[0] == "/"
             or not _UNUSUAL.isdisjoint(name)

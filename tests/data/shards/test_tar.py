@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ldmscale.data.shards.tar import TarFault, members, plain_members, split_name
@@ -52,6 +52,8 @@ def test_names_and_bytes_are_those_of_tarfile(files: list[tuple[str, bytes]], fo
     harm=st.lists(st.tuples(st.integers(0, 4 * 1536), st.integers(0, 255)), max_size=2),
     cut=st.integers(0, 3000),
 )
+@example(files=[("_", b""), ("_", b"\x01")], format=tarfile.GNU_FORMAT, harm=[(512 + 154, 1)], cut=1)
+@example(files=[("_", b"")], format=tarfile.USTAR_FORMAT, harm=[(154, 1)], cut=1)
 def test_the_fast_way_says_what_the_careful_way_says_or_nothing(
     files: list[tuple[str, bytes]], format: int, harm: list[tuple[int, int]], cut: int
 ) -> None:
