@@ -15,6 +15,11 @@ from jobs import Host
 from object_store import ObjectStore, serve
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+# Set by pytest and by libraries in the process of the tests, and without effect on jobs.
+SET_BY_LIBRARIES = (
+    "PYTEST_CURRENT_TEST", "DS_ACCELERATOR", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR",
+    "TOKENIZERS_PARALLELISM", "WANDB_SILENT", "WANDB_SERVICE", "HYDRA_FULL_ERROR",
+)  # fmt: skip
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -60,7 +65,7 @@ def ldmscale(host_process: Host) -> Run:
     ) -> subprocess.CompletedProcess[str]:
         present, before = dict(os.environ), dict(host_process.environment)
         for variables in (present, before):
-            for name in ("PYTEST_CURRENT_TEST", "DS_ACCELERATOR"):
+            for name in SET_BY_LIBRARIES:
                 variables.pop(name, None)
         if not cold and present == before:
             return host_process.completed(list(arguments), cwd, ranks, timeout, given)

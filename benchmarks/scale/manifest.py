@@ -95,7 +95,9 @@ def measure(stage: int, ranks: int, tensors: Shapes, *, keep: Path | None = None
                 for name, shape, offset, numel in ranges(stage, rank, ranks, tensors)
             }
             pieces += len(described)
-            part = manifests.Part(rank, FileRecord(f"rank_{rank:05d}.safetensors", 1, "0" * 32), described)
+            # No tensors are written: a size that any share fits in.
+            record = FileRecord(f"rank_{rank:05d}.safetensors", 1 << 40, "0" * 32)
+            part = manifests.Part(rank, record, described)
             records.append(manifests.write_part(folder / f"rank_{rank:05d}.json", part))
         seconds: dict[str, float] = {}
 
