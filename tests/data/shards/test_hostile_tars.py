@@ -197,13 +197,15 @@ def test_index_reports_the_damage_and_goes_on(
 
 
 def test_a_reader_takes_no_member_that_leaves_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "00000.tar").write_bytes(tar([*THROUGH, *sample("../ESCAPED"), *LINKS, *sample("ok")]))
-    index = ShardIndex.build([str(tmp_path / "00000.tar")])
+    shard = tmp_path / "set" / "00000.tar"
+    shard.parent.mkdir()
+    shard.write_bytes(tar([*THROUGH, *sample("../ESCAPED"), *LINKS, *sample("ok")]))
+    index = ShardIndex.build([str(shard)])
     assert index is not None and index.total == 2
     reader = SampleReader(index)
     assert [sorted(reader.read(0, number).members) for number in range(2)] == [["jpg", "json", "txt"]] * 2
     reader.close()
-    assert not any("ESCAPED" in path for path in files(tmp_path.parent))
+    assert not any("ESCAPED" in path for path in files(tmp_path))
 
 
 FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
