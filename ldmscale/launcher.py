@@ -42,7 +42,7 @@ _PATIENCE_AFTER_FAILURE = 5.0
 _PATIENCE_TO_PART = 15.0
 _SECONDS_TO_TERMINATE = 10.0
 _POLL_SECONDS = 0.05
-# Jobs whose ranks part (`distributed.parting`), and redo what a dead one has left.
+# Jobs whose ranks part (`distributed.environment`), and redo what a dead one has left.
 _INDEPENDENT = ("latents",)
 
 
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _wait(processes: Sequence[subprocess.Popen[bytes]], parted: Path | None) -> int:
     """Wait for all ranks; once one has failed, end those that may wait for it. Returns the job's status.
 
-    `parted`: where ranks tell that they wait for no other (`distributed.parting`); None: they always do.
+    `parted`: where ranks tell that they wait for no other (`distributed.environment`); None: they always do.
     """
     ended: dict[int, int] = {}  # rank: status, of ranks that ended by themselves, in this order
     deadline: float | None = None

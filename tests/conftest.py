@@ -52,7 +52,7 @@ def ldmscale(host_process: Host) -> Run:
     """ldmscale(JOB, ..., cwd=PATH, ranks=N, given=TEXT): one process, or N gloo ranks; its input.
 
     The processes are forks of one that has imported everything (job_host.py), unless the test has changed the environment:
-    then, and with cold=True, they are started as users start them.
+    then they are started as users start them. tests/launch, tests/cli and tests/slurm start processes in that way only.
     """
 
     def run(
@@ -61,13 +61,12 @@ def ldmscale(host_process: Host) -> Run:
         ranks: int | None = None,
         timeout: int = 300,
         given: str | None = None,
-        cold: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         present, before = dict(os.environ), dict(host_process.environment)
         for variables in (present, before):
             for name in SET_BY_LIBRARIES:
                 variables.pop(name, None)
-        if not cold and present == before:
+        if present == before:
             return host_process.completed(list(arguments), cwd, ranks, timeout, given)
         command = [sys.executable, "-m", "ldmscale", *arguments]
         if ranks is not None:

@@ -1,7 +1,7 @@
 """Published first stages train at full width through the real job, on two ranks, with the discriminator on.
 
 One of each kind here; `python -m benchmarks.first_stages` trains all nine. That all compose and count exactly is for
-tests/configs to say.
+tests/builders to say.
 """
 
 from __future__ import annotations
