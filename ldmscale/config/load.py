@@ -13,6 +13,7 @@ from ldmscale import redact
 from ldmscale.config import JOBS, Job
 from ldmscale.config.checks import check
 from ldmscale.config.compose import compose_valid
+from ldmscale.config.inherit import inherited
 from ldmscale.config.typed import read
 from ldmscale.distributed.environment import Ranks, read_ranks
 from ldmscale.errors import ConfigError
@@ -38,11 +39,11 @@ def resolved(kind: type[_J], overrides: Sequence[str], world_size: int) -> _J:
     values, faults = compose_valid(job, overrides)
     redact.register(values)
     try:
-        config = read(kind, values)
+        config = inherited(read(kind, values))
     except ConfigError as error:
         typed = _keys(error.faults)
         rest = _with_stand_ins(kind, job, values, typed)
-        mixture = [] if rest is None else check(cast(Job, rest), world_size)
+        mixture = [] if rest is None else check(inherited(cast(Job, rest)), world_size)
         # What the stand-ins themselves gave rise to is no fault of the user's.
         mixture = [fault for fault in mixture if not any(key in fault for key in typed)]
         raise ConfigError([*faults, *error.faults, *mixture]) from None
@@ -66,7 +67,7 @@ def _thawed(kind: type[_J], arguments: Sequence[str], world_size: int) -> _J:
             "export them in the job's environment"
         )
     redact.register(values)
-    config = read(kind, values)
+    config = inherited(read(kind, values))
     if faults := check(cast(Job, config), world_size):
         raise ConfigError(faults)
     return config

@@ -14,6 +14,7 @@ from ldmscale import __version__
 from ldmscale.builders.feature_networks import open_distance, open_features
 from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import EvaluateJob
+from ldmscale.config.inherit import size_warning
 from ldmscale.data.shards.urls import expand
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.process_group import close_world, open_world
@@ -34,6 +35,8 @@ def evaluate(config: EvaluateJob, ranks: Ranks) -> None:
     """Measure the model as configured; rank 0 writes the result with its protocol to one JSON file. Collective."""
     world = open_world(ranks)
     set_up_logging(None, ranks)
+    if (differs := size_warning(config)) and ranks.is_main:
+        log.warning("%s", differs)
     index = open_index(config.data.shards, config.data, ranks)
     images = ImageSet(index, config.data, min(config.evaluate.samples or index.total, index.total))
     if images.count < 1:
@@ -55,7 +58,8 @@ def _summary(result: dict[str, Any]) -> str:
             parts.append(f"{name} ({value['name']}) {value['distance']:.4f}")
         else:
             parts.append(f"{name} {value:.4f}")
-    return f"{result['protocol']['images']} images: {', '.join(parts)}"
+    protocol = result["protocol"]
+    return f"{protocol['images']} images at {protocol['image_size']} px: {', '.join(parts)}"
 
 
 def evaluate_reconstruction(

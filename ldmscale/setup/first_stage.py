@@ -11,6 +11,7 @@ import torch
 from ldmscale.builders.networks import build_first_stage
 from ldmscale.checkpoint.run_folder import is_foreign
 from ldmscale.config import DiffusionJob, FirstStageConfig
+from ldmscale.config.inherit import size_warning
 from ldmscale.config.typed import differences, plain_part
 from ldmscale.data.latents.format import LatentFormat, LatentManifest
 from ldmscale.data.shards.urls import is_local, local_path
@@ -37,6 +38,8 @@ def open_first_stage(
     """
     chosen = config.first_stage
     parts = Parts()
+    if (differs := size_warning(config)) and run.ranks.is_main:
+        log.warning("%s", differs)
     if config.autoencoder.kind != "pixels" and chosen.path is not None:
         if is_foreign(Path(chosen.path)):
             _check_foreign(Path(chosen.path), config)

@@ -9,6 +9,7 @@ import torch
 
 from ldmscale.checkpoint.run_folder import is_foreign, latents_folder
 from ldmscale.config import LatentsJob
+from ldmscale.config.inherit import size_warning
 from ldmscale.data.latents.format import LatentFormat, LatentManifest
 from ldmscale.data.latents.store import LatentPlace, LatentStore, place_of
 from ldmscale.data.latents.work_queue import Claims
@@ -42,6 +43,8 @@ def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     world = open_world(ranks)
     folder = latents_folder(chosen.path)
     set_up_logging(folder, ranks)
+    if (differs := size_warning(config)) and ranks.is_main:
+        log.warning("%s", differs)
     index = open_index(data.shards, data, ranks)
     close_world()
     part(ranks.rank)  # from here on ranks are independent, like those of other launches
@@ -89,14 +92,16 @@ def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
             return False
         return found.shards == tuple(names) and found.format == stored
 
-    claims.once(complete, lambda: _log_finished(finish_set(place, names, stored), place))
+    claims.once(complete, lambda: _log_finished(finish_set(place, names, stored), place, data.image_size))
     return 0
 
 
-def _log_finished(manifest: LatentManifest, place: LatentPlace) -> None:
+def _log_finished(manifest: LatentManifest, place: LatentPlace, image_size: int | None) -> None:
     log.info(
-        "%d latents in %s (%d samples could not be used); scale factor %.5f",
+        "%d latents of %s, images at %d px, in %s (%d samples could not be used); scale factor %.5f",
         manifest.samples,
+        "x".join(map(str, manifest.format.shape)),
+        image_size,
         place,
         manifest.skipped,
         manifest.scale_factor,

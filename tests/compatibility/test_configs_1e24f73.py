@@ -29,7 +29,14 @@ class Change(NamedTuple):
 
 # Dotted key of 1e24f73 -> the key that has its value now
 RENAMED: dict[str, str] = {}
-CHANGED: list[Change] = []
+CHANGED = [
+    Change(
+        ("evaluate", "latents"),
+        "data.image_size",
+        None,
+        "inherited from the model that is read: its 256 px were silently other images for a model of another size",
+    ),
+]
 
 RECORD: dict[str, dict[str, Any]] = json.loads(
     lzma.decompress(Path(__file__).with_name("1e24f73_configs.json.xz").read_bytes())

@@ -40,8 +40,9 @@ def test_evaluation_repeats_the_validation_and_does_not_depend_on_ranks(tmp_path
     results = []
     for ranks in (1, 2):
         done = ldmscale(
-            "evaluate", "evaluate.model=run", f"data.shards={heldout}", "data.image_size=32", "evaluate.samples=21",
+            "evaluate", "evaluate.model=run", f"data.shards={heldout}", "evaluate.samples=21",
             "evaluate.rank_batch=4", "evaluate.perceptual=efficientnet_lite0", "evaluate.features=efficientnet_lite0",
+            *(["data.image_size=32"] if ranks == 1 else []),  # else that of the run
             f"evaluate.out=out_{ranks}.json", cwd=tmp_path, ranks=ranks,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-6000:]

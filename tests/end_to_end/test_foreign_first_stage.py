@@ -42,8 +42,9 @@ def finished(done):
 
 
 def test_latents_of_it_are_scaled_by_its_own_factor_or_as_measured(place, ldmscale):
-    encode = ["latents", "data=shards", "data.shards='ae/data/*.tar'", "data.image_size=32"]
-    finished(ldmscale(*encode, "first_stage.path=first", "latents.path=latents", cwd=place))
+    encode = ["latents", "data=shards", "data.shards='ae/data/*.tar'"]  # at the sample_size of first
+    encoded = finished(ldmscale(*encode, "first_stage.path=first", "latents.path=latents", cwd=place))
+    assert "latents of 4x8x8, images at 32 px, in latents" in encoded.stderr
     measured = json.loads((place / "latents" / "manifest.json").read_text())
     for name, told, factor in (("own", [], 0.5), ("channel", ["first_stage.scale=channel"], None)):
         finished(ldmscale(*LATENTS, "first_stage.path=first", *told, f"run.dir={name}", cwd=place))
@@ -63,7 +64,10 @@ def test_one_that_is_not_as_configured_or_has_no_scale_is_refused_and_a_given_fa
         *online, "first_stage.path=first", "autoencoder.blocks_per_level=3", "run.dir=x", cwd=place
     )
     assert other.returncode == 2 and "autoencoder.blocks_per_level=3, but that of" in other.stderr
-    channel = ldmscale(*online, "first_stage.path=first", "first_stage.scale=channel", "run.dir=y", cwd=place)
+    sized = [*online, "data.image_size=64", "first_stage.path=first", "first_stage.scale=channel"]
+    channel = ldmscale(*sized, "run.dir=y", cwd=place)
+    warnings = [line for line in channel.stderr.splitlines() if "WARNING data.image_size=64" in line]
+    assert len(warnings) == 1 and "was trained at 32 px" in warnings[0]
     assert channel.returncode == 2 and "give first_stage.fixed_factor=N" in channel.stderr
     given = ["first_stage.path=first", "first_stage.fixed_factor=0.25", "run.dir=online"]
     finished(ldmscale(*online, *given, cwd=place))

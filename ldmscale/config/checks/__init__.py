@@ -55,6 +55,7 @@ from ldmscale.config.checks.stages import (
     check_warm_start,
     check_zero,
 )
+from ldmscale.config.inherit import check_inherited_size
 
 
 def check(config: Job, world_size: int) -> list[str]:
@@ -102,8 +103,8 @@ def check(config: Job, world_size: int) -> list[str]:
         ]
     if isinstance(config, LatentsJob):
         return [
-            *check_shards(config.data, needs="images"),
-            *check_first_stage(config.first_stage.path),
+            *check_shards(config.data, needs="images", sized=False),
+            *(check_first_stage(config.first_stage.path) or check_inherited_size(config)),
             *check_fixed_view(config.data),
             *check_writable("latents.path", config.latents.path),
         ]
@@ -115,9 +116,9 @@ def check(config: Job, world_size: int) -> list[str]:
         return check_export(config)
     if isinstance(config, EvaluateJob):
         return [
-            *check_shards(config.data, needs="images"),
+            *check_shards(config.data, needs="images", sized=False),
             *check_fixed_view(config.data),
-            *check_model(config.evaluate.model, "evaluate.model"),
+            *(check_model(config.evaluate.model, "evaluate.model") or check_inherited_size(config)),
             *check_evaluation(config),
         ]
     if isinstance(config, IndexJob):

@@ -17,12 +17,14 @@ from ldmscale.storage.object_store import Storage
 SYNTHETIC = "synthetic"
 
 
-def check_shards(data: DataConfig, needs: str | None, *, absent: bool = False) -> list[str]:
-    """`absent`: shards that are not there are the job's to tell."""
+def check_shards(
+    data: DataConfig, needs: str | None, *, absent: bool = False, sized: bool = True
+) -> list[str]:
+    """`absent`: shards that are not there are the job's to tell. `sized`: the job has an image size of its own."""
     faults = []
     if needs and data.kind != needs:
         faults.append(f"data.kind={data.kind}: this job reads {needs}; give data=shards and data.shards=...")
-    if data.kind == "images" and data.image_size is None:
+    if sized and data.kind == "images" and data.image_size is None:
         faults.append(
             "data.image_size is not set: images must be resized to a square; give data.image_size=256"
         )

@@ -41,7 +41,8 @@ class DataConfig:
     kind: Literal["images", "latents"] = "images"  # what the tars hold
     # never trained on: pictures while training are of these
     heldout_shards: str | tuple[str, ...] | None = None
-    image_size: Positive | None = None  # pixels of the square that the short side is resized to
+    # pixels of the square that the short side is resized to; null: of latents and evaluate, that of the model that they read
+    image_size: Positive | None = None
     crop: Literal["center", "random"] = "center"
     flip: bool = False  # mirror half of the images (never where captions say left and right)
     decoder: Literal["pillow", "turbo"] = "pillow"  # of JPEGs; turbo is faster and needs ldmscale[fast]
