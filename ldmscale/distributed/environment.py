@@ -1,8 +1,8 @@
 """The environment of this process: which rank it is, and the launcher that started it. Imports no torch.
 
 The rank is read from the variables of torchrun, our launcher, or Slurm. Slurm is believed only inside a job step (one
-task per rank, started by `srun`): the shell of a batch script and the interactive shell of `salloc` also carry
-SLURM_PROCID and SLURM_NTASKS, but there a command is one process, not a rank.
+task per rank, started by `srun`): the shell of a batch script and the interactive shells of `salloc` and `srun --pty`
+also carry SLURM_PROCID and SLURM_NTASKS, but there a command is one process, not a rank.
 
 A rank whose launcher died ends itself: first in good order, and by force if that takes too long. The kernel reports the
 launcher's death by SIGTERM, which asks for a stop, but a rank that is stuck in a collective with a dead peer never reaches
@@ -43,6 +43,7 @@ _POLL_SECONDS = 1.0
 # Slurm numbers the steps that are no real steps (interactive 0xfffffffa, batch 0xfffffffb, extern 0xfffffffc)
 # from here on.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_SHELLS = ("bash", "sh", "dash", "zsh", "ksh", "fish", "tcsh", "csh", "ash", "busybox")
 _PORT_BASE, _PORT_RANGE = 20_000, 10_000  # below the range from which the kernel hands out ports
 
 
@@ -63,11 +64,35 @@ class Ranks:
 
 
 def in_slurm_step(env: Mapping[str, str] = os.environ) -> bool:
-    """True for a task that `srun` started; False in a batch script, in an interactive shell, and without
-    Slurm.
+    """True for a task that `srun` started; False in a batch script, in an interactive shell (of `salloc` or of
+    `srun --pty`), and without Slurm.
     """
     step = env.get("SLURM_STEP_ID", "")
-    return "SLURM_PROCID" in env and step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
+    if "SLURM_PROCID" not in env or not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP:
+        return False
+    return not _in_shell_of_step(env)
+
+
+def _in_shell_of_step(env: Mapping[str, str]) -> bool:
+    """Whether the task is a shell that a person types into (`srun --pty bash`): what is started there is no rank.
+
+    The other tasks of such a step end at once, so that a rank would wait for them for ever. SLURM_PTY_PORT is not enough:
+    a step that is started from such a shell inherits it. Its tasks have no terminal.
+    """
+    task = env.get("SLURM_TASK_PID", "")
+    if "SLURM_PTY_PORT" not in env or env["SLURM_PROCID"] != "0" or not task.isdigit():
+        return False
+    try:
+        words = [os.fsdecode(word) for word in Path(f"/proc/{task}/cmdline").read_bytes().split(b"\0")[:-1]]
+        # After the name, which may contain anything: state, parent, group, session, terminal (proc(5)).
+        terminal = Path(f"/proc/{task}/stat").read_text().rpartition(")")[2].split()[4]
+    except (OSError, IndexError, UnicodeDecodeError):
+        return False
+    shell = bool(words) and os.path.basename(words[0]).lstrip("-") in _SHELLS
+    asked_to_run = any(
+        not word.startswith(("-", "+")) or re.fullmatch(r"-[a-z]*c", word) for word in words[1:]
+    )
+    return shell and not asked_to_run and terminal != "0"
 
 
 def read_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
@@ -76,11 +101,29 @@ def read_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
 
     Raises ConfigError, with all faults, if variables are missing, are no numbers or contradict each other.
     """
+    slurm = in_slurm_step(env)
     if "RANK" in env or "WORLD_SIZE" in env:
-        return _from_torchrun(env)
-    if in_slurm_step(env):
-        return _from_slurm(env)
-    return Ranks()
+        ranks = _from_torchrun(env)
+        if slurm and not _starter_in_task(env):
+            _check_not_left_over(ranks, _from_slurm(env))
+        return ranks
+    return _from_slurm(env) if slurm else Ranks()
+
+
+def _starter_in_task(env: Mapping[str, str]) -> bool:
+    """Whether torchrun or our launcher runs inside the task and has numbered its own ranks."""
+    return "TORCHELASTIC_RUN_ID" in env or env.get(LAUNCHER, "") == str(os.getppid())
+
+
+def _check_not_left_over(ranks: Ranks, tasks: Ranks) -> None:
+    """Refuse variables of torchrun that contradict Slurm: each task would take itself for the same rank."""
+    if tasks.size > 1 and (ranks.rank, ranks.size) != (tasks.rank, tasks.size):
+        raise ConfigError(
+            f"RANK={ranks.rank} and WORLD_SIZE={ranks.size} are set, but this is task {tasks.rank} of {tasks.size} of a step "
+            "of Slurm, and neither torchrun nor launch/local.sh started it: they are left over from the shell that submitted "
+            "it; `unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT` there, or, where another "
+            "program numbered the ranks on purpose, unset SLURM_PROCID"
+        )
 
 
 def rendezvous(ranks: Ranks, env: Mapping[str, str] = os.environ) -> dict[str, str]:

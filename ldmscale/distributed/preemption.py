@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+from ldmscale import waiting
 from ldmscale.distributed.environment import watch_launcher
 
 # Exit status of a job that stopped by a signal or a time limit after a complete save: the same command goes
@@ -42,6 +43,7 @@ class StopFlag:
         watch_launcher(lambda: self.request("its launcher died"))
         for number in signals:
             self._before[number] = signal.signal(number, self._on_signal)
+        waiting.obey(lambda: self.reason if self.requested else None)
         return self
 
     def uninstall(self) -> None:
@@ -53,6 +55,7 @@ class StopFlag:
         for number, handler in self._before.items():
             signal.signal(number, handler if self._reason is None else signal.SIG_IGN)
         self._before.clear()
+        waiting.obey(None)
 
     def limit(
         self, max_hours: float | None, margin_minutes: float, env: Mapping[str, str] = os.environ

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ldmscale.distributed.environment import Ranks, export_rendezvous, in_slurm_step, read_ranks
+from ldmscale.distributed.muster import gather_at_store
 from ldmscale.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def open_world(ranks: Ranks | None = None, *, timeout_minutes: float = 30.0) -> 
 
     A group that already exists is used as it is. A single rank gets no group: what needs one even then
     (DeepSpeed) makes it. Raises ConfigError if the ranks or the rendezvous are not known, or if there are too
-    few GPUs.
+    few GPUs. Ranks that are missing are named in the log after 10 s; see `gather_at_store`.
     """
     ranks = ranks or read_ranks()
     device = choose_device(ranks)
@@ -80,11 +81,13 @@ def open_world(ranks: Ranks | None = None, *, timeout_minutes: float = 30.0) -> 
         torch.cuda.set_device(device)
     if ranks.size > 1 and not dist.is_initialized():
         export_rendezvous(ranks)
+        timeout = timedelta(minutes=timeout_minutes)
         dist.init_process_group(
             world.backend,
+            store=gather_at_store(ranks, timeout=timeout),
             rank=ranks.rank,
             world_size=ranks.size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
         log.debug("joined %d ranks by %s on %s", ranks.size, world.backend, device)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import random
 import time
+import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
@@ -179,7 +181,11 @@ class Storage:
             left = deadline - time.monotonic()
             if left <= 0:
                 # Tried again all the same: the service that hands out a machine's keys has bad days as well.
-                remedy = _CREDENTIALS if "Credentials" in reason else "look at the store and the network"
+                remedy = (
+                    _CREDENTIALS
+                    if "Credentials" in reason
+                    else "look at the store and the network" + _proxy_hint(what)
+                )
                 kind = StoreTimeoutError if isinstance(failure, FSTimeoutError) else StoreError
                 raise kind(
                     f"{what}: no success in {self.patience_seconds:g} s and {tries} tries (last: {reason}); {remedy}, and "
@@ -211,6 +217,9 @@ class Storage:
                 given["endpoint_url"] = self.endpoint
         elif protocol in ("gs", "gcs") and self.endpoint is not None:
             given["endpoint_url"] = self.endpoint
+        elif protocol in ("http", "https"):
+            # aiohttp obeys http_proxy, https_proxy and no_proxy only where it is asked to; curl and pip always do.
+            given["client_kwargs"] = {"trust_env": True, **given.get("client_kwargs", {})}
         return given
 
 
@@ -221,6 +230,20 @@ def _passing(cause: BaseException | None) -> bool:
         return status >= 500 or status in (408, 429)
     network = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
     return network and not isinstance(cause, FileNotFoundError)
+
+
+def _proxy_hint(url: str) -> str:
+    """Which variable of a proxy a request to a web server goes by; empty where it goes by none."""
+    parts = urlsplit(url.split()[0])
+    proxies = urllib.request.getproxies_environment()
+    if parts.scheme not in ("http", "https"):
+        return ""
+    if parts.scheme in proxies and not urllib.request.proxy_bypass(parts.hostname or ""):
+        return (
+            f" (the request goes through the proxy of {parts.scheme}_proxy; no_proxy={parts.hostname} or "
+            "data.storage.options={client_kwargs: {trust_env: false}} goes past it)"
+        )
+    return f" ({parts.scheme}_proxy is not set: export it where only a proxy reaches the world)"
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

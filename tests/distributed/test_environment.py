@@ -1,8 +1,15 @@
 """Ranks and rendezvous from the variables of torchrun and Slurm."""
 
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
+
 import pytest
 
 from ldmscale.distributed.environment import (
+    LAUNCHER,
     Ranks,
     export_rendezvous,
     first_host,
@@ -48,7 +55,80 @@ def test_slurms_variables_are_read_inside_a_step():
 
 
 def test_torchrun_inside_a_slurm_task_counts():
-    assert read_ranks(SLURM | TORCHRUN) == read_ranks(TORCHRUN)
+    assert read_ranks(SLURM | TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}) == read_ranks(TORCHRUN)
+
+
+def test_our_launcher_inside_a_slurm_task_counts():
+    assert read_ranks(SLURM | TORCHRUN | {LAUNCHER: str(os.getppid())}) == read_ranks(TORCHRUN)
+
+
+def test_variables_of_torchrun_that_say_the_same_as_slurm_are_taken():
+    same = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert read_ranks(SLURM | same).rank == 5
+
+
+@pytest.mark.parametrize("left_over", [{"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "5", "WORLD_SIZE": "8"}])
+def test_left_over_variables_of_torchrun_do_not_make_a_slurm_task_another_rank(left_over):
+    with pytest.raises(ConfigError, match=r"task 5 of 7 .*unset RANK WORLD_SIZE"):
+        read_ranks(SLURM | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} | left_over)
+
+
+_ASKS = """
+import os, sys
+sys.path.insert(0, {checkout!r})
+from ldmscale.distributed.environment import in_slurm_step, read_ranks
+open(sys.argv[1], "w").write(f"{{in_slurm_step()}} {{read_ranks().size}}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "typed", "answer"),
+    [
+        (["bash", "--norc", "-i"], True, "False 1"),  # srun -n 4 --pty bash
+        (["-bash", "--norc"], True, "False 1"),  # a login shell
+        (["bash", "-c", "python ask.py answer; exit"], False, "True 4"),  # srun -n 4 --pty bash -c ...
+        (["bash", "ask.sh"], False, "True 4"),
+    ],
+)
+def test_a_command_in_the_shell_of_srun_pty_is_no_rank(tmp_path, task, typed, answer):
+    (tmp_path / "ask.py").write_text(_ASKS.format(checkout=os.getcwd()))
+    (tmp_path / "ask.sh").write_text("python ask.py answer\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    env = {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "0",
+    }
+    env |= {"SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "40000"}
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execvpe("bash", task, env | {"SLURM_TASK_PID": str(os.getpid())})
+    try:
+        if typed:
+            os.write(terminal, b"python ask.py answer; exit\n")
+        with suppress(OSError):  # the terminal of a process that has ended
+            while os.read(terminal, 4096):
+                pass
+    finally:
+        os.close(terminal)
+        os.waitpid(child, 0)
+    assert (tmp_path / "answer").read_text() == answer
+
+
+def test_a_step_that_is_started_from_the_shell_of_srun_pty_has_ranks():
+    """Its tasks inherit SLURM_PTY_PORT, but have no terminal: 22.05 gives them this environment."""
+    with subprocess.Popen(["bash"], stdin=subprocess.PIPE, start_new_session=True) as task:
+        env = SLURM | {
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "0",
+            "SLURM_PTY_PORT": "40000",
+        }
+        assert in_slurm_step(env | {"SLURM_TASK_PID": str(task.pid)})
+        task.stdin.close()
 
 
 @pytest.mark.parametrize("step", ["4294967290", "4294967291", None])

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ldmscale.distributed.environment import read_ranks
+from ldmscale.distributed.muster import gather_at_store
 from ldmscale.train.engine.deepspeed_internals import skip_shared_memory_extension
 
 
@@ -104,7 +106,14 @@ def connect(device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            ranks = read_ranks()
+            dist.init_process_group(
+                backend,
+                store=gather_at_store(ranks, timeout=timeout),
+                rank=ranks.rank,
+                world_size=ranks.size,
+                timeout=timeout,
+            )
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
