@@ -1,7 +1,7 @@
 """`ldmscale JOB [group=option] [key=value] ...`: finds the job and turns its outcome into an exit status.
 
 Imports nothing heavy until the job is known, so that --help answers at once. Exit status: 0 finished; 2 the
-configuration or the data cannot work; 75 stopped after a complete save, run me again; anything else failed.
+configuration or the data cannot work; 75 stopped by a signal or a time limit, run me again; anything else failed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from ldmscale import messages
+
+log = logging.getLogger(__name__)
 
 JOB_SUMMARIES = {
     "quickstart": "the whole pipeline, small, on this machine: shards, autoencoder, latents, diffusion, samples",
@@ -30,6 +33,22 @@ JOB_SUMMARIES = {
     "sample": "draws images for prompts (a list, a file or standard input)",
     "import": "reads a CompVis checkpoint or a diffusers folder into a folder that sample and export take",
     "export": "writes a run or an imported model as a diffusers folder or a CompVis checkpoint",
+}
+# What the same command does after a job was interrupted.
+_AGAIN = "the same command starts it again"
+RESUMES = {
+    "quickstart": "the same command resumes it at the stage that was interrupted",
+    "index": "the same command resumes it; the index of every shard that was finished is kept",
+    "autoencoder": "the same command resumes it from the newest checkpoint",
+    "latents": "the same command resumes it; finished shards are kept",
+    "diffusion": "the same command resumes it from the newest checkpoint",
+    "doctor": f"{_AGAIN}; nothing is kept",
+    "wandb-sync": f"{_AGAIN} and sends the whole run to a new W&B run",
+    "submit": f"{_AGAIN}; jobs that it had queued were cancelled",
+    "evaluate": f"{_AGAIN} from the first image; no result was written",
+    "sample": "the same command resumes it; images that were written are kept",
+    "import": f"{_AGAIN}; nothing was written",
+    "export": f"{_AGAIN}; nothing was written",
 }
 USAGE = "usage: ldmscale JOB [group=option ...] [key=value ...] [--help | --cfg job | --multirun | --shell-completion ...]"
 FINISHED, FAULTY, FAILED, STOPPED = 0, 2, 1, 75
@@ -57,6 +76,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(job: str, arguments: list[str]) -> int:
+    from ldmscale.distributed.preemption import Interruptible
+
+    with Interruptible() as signals:
+        try:
+            status = _status(job, arguments)
+        except BaseException:
+            # Also what the end of other ranks, which got the signal too, has caused.
+            if signals.reason is None:
+                raise
+            status = STOPPED
+        if signals.reason is not None and status != FINISHED:
+            status = STOPPED
+    if status == STOPPED and _is_main():
+        by = "" if signals.reason is None else f" by {signals.reason}"
+        log.warning("%s was interrupted%s (exit status %d): %s", job, by, STOPPED, RESUMES[job])
+    return status
+
+
+def _status(job: str, arguments: list[str]) -> int:
+    """Run one job and turn what a user can mend into its exit status."""
     from ldmscale.config.compose import config_folder, quiet_hydra, settle_overrides
     from ldmscale.config.secrets import sweep_faults
     from ldmscale.errors import ConfigError, DataError, LdmscaleError, StoppedEarlyError
@@ -90,8 +129,6 @@ def _run(job: str, arguments: list[str]) -> int:
             shared=False,
         )
         return FAILED
-    except KeyboardInterrupt:
-        return 130
 
 
 def _expanded_by_the_shell(arguments: Sequence[str]) -> list[str]:
@@ -166,15 +203,22 @@ def _tell(faults: Sequence[str], *, shared: bool = True) -> int:
 
     Rank 0 speaks for all where they share the fault; a fault of one rank alone is told by that rank.
     """
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" or not shared:
+    if _is_main() or not shared:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        count += "" if rank == "0" else f" on rank {rank}"
+        count += "" if _is_main() else f" on rank {_rank()}"
         _show(
             "\n".join([f"ldmscale cannot do this, {count}:", *map(messages.entry, faults)]),
             sys.stderr,
         )
     return FAULTY
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+
+
+def _is_main() -> bool:
+    return _rank() == "0"
 
 
 def _show(text: str, stream: object = None) -> None:

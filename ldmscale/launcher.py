@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 
 from ldmscale.distributed.environment import LAUNCHER, PARTED, have_parted
+from ldmscale.distributed.preemption import Interruptible, StopSignal
 from ldmscale.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -186,11 +187,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "run `make install` in the checkout, or name another Python by PYTHON=...\n"
         )
         return _FAULTY
-    try:
-        return launch([given.job, *given.overrides], 1 if only_asks else given.ranks, cpu=given.cpu)
-    except ConfigError as error:
-        sys.stderr.write("".join(f"launch/local.sh: {fault}\n" for fault in error.faults))
-        return _FAULTY
+    with Interruptible():
+        try:
+            return launch([given.job, *given.overrides], 1 if only_asks else given.ranks, cpu=given.cpu)
+        except ConfigError as error:
+            sys.stderr.write("".join(f"launch/local.sh: {fault}\n" for fault in error.faults))
+            return _FAULTY
+        except StopSignal as stop:
+            log.warning("interrupted by %s before a rank had started: the same command starts them", stop)
+            return _STOPPED
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], parted: Path | None) -> int:

@@ -65,7 +65,7 @@ def submit(job: str, overrides: Sequence[str], *, dry_run: bool) -> None:
             number = _submit(plan, after, dry=dry_run)
             if number is not None:
                 submitted.append(number)
-    except ConfigError:
+    except (ConfigError, KeyboardInterrupt):
         queue.cancel(submitted)  # a chain that is not whole is no chain
         raise
 

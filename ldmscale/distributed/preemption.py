@@ -7,9 +7,11 @@ begin.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType, TracebackType
@@ -18,11 +20,94 @@ from typing import Any
 from ldmscale import waiting
 from ldmscale.distributed.environment import watch_launcher
 
+log = logging.getLogger(__name__)
+
 # Exit status of a job that stopped by a signal or a time limit after a complete save: the same command goes
 # on from there.
 EXIT_STOPPED = 75
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+_STUCK_SECONDS = 4.0  # handlers run between two steps of the interpreter, which are far shorter
+_AGAIN_SECONDS = 2.0  # a terminal and a launcher may both send the same Ctrl-C
+
+
+class StopSignal(KeyboardInterrupt):
+    """A stop signal reached a job that has no step boundary to stop at: it ends where it is."""
+
+
+class Interruptible:
+    """Raises `StopSignal` in the main thread when a stop signal comes, while the `with` block runs.
+
+    For the whole of a job: a `StopFlag` takes the signals over for as long as it is installed. What is written appears
+    whole or not at all, so a job may end anywhere. A main thread that is inside a library for long, such as one that waits
+    for ranks which have ended, gets no exception: the process then ends with status 75. Without effect outside the main
+    thread.
+
+    Attributes:
+        reason: the signal that came; None: none did.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._when = -math.inf
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+        self._wakeup: tuple[int, int] | None = None  # where signals are written, and where they were before
+
+    def __enter__(self) -> Interruptible:
+        if threading.current_thread() is threading.main_thread():
+            arrivals, sending = os.pipe()
+            os.set_blocking(sending, False)
+            self._wakeup = sending, signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
+            # The signals of a forked process are its own.
+            os.register_at_fork(after_in_child=self._forget_wakeup)
+            threading.Thread(target=self._end_if_stuck, args=(arrivals,), name="signals", daemon=True).start()
+            self._before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After a signal further ones are ignored: they would change the exit status of a process that is ending.
+        for number, handler in self._before.items():
+            if self.reason is not None or signal.getsignal(number) == self._on_signal:
+                signal.signal(number, handler if self.reason is None else signal.SIG_IGN)
+        if self._wakeup is not None:
+            sending, before = self._wakeup
+            self._wakeup = None
+            signal.set_wakeup_fd(before)
+            os.close(sending)
+
+    def _forget_wakeup(self) -> None:
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(-1)
+
+    def _end_if_stuck(self, arrivals: int) -> None:
+        """In a thread of its own: the interpreter writes the number of each signal at once, and calls handlers later."""
+        while number := os.read(arrivals, 1):
+            if number[0] not in STOP_SIGNALS:
+                continue
+            time.sleep(_STUCK_SECONDS)
+            if self.reason is None and signal.getsignal(number[0]) == self._on_signal:
+                name = signal.Signals(number[0]).name
+                log.warning(
+                    "interrupted by %s inside a library call: this process ends with exit status %d, the same command starts "
+                    "it again", name, EXIT_STOPPED,
+                )  # fmt: skip
+                os._exit(EXIT_STOPPED)
+        os.close(arrivals)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked process, which ends as if no handler were installed
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        now = time.monotonic()
+        if now - self._when > _AGAIN_SECONDS:  # once more, should the first one have been swallowed
+            self.reason, self._when = signal.Signals(number).name, now
+            raise StopSignal(self.reason)
 
 
 class StopFlag:

@@ -80,7 +80,7 @@ def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
         first=ranks.rank * len(names) // ranks.size,
     )
     if not make_shards(work, claims, lambda: stop.requested):
-        log.info("stopped (%s); finished shards stay, the same command goes on", stop.reason)
+        log.info("stopped: %s", stop.reason)
         return EXIT_STOPPED
 
     def complete() -> bool:

@@ -18,6 +18,7 @@ from ldmscale.config.typed import differences, plain
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.sources.prepare import prepare
 from ldmscale.distributed.environment import Ranks
+from ldmscale.distributed.preemption import EXIT_STOPPED
 from ldmscale.errors import ConfigError
 from ldmscale.launcher import count_gpus, launch
 from ldmscale.tracking.logs import set_up_logging
@@ -88,9 +89,8 @@ def _run(config: QuickstartJob, folder: Path) -> int:
         cpu_seconds[arguments[0]] = cpu_seconds.get(arguments[0], 0.0) + _cpu_seconds() - spent
         spent_file.write_text(json.dumps(cpu_seconds) + "\n")
         if status:
-            log.error(
-                "%s ended with status %d; the same command goes on from the last checkpoint", title, status
-            )
+            how = logging.INFO if status == EXIT_STOPPED else logging.ERROR
+            log.log(how, "%s ended with status %d", title, status)
             return status
         seconds[arguments[0]] = time.perf_counter() - start
     log.info("5/5 samples and scores")
