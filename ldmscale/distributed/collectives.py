@@ -17,8 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldmscale.errors import ConfigError, LdmscaleError
+from ldmscale.waiting import announced
 
 T = TypeVar("T")
+
+# What a rank logs that waits in a collective. It cannot leave alone: each of the ranks that it waits for obeys a stop
+# request by itself, and the timeout of the group is the limit.
+_OTHERS = "other ranks, which have not come to this exchange; their logs say what they do, `ldmscale doctor run.dir=` compares them"
+_MAIN = "rank 0, which prepares what all ranks need (for instance the index of the shards); its log says more"
 
 # The gloo group beside an NCCL world, and the world it was made for (a process may leave one world and join
 # another).
@@ -29,7 +35,8 @@ def barrier() -> None:
     """Return when all ranks have come here."""
     if _alone():
         return
-    dist.barrier(group=_host_group())
+    with announced(_OTHERS):
+        dist.barrier(group=_host_group())
 
 
 def any_true(flag: bool) -> bool:
@@ -42,7 +49,8 @@ def any_true_of(*flags: bool) -> list[bool]:
     if _alone():
         return list(flags)
     box = torch.tensor(flags, dtype=torch.float64)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_host_group())
+    with announced(_OTHERS):
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_host_group())
     return [value > 0 for value in box.tolist()]
 
 
@@ -56,7 +64,8 @@ def sums_over_ranks(values: Sequence[float]) -> list[float]:
     if _alone():
         return [float(value) for value in values]
     box = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(box, group=_host_group())
+    with announced(_OTHERS):
+        dist.all_reduce(box, group=_host_group())
     return [float(value) for value in box.tolist()]
 
 
@@ -99,7 +108,8 @@ def gather_lists(items: Sequence[T]) -> list[T]:
     if _alone():
         return list(items)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, list(items), group=_host_group())
+    with announced(_OTHERS):
+        dist.all_gather_object(gathered, list(items), group=_host_group())
     return [item for part in gathered for item in part]
 
 
@@ -111,7 +121,8 @@ def broadcast_object(value: T) -> T:
     if _alone():
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, group=_host_group())
+    with announced(_MAIN):
+        dist.broadcast_object_list(box, src=0, group=_host_group())
     result: T = box[0]
     return result
 
@@ -159,7 +170,8 @@ def _reduced(value: float, operation: dist.ReduceOp.RedOpType) -> float:
     if _alone():
         return float(value)
     box = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(box, op=operation, group=_host_group())
+    with announced(_OTHERS):
+        dist.all_reduce(box, op=operation, group=_host_group())
     return float(box.item())
 
 

@@ -18,6 +18,7 @@ from ldmscale.evaluation.held_out import HeldOut, ImageSet
 from ldmscale.setup.dataloaders import preview_batch, training_data
 from ldmscale.setup.engines import averages_of, engine_options, rate_curve, set_attention
 from ldmscale.setup.index import open_index, shapes_of
+from ldmscale.setup.node_checks import check_shared_memory
 from ldmscale.setup.run import Run, already_finished, open_run
 from ldmscale.setup.trainer import train
 from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance
@@ -33,6 +34,8 @@ def train_autoencoder(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> i
     if already_finished(config, ranks):
         return 0
     run = open_run(config, ranks, stop)
+    make_item = _item_maker(config)
+    check_shared_memory(ranks, make_item, batch=config.train.rank_micro_batch, workers=config.data.workers)
     loss, scale = config.loss, config.loss.discriminator_lr_scale
     options = engine_options(run, config.train, config.optim, config.zero)
     discriminator_options = engine_options(run, config.train, config.optim, config.zero, lr_scale=scale)
@@ -59,7 +62,6 @@ def train_autoencoder(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> i
         attention.backend,
     )
 
-    make_item = _item_maker(config)
     data = training_data(run, config, make_item)
     averages = averages_of(generator, config.ema)
     codebook = None

@@ -17,6 +17,7 @@ from ldmscale.setup.conditions import item_maker, open_condition_readers
 from ldmscale.setup.dataloaders import generation_figures, held_out, training_data
 from ldmscale.setup.engines import averages_of, engine_options, rate_curve, set_attention
 from ldmscale.setup.first_stage import open_first_stage
+from ldmscale.setup.node_checks import check_shared_memory
 from ldmscale.setup.previews import open_preview
 from ldmscale.setup.run import already_finished, open_run
 from ldmscale.setup.text import open_frozen_text
@@ -37,6 +38,8 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     options = engine_options(run, config.train, config.optim, config.zero)
     attention = set_attention(run, config.train, diffusion_head_channels(config, options.compute_dtype))
     first_stage, latent_shape, stored = open_first_stage(config, run)
+    make_item = item_maker(config, readers, stored)
+    check_shared_memory(ranks, make_item, batch=config.train.rank_micro_batch, workers=config.data.workers)
     pretrained_text = open_frozen_text(run, config, readers.tokenizer)
 
     # Right before the construction: the initial weights depend on the seed alone.
@@ -54,7 +57,6 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         attention.backend,
     )
 
-    make_item = item_maker(config, readers, stored)
     stage = DiffusionStage(
         engine,
         averages=averages_of(engine, config.ema),

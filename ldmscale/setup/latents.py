@@ -28,8 +28,9 @@ from ldmscale.inference.load import load
 from ldmscale.models.autoencoder import KLAutoencoder
 from ldmscale.models.first_stage import LatentScale, digest
 from ldmscale.setup.index import open_index, selection_of, storage_of
+from ldmscale.setup.node_checks import check_processes, check_shared_memory
 from ldmscale.stages.first_stage import FirstStage
-from ldmscale.stages.latents import LatentsWork, make_shards
+from ldmscale.stages.latents import PREFETCH_CHUNKS, LatentsWork, make_shards
 from ldmscale.storage.object_store import AbsentError, ShardState, Storage, StoreError
 from ldmscale.tracking.logs import set_up_logging
 
@@ -40,15 +41,20 @@ def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     """Encode until every shard of the set is finished, by this or another process, and return the exit status."""
     data, chosen, storage = config.data, config.latents, storage_of(config.data)
     place = open_place(chosen.path, storage)
+    check_processes(ranks, data.workers)
     world = open_world(ranks)
     folder = latents_folder(chosen.path)
     set_up_logging(folder, ranks)
     if (differs := size_warning(config)) and ranks.is_main:
         log.warning("%s", differs)
     index = open_index(data.shards, data, ranks)
+    assert data.image_size is not None
+    plain_image = ImageItem(data.image_size, seed=0)
+    check_shared_memory(
+        ranks, plain_image, batch=chosen.rank_batch, workers=data.workers, prefetch=PREFETCH_CHUNKS
+    )
     close_world()
     part(ranks.rank)  # from here on ranks are independent, like those of other launches
-    assert data.image_size is not None
     tokenizer = None if chosen.tokenizer is None else Tokenizer.load(chosen.tokenizer, chosen.max_tokens)
     first_stage, stored = open_encoder(config, world.device, data.image_size, tokenizer)
     sources = describe_sources(config, index)

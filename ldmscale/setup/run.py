@@ -6,7 +6,6 @@ import atexit
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +26,14 @@ from ldmscale.distributed.preemption import StopFlag
 from ldmscale.distributed.process_group import choose_device
 from ldmscale.errors import ConfigError, StoppedEarlyError
 from ldmscale.setup.index import Patterns, open_index, storage_of
+from ldmscale.setup.node_checks import check_processes
 from ldmscale.storage.lease import Lease, LeaseHeldError
 from ldmscale.tracking.logs import quiet_libraries, set_up_logging
 from ldmscale.train.engine.process import connect
+from ldmscale.waiting import Wait
 
 log = logging.getLogger(__name__)
 _WAIT_TURN_SECONDS = 5.0
-_TELL_SECONDS = 60.0  # how often one who waits says for whom
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
     stop.limit(config.run.max_hours, config.run.margin_minutes)
     folder = RunFolder(config.run.dir)
     changes(folder, plain(config))  # refuses before any device is touched
+    check_processes(ranks, config.data.workers)
     device = choose_device(ranks)
     if ranks.size > 1:
         export_rendezvous(ranks)
@@ -122,15 +123,15 @@ def _hold(folder: RunFolder, config: TrainingJob, ranks: Ranks, stop: StopFlag) 
             return str(held)
         return None
 
-    told = -math.inf
+    # Until the holder ends: `run.wait` asks for that. Ranks agree on a stop below.
+    wait = Wait(lambda: f"{held} (run.wait=true)", limit_seconds=math.inf, obeys_stop=False)
     while held := from_main_rank(attempt):
         if not config.run.wait:
             raise ConfigError(f"{held}: wait for it (run.wait=true does), end it, or give another run.name")
         if stop.agreed():
             raise StoppedEarlyError(f"asked to stop while waiting: {held}")
-        if ranks.is_main and time.monotonic() - told > _TELL_SECONDS:
-            told = time.monotonic()
-            log.warning("%s: waiting for it (run.wait=true)", held)
+        if ranks.is_main:
+            wait.check()
     for held_here in lease:
         atexit.register(held_here.release)
     return lease

@@ -8,12 +8,13 @@ see `Encoder`.
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,26 +26,27 @@ from torch.utils.data import DataLoader
 from ldmscale.data.latents.format import LatentFormat
 from ldmscale.data.latents.work_queue import Claim, Claims
 from ldmscale.data.latents.writer import LatentShardWriter, Source
-from ldmscale.data.loading.loader import start_of_workers
 from ldmscale.data.loading.shard_chunks import Chunk, ChunkReader, Span
 from ldmscale.data.loading.skipped_samples import Ledger
 from ldmscale.data.loading.transforms import ImageItem
+from ldmscale.data.loading.workers import TURN_SECONDS, end, next_of, start_of_workers
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.shards.urls import is_local
 from ldmscale.distributed import rng as draws
-from ldmscale.errors import DataError
+from ldmscale.errors import DataError, StoppedEarlyError
 from ldmscale.models.bottleneck import Posterior
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.storage.lease import LeaseLostError
 from ldmscale.storage.object_store import StoreError
+from ldmscale.waiting import Wait
 
 log = logging.getLogger(__name__)
 
 FREE_FAULTS = 20  # samples of a shard that may be bad before their share counts
 _BEHIND = 3  # batches that wait to be written
+PREFETCH_CHUNKS = 2  # that each loading process prepares ahead
 _UPLOADING = 1  # shards that wait to be uploaded behind the one that is
 _POLL_SECONDS = 0.5
-_TELL_SECONDS = 60.0
 
 
 class Encoder:
@@ -179,17 +181,27 @@ def make_shards(work: LatentsWork, claims: Claims, stopped: Callable[[], bool]) 
         DataError: if too much of a shard cannot be used, or a finished one is of another make.
         StoreError: if the store of the images or of the latents cannot be reached.
     """
-    told = time.monotonic()
+    others: Wait | None = None
     with _Line(work, claims, stopped) as line:
         while not claims.all_finished():
             if stopped():
                 return False
-            if line.run() == 0:
-                if time.monotonic() - told > _TELL_SECONDS:
-                    told = time.monotonic()
-                    log.info("the last shards are made by other processes: waiting for them")
-                time.sleep(_POLL_SECONDS)
+            if line.run():
+                others = None
+                continue
+            # No time limit: the claims of the dead run out, and then their shards are made here.
+            others = others or Wait(
+                partial(_made_by_others, claims), limit_seconds=math.inf, obeys_stop=False
+            )
+            others.turn(_POLL_SECONDS)
     return True
+
+
+def _made_by_others(claims: Claims) -> str:
+    return (
+        f"the last {claims.unfinished} shards, which other processes make; a claim of one that died runs out after "
+        "latents.claim_timeout_seconds"
+    )
 
 
 class _Line:
@@ -214,7 +226,8 @@ class _Line:
             sampler=_Spans(self),
             num_workers=work.workers,
             collate_fn=_as_it_is,
-            prefetch_factor=2 if work.workers else None,
+            prefetch_factor=PREFETCH_CHUNKS if work.workers else None,
+            timeout=TURN_SECONDS if work.workers else 0.0,
             multiprocessing_context=context,
             worker_init_fn=start_of_workers() if work.workers else None,
             persistent_workers=work.workers > 0,
@@ -231,16 +244,14 @@ class _Line:
             self._uploads.shutdown()
         self._drop_all()
         self._encoder.close()
-        stop = getattr(getattr(self._loader, "_iterator", None), "_shutdown_workers", None)
-        if stop is not None:
-            stop()
+        end(getattr(self._loader, "_iterator", None), at_once=self._stopped())
 
     def run(self) -> int:
         """Makes whatever can be claimed; the number of batches that were."""
         chunks, done = iter(self._loader), 0
-        ahead = self._ahead.submit(next, chunks, None)
-        while (chunk := ahead.result()) is not None and not self._stopped():
-            ahead = self._ahead.submit(next, chunks, None)
+        ahead = self._ahead.submit(_next_or_none, chunks)
+        while (chunk := self._unless_stopped(ahead)) is not None and not self._stopped():
+            ahead = self._ahead.submit(_next_or_none, chunks)
             if chunk.unreachable:
                 raise StoreError(chunk.unreachable)
             self._encode(chunk)
@@ -249,6 +260,14 @@ class _Line:
             _wait(self._pending, 0)
             _wait(self._uploading, 0)
         return done
+
+    def _unless_stopped(self, ahead: Future[Chunk | None]) -> Chunk | None:
+        try:
+            return ahead.result()
+        except StoppedEarlyError:
+            if not self._stopped():
+                raise
+            return None
 
     def spans(self) -> Iterator[Span]:
         """Claims shards as they are asked for."""
@@ -317,6 +336,13 @@ class _Spans:
 
     def __iter__(self) -> Iterator[Span]:
         return self._line.spans()
+
+
+def _next_or_none(chunks: Iterator[Chunk]) -> Chunk | None:
+    try:
+        return next_of(chunks)
+    except StopIteration:
+        return None
 
 
 def _wait(pending: deque[Future[None]], most: int) -> None:

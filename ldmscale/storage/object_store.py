@@ -7,22 +7,26 @@ access) are not retried. URLs of local files work as well; they get no options.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import random
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
-from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.asyn import AsyncFileSystem
 from fsspec.exceptions import FSTimeoutError
 
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import create_file
+from ldmscale.waiting import Wait, WaitTimeoutError, announced, is_stoppable
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ _CREDENTIALS = (
     "check its credentials (each backend's own environment variables and files, or data.storage.options) and "
     "data.storage.endpoint"
 )
+_LOOK_SECONDS = 0.5  # between two looks at the stop request while the store answers
 _LISTING_TRIES = 3.0  # a listing of a large folder may take as long as so many reads
 
 T = TypeVar("T")
@@ -160,7 +165,8 @@ class Storage:
     def persist(self, work: Callable[[], T], what: str) -> T:
         """Runs `work` until it succeeds, with waits between, for `patience_seconds` at most."""
         deadline = time.monotonic() + self.patience_seconds
-        wait, tries = _FIRST_WAIT, 0
+        wait, tries, reason = _FIRST_WAIT, 0, ""
+        waiting = Wait(lambda: f"{what} ({reason})", limit_seconds=math.inf, obeys_stop=is_stoppable())
         while True:
             tries += 1
             try:
@@ -194,15 +200,30 @@ class Storage:
             # Ranks that failed together must not come back together.
             pause = min(wait, left) * (0.5 + random.random() / 2)
             log.warning("%s: %s; trying again in %.1f s", what, reason, pause)
-            time.sleep(pause)
+            waiting.turn(pause)
             wait = min(2 * wait, _LONGEST_WAIT)
 
     def bounded(self, fs: Any, name: str, *arguments: Any, tries: float = 1.0, **options: Any) -> Any:
         """One try of a method of a filesystem, for as long as so many tries may take."""
-        if isinstance(fs, AsyncFileSystem):
-            coroutine = getattr(fs, f"_{name}")
-            return sync(fs.loop, coroutine, *arguments, timeout=self.request_seconds * tries, **options)
-        return getattr(fs, name)(*arguments, **options)
+        where = f"the store's answer about {arguments[0] if arguments else fs}"
+        if not isinstance(fs, AsyncFileSystem):
+            with announced(where):
+                return getattr(fs, name)(*arguments, **options)
+        seconds = self.request_seconds * tries
+        answer = asyncio.run_coroutine_threadsafe(getattr(fs, f"_{name}")(*arguments, **options), fs.loop)
+        waiting = Wait(where, limit_seconds=seconds, obeys_stop=is_stoppable())
+        try:
+            while True:
+                try:
+                    return answer.result(timeout=min(_LOOK_SECONDS, seconds))
+                except (TimeoutError, FutureTimeoutError):
+                    if answer.done():
+                        raise
+                waiting.check()
+        except WaitTimeoutError as error:
+            raise FSTimeoutError from error
+        finally:
+            answer.cancel()
 
     def _options_of(self, protocol: str) -> dict[str, Any]:
         if protocol in ("file", "local"):

@@ -6,7 +6,7 @@ once, of one on another host when its time is over without a sign of life.
 
 from __future__ import annotations
 
-import time
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 from ldmscale.data.latents.store import LatentPlace, place_of
 from ldmscale.storage.lease import Lease
 from ldmscale.storage.store_lease import StoreLease
+from ldmscale.waiting import Wait
 
 _SET = "set"
 
@@ -80,6 +81,11 @@ class Claims:
         self.place.withdraw_manifest()
         return Claim(number, self.names[number], self.place, lease)
 
+    @property
+    def unfinished(self) -> int:
+        """How many shards are not known to be finished."""
+        return len(self._left)
+
     def all_finished(self) -> bool:
         """Whether there is nothing left to make, by anyone."""
         while self._left and self._finished(self._left[0]):
@@ -88,10 +94,12 @@ class Claims:
 
     def once(self, done: Callable[[], bool], do: Callable[[], None]) -> None:
         """Has one process `do` what follows the last shard; returns when it is `done`."""
+        # No time limit: the claim of one that died runs out, and then this process does it.
+        wait = Wait(f"another process, which completes the manifest of {self.place}", limit_seconds=math.inf)
         while not done():
             lease = self.place.claim(_SET, self._timeout, lambda: None)
             if lease is None:
-                time.sleep(self.place.poll_seconds)
+                wait.turn(self.place.poll_seconds)
                 continue
             try:
                 if not done():

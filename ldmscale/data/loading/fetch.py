@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import cache
 from typing import Generic, NamedTuple, TypeVar
@@ -112,7 +113,9 @@ class Fetcher(Generic[T]):
                 return None
 
         found = [
-            read(shard, index) if is_local(urls[shard]) else _requests(os.getpid()).submit(read, shard, index)
+            read(shard, index)
+            if is_local(urls[shard])
+            else _requests(os.getpid()).submit(copy_context().run, read, shard, index)
             for shard, index in zip(shards.tolist(), indices.tolist(), strict=True)
         ]
         return [each.result() if isinstance(each, Future) else each for each in found]

@@ -8,7 +8,6 @@ state is `position`, and with aspect-ratio buckets how many samples each bucket 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -20,13 +19,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldmscale import redact
 from ldmscale.data.images.buckets import BucketCursor
 from ldmscale.data.loading.fetch import Fetcher, Run, Ticket
 from ldmscale.data.loading.latent_batches import SKIPPED, BatchMemory, LatentReader
 from ldmscale.data.loading.skipped_samples import Ledger
 from ldmscale.data.loading.stream import check_batch, rank_positions
 from ldmscale.data.loading.transforms import ImageItem, LatentItem
+from ldmscale.data.loading.workers import PREFETCH, TURN_SECONDS, end, next_of, start_of_workers
 from ldmscale.data.order.sequence import Sequence as SampleSequence
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.mixture import Mixture
@@ -140,9 +139,9 @@ class Loader:
         if self._iterator is None:
             self._iterator = self._start()
         try:
-            batch = next(self._iterator)
-        except BaseException:
-            self.close()
+            batch = next_of(self._iterator)
+        except BaseException as error:
+            self.close(at_once=not isinstance(error, DataError))
             raise
         self.wait_seconds += time.perf_counter() - began
         fault = batch.pop(_FAULT, None)
@@ -156,14 +155,10 @@ class Loader:
         self._count(batch.pop(SKIPPED).tolist())
         return batch
 
-    def close(self) -> None:
-        """Ends the workers. What they had prepared is made again if the loader is asked for more."""
-        # Torch stops workers when the last reference goes; after an error the traceback keeps one, and
-        # workers forked later would inherit it. So they are stopped by name where torch lets us.
-        stop = getattr(self._iterator, "_shutdown_workers", None)
-        self._iterator = None
-        if stop is not None:
-            stop()
+    def close(self, *, at_once: bool = False) -> None:
+        """Ends the workers, `at_once` by force. What they had prepared is made again if the loader is asked for more."""
+        batches, self._iterator = self._iterator, None
+        end(batches, at_once=at_once)
 
     def _start(self) -> Iterator[Batch]:
         remote = any(not is_local(url) for url in self.index.shards)
@@ -181,7 +176,8 @@ class Loader:
             num_workers=self._workers,
             collate_fn=_as_it_is,
             pin_memory=self._pin_memory,
-            prefetch_factor=4,
+            prefetch_factor=PREFETCH,
+            timeout=TURN_SECONDS,
             multiprocessing_context=context,
             worker_init_fn=start_of_workers(),
             # Draws of torch's own, from the global generator, would make the training's draws depend on the
@@ -292,31 +288,3 @@ def _collate(items: list[dict[str, Any]]) -> Batch:
         else:
             batch[name] = torch.tensor(values, dtype=torch.int64)  # [b]
     return batch
-
-
-def start_of_workers() -> Callable[[int], None]:
-    """What a loading process does first: `calm_worker`, and it learns which secrets messages must not show."""
-    return partial(_begin_worker, redact.known())
-
-
-def _begin_worker(secrets: Mapping[str, str], number: int) -> None:
-    redact.know(secrets)  # a fork has them already, a process of the fork server does not
-    calm_worker(number)
-
-
-def calm_worker(number: int) -> None:
-    """Leaves signals to the training process, which decides when to stop.
-
-    Slurm and terminals signal every process of a job; a worker that died of it would make the training
-    process fail before it has saved. TERM is obeyed the second time, for torch ends stuck workers with it.
-    """
-    seen: list[int] = []
-
-    def on_term(signum: int, frame: object) -> None:
-        seen.append(signum)
-        if len(seen) > 1:
-            os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, on_term)

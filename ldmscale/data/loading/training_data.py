@@ -16,7 +16,7 @@ from ldmscale.data.loading.skipped_samples import Ledger
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.distributed.collectives import gather_lists, sums_over_ranks
 from ldmscale.distributed.environment import Ranks
-from ldmscale.errors import DataError, LdmscaleError
+from ldmscale.errors import DataError, LdmscaleError, StoppedEarlyError
 
 log = logging.getLogger(__name__)
 
@@ -148,10 +148,11 @@ def next_for_all(loader: Loader, limit: BadDataLimit | None = None) -> Batch:
     Raises:
         DataError: on all ranks alike (`shared`), if one of them has no batch or too many samples were unusable.
         LdmscaleError: likewise, if a worker of one of them failed.
+        StoppedEarlyError: likewise, if one of them was asked to stop and still had no batch some seconds later.
     """
     limits = limit or BadDataLimit()
     batch: Batch = {}
-    fault, crash = "", None
+    fault, crash, stopped = "", None, ""
     try:
         batch = next(loader)
         if loader.bad_in_a_row > limits.max_in_a_row:
@@ -161,16 +162,21 @@ def next_for_all(loader: Loader, limit: BadDataLimit | None = None) -> Batch:
             )
     except DataError as error:
         fault = str(error)
+    except StoppedEarlyError as error:
+        stopped = str(error)
     except Exception as error:  # a killed worker, for instance: report it to the other ranks before ending
         fault, crash = f"{type(error).__name__}: {error}", error
-    failed, crashed, replaced, read = sums_over_ranks(
-        [bool(fault), crash is not None, loader.replaced, loader.read]
+    failed, crashed, ended, replaced, read = sums_over_ranks(
+        [bool(fault), crash is not None, bool(stopped), loader.replaced, loader.read]
     )
     if failed:
         faults = gather_lists([f"rank {loader.rank}: {fault}"] if fault else [])
         if crashed:
             raise LdmscaleError("\n".join(faults), shared=True) from crash
         raise DataError(faults[:_LISTED], shared=True)
+    if ended:
+        reasons = gather_lists([f"rank {loader.rank}: {stopped}"] if stopped else [])
+        raise StoppedEarlyError("\n".join(reasons[:_LISTED]))
     if replaced > _FREE_FAULTS and replaced > limits.max_share * read:
         raise DataError(
             f"{replaced:.0f} of the {read:.0f} samples that were read since the start cannot be used, more than "
