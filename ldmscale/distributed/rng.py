@@ -67,3 +67,15 @@ def uniform(seed: int, positions: Sequence[int], purpose: str) -> Tensor:
     import torch
 
     return torch.tensor([generator(seed, int(p), purpose).random() for p in positions], dtype=torch.float64)
+
+
+def seed_torch(seed: int, position: int, purpose: str) -> None:
+    """Seed PyTorch's own generators for what the operations of a network draw, such as dropout masks.
+
+    Args:
+        position: of the first sample of the micro-batch. The draws are the same on any rank, in any accumulation and after
+            any resume with micro-batches of the same size.
+    """
+    import torch
+
+    torch.manual_seed(int(generator(seed, position, purpose).bit_generator.random_raw()) % 2**63)

@@ -94,6 +94,15 @@ def dropout_layer(rate: float) -> nn.Module:
     return nn.Dropout(rate) if rate > 0 else nn.Identity()
 
 
+def has_dropout(network: nn.Module) -> bool:
+    """Whether the network draws dropout masks while it trains."""
+    rates = (
+        module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", None)
+        for module in network.modules()
+    )
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
 def _keep_attention(context: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Attention is the dearest to compute again and keeps little: its output and one number a row."""
     name: str = operator.name()

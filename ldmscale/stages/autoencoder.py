@@ -21,6 +21,7 @@ from ldmscale.evaluation.held_out import HeldOut
 from ldmscale.models.autoencoder import KLAutoencoder, VQAutoencoder
 from ldmscale.models.bottleneck import Bottleneck, Codes
 from ldmscale.models.evaluation_mode import evaluation_mode
+from ldmscale.models.layers import has_dropout
 from ldmscale.stages.codebook import CodebookMonitor
 from ldmscale.stages.gan import Adversary
 from ldmscale.tracking.images import side_by_side, to_uint8
@@ -170,6 +171,7 @@ class AutoencoderStage:
         network = generator.network
         assert isinstance(network, (KLAutoencoder, VQAutoencoder))
         self.autoencoder: KLAutoencoder | VQAutoencoder = network
+        self._dropout = has_dropout(network)
 
     def active(self, step: int) -> Sequence[str]:
         return ("generator", "discriminator") if self.adversary.active(step) else ("generator",)
@@ -180,6 +182,8 @@ class AutoencoderStage:
         if self.codebook is not None and generator.at_boundary and not generator.rehearsing:
             self.codebook.prepare(step, batch["position"].tolist(), lambda: self._latents(images))
         noise = self._posterior_noise(batch, images)
+        if self._dropout:
+            draws.seed_torch(self.seed, int(batch["position"][0]), "dropout")
         reconstruction, bottleneck = generator(
             images.to(generator.compute_dtype), None if noise is None else noise.to(generator.compute_dtype)
         )

@@ -20,6 +20,7 @@ from ldmscale.errors import CheckpointError
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.evaluation_mode import evaluation_mode
+from ldmscale.models.layers import has_dropout
 from ldmscale.models.text_encoder import FrozenTextEncoder
 from ldmscale.stages.first_stage import FirstStage, batch_conditions
 from ldmscale.stages.objective import ObjectiveOptions, add_noise, denoising_loss
@@ -65,6 +66,7 @@ class DiffusionStage:
         self.first_stage, self.latent_shape = first_stage, latent_shape
         self.schedule, self.objective = schedule, objective
         self.seed, self.ranks, self.device = seed, ranks, first_stage.device
+        self._dropout = has_dropout(self._denoiser)
         text_encoder = self._denoiser.reads_text
         self._text_digest = text_encoder.digest() if isinstance(text_encoder, FrozenTextEncoder) else None
 
@@ -91,6 +93,8 @@ class DiffusionStage:
             rate = objective.caption_dropout if self._denoiser.has_null else 0.0
             lost = process.spatial_drop_mask(uniform, rate, objective.spatial_dropout)
             drop_spatial = lost.to(self.device)
+        if self._dropout:
+            draws.seed_torch(self.seed, positions[0], "dropout")
         output = engine(noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, dropped, drop_spatial)
         loss, measured = denoising_loss(objective, self.schedule, noisy, output)
         engine.backward(loss)

@@ -8,6 +8,7 @@ from ldmscale.diffusion.sample_latents import starting_noise
 from ldmscale.distributed import rng as draws
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.denoiser import Denoiser
+from ldmscale.models.layers import has_dropout
 from ldmscale.models.text_encoder import TextTransformer
 from ldmscale.models.unet import UNet
 
@@ -87,3 +88,28 @@ def test_starting_noise_belongs_to_the_seed():
     together = starting_noise([4, 5, 6], (4, 2, 2))
     assert torch.equal(starting_noise([6], (4, 2, 2))[0], together[2])
     assert not torch.equal(together[0], together[1])
+
+
+def test_dropout_masks_belong_to_the_position_of_a_micro_batch():
+    def mask(seed, position):
+        draws.seed_torch(seed, position, "dropout")
+        return torch.nn.functional.dropout(torch.ones(1000), 0.5)
+
+    first = mask(0, 4)
+    torch.rand(7)  # what was drawn in between has no say
+    assert torch.equal(mask(0, 4), first)
+    for other in (mask(0, 0), mask(0, 8), mask(1, 4)):  # two ranks' masks agree as often as chance has it
+        assert 400 < int((other == first).sum()) < 600
+
+
+@pytest.mark.parametrize("part", ["unet", "text"])
+def test_a_network_that_draws_dropout_masks_is_known_as_one(part):
+    def drawing(rate):
+        if part == "text":
+            return TextTransformer(
+                vocab_size=9, max_tokens=3, width=8, layers=1, heads=1, head_channels=8, dropout=rate
+            )
+        return UNet(in_channels=1, out_channels=1, channels=32, channel_mult=(1,), blocks_per_level=1,
+                    attention_levels=(), heads=1, dropout=rate)  # fmt: skip
+
+    assert has_dropout(drawing(0.1)) and not has_dropout(drawing(0.0))
