@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -121,11 +122,46 @@ def count_gpus(env: Mapping[str, str] = os.environ) -> int:
     )
     if listing.returncode != 0:
         return 0
-    present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-    visible = env.get("CUDA_VISIBLE_DEVICES")
+    return visible_gpus(listing.stdout, env.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible_gpus(listing: str, visible: str | None) -> int:
+    """Devices that CUDA shows, as its programming guide defines CUDA_VISIBLE_DEVICES.
+
+    The list ends at its first entry that names no device, and one that names a device twice shows none. Of MIG instances a
+    process sees one at most.
+
+    Args:
+        listing: output of `nvidia-smi -L`.
+        visible: CUDA_VISIBLE_DEVICES; None: not set.
+    """
+    gpus = [
+        uuid or number
+        for number, uuid in re.findall(r"^GPU (\d+):(?:.*\(UUID: ([^)]*)\))?", listing, re.MULTILINE)
+    ]
+    instances = re.findall(r"^\s+MIG .*?\(UUID: ([^)]*)\)", listing, re.MULTILINE)
     if visible is None:
-        return present
-    return min(present, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+        return min(1, len(gpus)) if instances else len(gpus)
+    shown: list[str] = []
+    for entry in visible.split(","):
+        device = _device_named(entry.strip(), gpus, instances)
+        if device is None:
+            break
+        if device in shown:
+            return 0
+        shown.append(device)
+    return min(1, len(shown)) if instances else len(shown)
+
+
+def _device_named(entry: str, gpus: Sequence[str], instances: Sequence[str]) -> str | None:
+    """The UUID of the device that an entry names: by its number, or by the beginning of its UUID if that is unique."""
+    if re.fullmatch(r"\d+", entry):
+        return gpus[int(entry)] if int(entry) < len(gpus) else None
+    if entry.startswith("MIG-GPU-"):  # of older drivers: MIG-<UUID of the GPU>/<instance>/<instance>
+        return entry if instances else None
+    among = instances if entry.startswith("MIG-") else gpus
+    named = [uuid for uuid in among if uuid.startswith(entry)] if entry.startswith(("GPU-", "MIG-")) else []
+    return named[0] if len(named) == 1 else None
 
 
 def shared_environment(env: Mapping[str, str], ranks: int, gpus: int) -> dict[str, str]:

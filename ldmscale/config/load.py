@@ -10,13 +10,14 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from ldmscale import redact
-from ldmscale.config import JOBS, Job
+from ldmscale.config import JOBS, AutoencoderJob, DiffusionJob, Job, WandbSyncJob
 from ldmscale.config.checks import check
 from ldmscale.config.compose import compose_valid
 from ldmscale.config.inherit import inherited
 from ldmscale.config.typed import read
 from ldmscale.distributed.environment import Ranks, read_ranks
 from ldmscale.errors import ConfigError
+from ldmscale.tracking.wandb_environment import check_key
 
 _J = TypeVar("_J", bound=Job)
 FROZEN = "--frozen"  # followed by the file of a resolved configuration, which `submit` wrote
@@ -28,13 +29,18 @@ def configured(kind: type[_J], overrides: Sequence[str]) -> tuple[_J, Ranks]:
     Raises ConfigError with the faults of the command line, of the types and of the mixture together.
     """
     ranks = read_ranks()
-    return resolved(kind, overrides, ranks.size), ranks
+    # Rank 0 alone talks to W&B; another node need not have its key.
+    return resolved(kind, overrides, ranks.size, here=ranks.node == 0), ranks
 
 
-def resolved(kind: type[_J], overrides: Sequence[str], world_size: int) -> _J:
-    """The configuration of a job that is to run on `world_size` ranks, checked; see `configured`."""
+def resolved(kind: type[_J], overrides: Sequence[str], world_size: int, *, here: bool = False) -> _J:
+    """The configuration of a job that is to run on `world_size` ranks, checked; see `configured`.
+
+    Args:
+        here: the job runs in this environment, which is checked, too.
+    """
     if list(overrides[:1]) == [FROZEN]:
-        return _thawed(kind, overrides, world_size)
+        return _thawed(kind, overrides, world_size, here)
     job = next(name for name, type_ in JOBS.items() if type_ is kind)
     values, faults = compose_valid(job, overrides)
     redact.register(values)
@@ -48,12 +54,20 @@ def resolved(kind: type[_J], overrides: Sequence[str], world_size: int) -> _J:
         mixture = [fault for fault in mixture if not any(key in fault for key in typed)]
         raise ConfigError([*faults, *error.faults, *mixture]) from None
     faults += check(cast(Job, config), world_size)
+    faults += _check_here(cast(Job, config)) if here else []
     if faults:
         raise ConfigError(faults)
     return config
 
 
-def _thawed(kind: type[_J], arguments: Sequence[str], world_size: int) -> _J:
+def _check_here(config: Job) -> list[str]:
+    """Faults of the environment that the job runs in."""
+    if isinstance(config, (AutoencoderJob, DiffusionJob, WandbSyncJob)):
+        return check_key(config.tracking.wandb)
+    return []
+
+
+def _thawed(kind: type[_J], arguments: Sequence[str], world_size: int, here: bool) -> _J:
     """A frozen configuration, as it was resolved then; checked again, for the number of ranks that came."""
     if len(arguments) != 2:
         raise ConfigError(f"{FROZEN} takes one file and no overrides; found {' '.join(arguments[1:])}")
@@ -68,7 +82,7 @@ def _thawed(kind: type[_J], arguments: Sequence[str], world_size: int) -> _J:
         )
     redact.register(values)
     config = inherited(read(kind, values))
-    if faults := check(cast(Job, config), world_size):
+    if faults := check(cast(Job, config), world_size) + (_check_here(cast(Job, config)) if here else []):
         raise ConfigError(faults)
     return config
 

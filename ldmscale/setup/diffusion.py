@@ -70,8 +70,9 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         held_out=held_out(run, config, make_item),
         generation=generation_figures(run, config, make_item, first_stage),
     )
-    # MFU is reported on GPUs only, and counting takes a second.
-    flops = training_flops(config, latent_shape) if run.device.type == "cuda" else None
+    # Counting takes a second; the peak of a CPU is not known.
+    counted = run.device.type == "cuda" or config.tracking.peak_tflops is not None
+    flops = training_flops(config, latent_shape) if counted else None
     return train(
         run,
         config,

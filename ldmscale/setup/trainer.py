@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Literal
+
+import torch
 
 from ldmscale.checkpoint.folders import Retention
 from ldmscale.checkpoint.manager import CheckpointManager
@@ -13,7 +16,7 @@ from ldmscale.checkpoint.run_folder import about_run
 from ldmscale.config import DiffusionJob, TrainingJob
 from ldmscale.config.typed import plain
 from ldmscale.data.loading.training_data import TrainingData
-from ldmscale.distributed.collectives import barrier
+from ldmscale.distributed.collectives import barrier, from_main_rank
 from ldmscale.distributed.preemption import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.watchdog import Heartbeat
 from ldmscale.setup.index import storage_of
@@ -27,6 +30,8 @@ from ldmscale.train.stage import Stage
 from ldmscale.train.straggler import StragglerDetector
 from ldmscale.train.trainer import Monitors, Schedule, Trainer
 from ldmscale.train.update_guard import Guard
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -90,16 +95,22 @@ def _schedule(run: Run, config: TrainingJob) -> Schedule:
 
 
 def _monitors(run: Run, config: TrainingJob, flops_per_image: float | None) -> Monitors:
-    tracker = Tracker(
-        run.folder.path,
-        run.ranks,
-        config.tracking,
-        config.train.max_steps,
-        name=config.run.name,
-        run_id=run.identity["wandb_id"],
-        config=plain(config),
-        fence=run.fence,
-    )
+    def open_tracker() -> Tracker:
+        return Tracker(
+            run.folder.path,
+            run.ranks,
+            config.tracking,
+            config.train.max_steps,
+            name=config.run.name,
+            run_id=run.identity["wandb_id"],
+            config=plain(config),
+            fence=run.fence,
+        )
+
+    opened: list[Tracker] = []
+    # W&B may fail on rank 0, and all ranks must know.
+    from_main_rank(lambda: opened.append(open_tracker()))
+    tracker = opened[0] if opened else open_tracker()
     heartbeat = Heartbeat(
         run.folder.path,
         run.ranks,
@@ -113,10 +124,23 @@ def _monitors(run: Run, config: TrainingJob, flops_per_image: float | None) -> M
         run.device,
         ranks=run.ranks.size,
         flops_per_image=flops_per_image,
-        device_peak_flops=peak_flops(run.device, config.train.precision),
+        device_peak_flops=_peak_flops(run, config) if flops_per_image else None,
     )
     stragglers = StragglerDetector(run.ranks, run.device)
     return Monitors(tracker=tracker, throughput=throughput, heartbeat=heartbeat, stragglers=stragglers)
+
+
+def _peak_flops(run: Run, config: TrainingJob) -> float | None:
+    """The device's peak by which MFU is measured: as configured, or as its maker states it."""
+    if config.tracking.peak_tflops is not None:
+        return 1e12 * float(config.tracking.peak_tflops)
+    peak = peak_flops(run.device, config.train.precision)
+    if peak is None and run.device.type == "cuda":
+        log.info(
+            "throughput/mfu is not measured: the peak of %s in %s is not known; tracking.peak_tflops=N states it (dense, without "
+            "sparsity)", torch.cuda.get_device_name(run.device), config.train.precision,
+        )  # fmt: skip
+    return peak
 
 
 def _checkpoints(run: Run, config: TrainingJob) -> RunCheckpoints:

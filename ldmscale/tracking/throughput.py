@@ -4,6 +4,7 @@ be known.
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -15,31 +16,62 @@ import torch
 
 _GIB = 2**30
 
-# Dense bf16 matrix FLOP/s of one device as its maker states them (without sparsity), by a part of the
-# device's name. Longer names first: "H100 PCIe" is not an "H100" with its faster memory and clocks.
-_PEAK_BF16_FLOPS = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("A30", 165e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-)
+# Dense bf16 matrix FLOP/s of one device as its maker states them (without sparsity, fp32 accumulation), by words of the
+# device's name. Variants of other speed have entries of their own: "H100 PCIe" has slower memory and clocks than "H100".
+_PEAK_BF16_FLOPS = {
+    "A10": 125e12,
+    "A10G": 70e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "H20": 148e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H800": 989e12,
+    "H800 PCIe": 756e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "B300": 2250e12,
+    "GB200": 2500e12,
+    "GB300": 2500e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "RTX A4000": 76.7e12,
+    "RTX A4500": 94.6e12,
+    "RTX A5000": 111.1e12,
+    "RTX A6000": 154.8e12,
+    "RTX 6000 Ada": 364e12,
+}
+# Words of slower or faster variants, and of a part of a device.
+_VARIANTS = {"LAPTOP", "MAX", "MOBILE", "TI", "SUPER", "D", "MIG"}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Stated FLOP/s of `device` in bf16; None for other precisions, for CPUs and for devices that the table
-    lacks.
-    """
+    """Stated FLOP/s of `device` in bf16; None for other precisions, for CPUs and for unknown devices."""
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in _PEAK_BF16_FLOPS if part in name), None)
+    return stated_peak(torch.cuda.get_device_name(device))
+
+
+def stated_peak(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the device that CUDA calls `name`; None where it is not known.
+
+    Whole words count: an L40 is no L4, and an RTX A1000 no A100.
+    """
+    words = set(re.findall(r"[A-Z0-9]+", name.upper()))
+    if words & _VARIANTS:
+        return None
+    fitting = [entry for entry in _PEAK_BF16_FLOPS if set(entry.upper().split()) <= words]
+    if not fitting:
+        return None
+    return _PEAK_BF16_FLOPS[max(fitting, key=lambda entry: len(entry.split()))]
 
 
 class Throughput:

@@ -1,15 +1,13 @@
 """The W&B run of a run folder: optional, on rank 0 only, offline by itself where there is no key or no
 network.
 
-Nothing here raises into training: whatever W&B does wrong is logged once, and the run goes on without it.
+Nothing here raises into training: what W&B does wrong after the start is logged once, and the run continues without it.
 """
 
 from __future__ import annotations
 
 import logging
-import netrc
 import os
-import socket
 import sys
 import time
 from collections import deque
@@ -17,16 +15,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ldmscale import redact
+from ldmscale.errors import ConfigError
+from ldmscale.tracking.wandb_environment import Mode, choose_mode
 
 log = logging.getLogger(__name__)
 
-_SERVER_SECONDS = 3.0  # how long "auto" waits for the server before it chooses offline
 _INIT_SECONDS = 60.0
 _FINISH_SECONDS = 120.0
 _IMAGES_PER_HOUR = 120
@@ -38,9 +36,7 @@ class WandbRun:
     Every method logs failures instead of raising; after the first one the run is given up.
     """
 
-    def __init__(
-        self, run: Any, mode: Literal["online", "offline"], images_per_hour: int = _IMAGES_PER_HOUR
-    ) -> None:
+    def __init__(self, run: Any, mode: Mode, images_per_hour: int = _IMAGES_PER_HOUR) -> None:
         self._run = run
         self.mode = mode
         self._images_per_hour, self._image_times = images_per_hour, deque[float]()
@@ -120,10 +116,10 @@ def start_wandb(
     config: Mapping[str, Any] | None = None,
     images_per_hour: int = _IMAGES_PER_HOUR,
 ) -> WandbRun | None:
-    """Open the W&B run `run_id` with its files in folder/wandb, or go on with it; None if it is off or cannot
-    be opened.
+    """Open the W&B run `run_id` with its files in folder/wandb, or resume it; None if it is off.
 
-    "auto" is online if a key is configured and the server answers within seconds, else offline.
+    "auto" is `wandb_environment.choose_mode`; None also where it cannot be opened. Raises ConfigError where "offline" or
+    "online" cannot be opened.
     """
     if mode == "off":
         return None
@@ -138,7 +134,10 @@ def start_wandb(
             init_timeout=_INIT_SECONDS,
             finish_timeout=_FINISH_SECONDS,
         )
-        chosen = _choose_mode(mode, settings.base_url)
+        chosen = choose_mode(mode)
+        if chosen == "disabled":
+            log.info("W&B is disabled by its own environment (WANDB_MODE or `wandb disabled`)")
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         with _no_answers(), _shown_arguments():
             run = wandb.init(
@@ -156,6 +155,11 @@ def start_wandb(
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
     except Exception as error:  # see WandbRun._guarded
+        if mode != "auto":
+            raise ConfigError(
+                f"tracking.wandb={mode}, but W&B cannot be used ({error}): mend that, or give tracking.wandb=auto, which trains "
+                "without it"
+            ) from error
         log.warning(
             "W&B cannot be used (%s); the run goes on without it, metrics.jsonl has everything", error
         )
@@ -185,32 +189,3 @@ def _shown_arguments() -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-def _choose_mode(mode: Literal["auto", "offline", "online"], base_url: str) -> Literal["online", "offline"]:
-    if mode != "auto":
-        return mode
-    if os.environ.get("WANDB_MODE") in ("offline", "online"):
-        return "online" if os.environ["WANDB_MODE"] == "online" else "offline"
-    return "online" if _has_key(base_url) and _answers(base_url) else "offline"
-
-
-def _has_key(base_url: str) -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    try:
-        entries = netrc.netrc(os.environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return entries.authenticators(urlsplit(base_url).netloc) is not None
-
-
-def _answers(base_url: str) -> bool:
-    """Does the server (or the proxy before it) accept a connection?"""
-    parts = urlsplit(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or base_url)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    try:
-        with socket.create_connection((parts.hostname or "", port), timeout=_SERVER_SECONDS):
-            return True
-    except (OSError, ValueError):
-        return False

@@ -13,7 +13,7 @@ import pytest
 from processes import running
 
 from ldmscale.errors import ConfigError
-from ldmscale.launcher import count_gpus, free_port, launch, shared_environment
+from ldmscale.launcher import count_gpus, free_port, launch, shared_environment, visible_gpus
 
 CHECKOUT = Path(__file__).parents[2]
 # argv: number of ranks, then the program of a rank
@@ -186,6 +186,52 @@ def test_a_free_port_can_be_bound():
 
 def test_gpus_are_not_counted_where_they_are_not_to_be_used():
     assert count_gpus({**os.environ, "DS_ACCELERATOR": "cpu"}) == 0
+
+
+TWO = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c8e7a10-1111-2222-3333-444455556666)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-5d000000-1111-2222-3333-444455556666)
+"""
+SPLIT = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c8e7a10-1111-2222-3333-444455556666)
+  MIG 3g.20gb     Device  0: (UUID: MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f)
+  MIG 3g.20gb     Device  1: (UUID: MIG-cba663e8-9bed-5b25-b243-5985ef7c9beb)
+"""
+
+
+@pytest.mark.parametrize(
+    ("listing", "visible", "count"),
+    [  # CUDA C++ Programming Guide, "CUDA Environment Variables"; MIG user guide, "CUDA Visible Devices"
+        (TWO, None, 2),
+        (TWO, "0,1", 2),
+        (TWO, "1, 0", 2),
+        (TWO, "1", 1),
+        (TWO, "", 0),
+        (TWO, "-1", 0),
+        (TWO, "0,-1,1", 1),  # devices before the first entry that names none
+        (TWO, "-1,0", 0),
+        (TWO, "0,9,1", 1),
+        (TWO, "9,0", 0),
+        (TWO, "0,,1", 1),
+        (TWO, "0,0", 0),  # twice the same: none
+        (TWO, "0,1,0", 0),
+        (TWO, "NoDevFiles", 0),  # what Slurm and Grid Engine set where no device was granted
+        (TWO, "GPU-5c8e7a10-1111-2222-3333-444455556666", 1),
+        (TWO, "GPU-5c,GPU-5d", 2),  # the beginning of a UUID
+        (TWO, "GPU-5", 0),  # which is not one device
+        (TWO, "GPU-ffff,0", 0),
+        (TWO, "0,GPU-5c8e7a10", 0),
+        (SPLIT, None, 1),  # a process sees one instance
+        (SPLIT, "0", 1),
+        (SPLIT, "MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", 1),
+        (SPLIT, "MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f,MIG-cba663e8-9bed-5b25-b243-5985ef7c9beb", 1),
+        (SPLIT, "MIG-GPU-5c8e7a10-1111-2222-3333-444455556666/1/0", 1),
+        (SPLIT, "MIG-ffff", 0),
+        (TWO, "MIG-c6d4f1ef", 0),
+        ("GPU 0: Tesla\n", None, 1),
+        ("No devices found.\n", "0", 0),
+    ],
+)
+def test_gpus_are_counted_as_cuda_shows_them(listing, visible, count):
+    assert visible_gpus(listing, visible) == count
 
 
 def test_no_ranks_cannot_be_started():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldmscale.tracking.metrics import MetricSums, PartialMean
-from ldmscale.tracking.throughput import Throughput, peak_flops
+from ldmscale.tracking.throughput import Throughput, peak_flops, stated_peak
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,44 @@ def test_mfu_is_absent_where_the_peak_is_not_known():
     clock = Throughput(CPU, flops_per_image=10.0, device_peak_flops=peak_flops(CPU, "bf16"))
     clock.step(1, 0.0)
     assert "throughput/mfu" not in clock.report()
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [  # as CUDA names the devices; NVIDIA's data sheets, bf16 without sparsity
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX A1000", None),  # once an A100
+        ("NVIDIA RTX A5000 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_a_device_has_the_peak_of_its_own_name(name, teraflops):
+    peak = stated_peak(name)
+    assert peak == (None if teraflops is None else pytest.approx(1e12 * teraflops))
 
 
 GROW = """

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ldmscale.cli import main
+from ldmscale.errors import ConfigError
+from ldmscale.tracking.wandb_environment import choose_mode
 from ldmscale.tracking.wandb_run import start_wandb
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -84,8 +87,47 @@ def test_auto_with_a_key_but_without_an_answer_is_offline(tmp_path, monkeypatch)
 def test_what_cannot_be_opened_is_done_without(tmp_path, caplog):
     in_the_way = tmp_path / "file"
     in_the_way.write_text("not a folder")
-    assert start_wandb(in_the_way, "offline", run_id="abcd1234", name="trial", project="tests") is None
+    assert start_wandb(in_the_way, "auto", run_id="abcd1234", name="trial", project="tests") is None
     assert "the run goes on without it" in caplog.text
+    with pytest.raises(ConfigError, match="offline, but W&B cannot be used"):
+        start_wandb(in_the_way, "offline", run_id="abcd1234", name="trial", project="tests")
+
+
+@pytest.mark.parametrize(
+    ("variable", "mode"),
+    [("online", "online"), ("run", "online"), ("offline", "offline"), ("dryrun", "offline"), ("shared", "shared"),
+     ("disabled", "disabled"), (None, "offline")],
+)  # fmt: skip
+def test_auto_takes_the_mode_of_wandbs_own_environment_and_the_others_insist(monkeypatch, variable, mode):
+    """wandb#8571: a run that its environment disables went online."""
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    # A key, and a server that would answer: nothing but the environment keeps the run from going online.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        assert choose_mode("auto") == ("online" if variable is None else mode)
+    assert (choose_mode("online"), choose_mode("offline")) == ("online", "offline")
+
+
+def test_auto_obeys_the_settings_file_that_wandb_disabled_writes(tmp_path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "settings").write_text("[default]\nmode = disabled\n")
+    assert start_wandb(tmp_path, "auto", run_id="a", name="n", project="p") is None
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_online_without_a_key_is_refused_before_the_start_with_the_other_faults(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    command = ["autoencoder", "experiment=smoke", "train.max_steps=0", "tracking.wandb=online"]
+    assert main(command) == 2
+    shown = capsys.readouterr().err
+    assert "tracking.wandb=online, but there is no key for" in shown and "WANDB_API_KEY" in shown
+    assert "train.max_steps=0" in shown and not (tmp_path / "runs").exists()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert main(command) == 2 and "there is no key" not in capsys.readouterr().err
 
 
 def test_a_run_that_breaks_is_given_up_with_one_warning(tmp_path, caplog):
@@ -114,7 +156,9 @@ def test_a_run_without_a_key_asks_nothing_on_a_terminal(tmp_path):
     program = (
         "import sys; from pathlib import Path; from ldmscale.tracking.wandb_run import start_wandb; "
         "assert sys.stdin.isatty() and sys.stderr.isatty(); "
-        f"print(start_wandb(Path({str(tmp_path)!r}), 'online', run_id='a', name='n', project='p'))"
+        "from ldmscale.errors import ConfigError\n"
+        f"try: start_wandb(Path({str(tmp_path)!r}), 'online', run_id='a', name='n', project='p')\n"
+        "except ConfigError: print('refused')"
     )
     process, terminal = pty.fork()
     if process == 0:
@@ -131,4 +175,4 @@ def test_a_run_without_a_key_asks_nothing_on_a_terminal(tmp_path):
                 break
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    assert b"Enter your choice" not in shown and shown.rstrip().endswith(b"None"), shown
+    assert b"Enter your choice" not in shown and shown.rstrip().endswith(b"refused"), shown

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.schema import STRICT, NotNegative, Positive, Prompt, Share
+from ldmscale.config.schema import STRICT, NotNegative, Positive, PositiveNumber, Prompt, Share
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -173,6 +173,8 @@ class TrackingConfig:
     entity: str | None = None
     tags: tuple[str, ...] = ()
     wandb_images_per_hour: NotNegative = 120  # pictures beyond that stay in samples/ only
+    # TFLOP/s of one device, dense, in train.precision, for throughput/mfu of diffusion; null: as the maker states it for bf16
+    peak_tflops: PositiveNumber | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
