@@ -13,8 +13,7 @@ from ldmscale.checkpoint.run_folder import is_foreign
 from ldmscale.config import DiffusionJob, FirstStageConfig
 from ldmscale.config.inherit import size_warning
 from ldmscale.config.typed import differences, plain_part
-from ldmscale.data.latents.format import LatentFormat, LatentManifest
-from ldmscale.data.shards.urls import is_local, local_path
+from ldmscale.data.latents.format import LatentFormat, LatentManifest, set_of
 from ldmscale.errors import DataError
 from ldmscale.inference.load import load
 from ldmscale.inference.parts import Parts
@@ -117,27 +116,20 @@ def _check_foreign(path: Path, config: DiffusionJob) -> None:
 
 
 def _manifest(shards: list[str], storage: Storage) -> LatentManifest:
-    folders = sorted({_place(shard)[0] for shard in shards})
+    folders = sorted({set_of(shard)[0] for shard in shards})
     manifests = [LatentManifest.load(folder, storage) for folder in folders]
     listed = {
         (folder, name) for folder, found in zip(folders, manifests, strict=True) for name in found.shards
     }
-    if unlisted := [shard for shard in shards if _place(shard) not in listed]:
+    if unlisted := [shard for shard in shards if set_of(shard) not in listed]:
         raise DataError(
             f"{unlisted[0]} is not in the manifest.json beside it ({len(unlisted)} such shards): it is of another set; "
             "give the shards that the manifest lists, or move the others away"
         )
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
-        if manifest.format != manifests[0].format:
+        if not manifest.format.mixes_with(manifests[0].format):
             raise DataError(
                 f"the latents in {folder} are {manifest.format}, those in {folders[0]} {manifests[0].format}: "
                 "train on sets that one autoencoder made in one way"
             )
     return manifests[0]
-
-
-def _place(shard: str) -> tuple[str, str]:
-    """Folder or URL of a shard's set, and the shard's name."""
-    where = local_path(shard) if is_local(shard) else shard.split("?", 1)[0]
-    folder, _, name = where.rpartition("/")
-    return folder, name

@@ -8,6 +8,8 @@ from ldmscale.config import DataConfig, EmbeddingsConfig
 from ldmscale.config.schema.data import WeightedShardsConfig
 from ldmscale.data.conditions.annotations import GivenEmbeddings
 from ldmscale.data.images.buckets import Shape, bucket_shapes
+from ldmscale.data.latents.index import open_latents
+from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.mixture import Mixture, WeightedShards
 from ldmscale.data.shards.selection import Selection
 from ldmscale.distributed.collectives import barrier, from_main_rank
@@ -33,6 +35,7 @@ def open_index(patterns: Patterns, data: DataConfig, ranks: Ranks) -> Mixture:
             allow_pipe=data.allow_pipe,
             selection=selection_of(data),
             storage=storage_of(data),
+            open_set=open_latents if data.kind == "latents" else ShardIndex.open,
         )
 
     from_main_rank(lambda: open_sets(build_missing=True).fingerprint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from ldmscale.config.inherit import size_warning
 from ldmscale.data.latents.format import LatentFormat, LatentManifest
 from ldmscale.data.latents.store import LatentPlace, LatentStore, place_of
 from ldmscale.data.latents.work_queue import Claims
-from ldmscale.data.latents.writer import finish_set, is_finished
+from ldmscale.data.latents.writer import finish_set, is_finished, written_version
 from ldmscale.data.loading.skipped_samples import Ledger
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.mixture import Mixture
@@ -27,7 +28,7 @@ from ldmscale.errors import ConfigError, DataError
 from ldmscale.inference.load import load
 from ldmscale.models.autoencoder import KLAutoencoder
 from ldmscale.models.first_stage import LatentScale, digest
-from ldmscale.setup.index import open_index, selection_of, storage_of
+from ldmscale.setup.index import open_index, selection_of, shapes_of, storage_of
 from ldmscale.setup.node_checks import check_processes, check_shared_memory
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latents import PREFETCH_CHUNKS, LatentsWork, make_shards
@@ -57,6 +58,7 @@ def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     part(ranks.rank)  # from here on ranks are independent, like those of other launches
     tokenizer = None if chosen.tokenizer is None else Tokenizer.load(chosen.tokenizer, chosen.max_tokens)
     first_stage, stored = open_encoder(config, world.device, data.image_size, tokenizer)
+    stored = replace(stored, version=stored_version(place, stored))
     sources = describe_sources(config, index)
     names = [f"{number:05d}.tar" for number in range(len(index.shards))]
     work = LatentsWork(
@@ -69,6 +71,7 @@ def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
             caption_source=data.caption,
             tokenizer=tokenizer,
             decoder=data.decoder,
+            shapes=shapes_of(data),
         ),
         first_stage=first_stage,
         format=stored,
@@ -129,6 +132,20 @@ def open_place(path: str, storage: Storage) -> LatentPlace:
     return place
 
 
+def stored_version(place: LatentPlace, wanted: LatentFormat) -> int:
+    """The version of the format to write: the newest, or that of the shards that are there already.
+
+    Raises DataError where those cannot hold what is asked for.
+    """
+    found = written_version(place)
+    if found == 1 and (wanted.shapes or wanted.text):
+        raise DataError(
+            f"latents.path={place} holds latents of version 1, which have neither aspect-ratio buckets nor outputs of a text "
+            "encoder: give another folder"
+        )
+    return found or wanted.version
+
+
 def open_encoder(
     config: LatentsJob, device: torch.device, image_size: int, tokenizer: Tokenizer | None
 ) -> tuple[FirstStage, LatentFormat]:
@@ -140,20 +157,28 @@ def open_encoder(
         )
         raise DataError(f"first_stage.path={config.first_stage.path} {expected}")
     autoencoder = parts.autoencoder
-    if image_size % autoencoder.downsampling:
+    data, factor = config.data, autoencoder.downsampling
+    if image_size % factor:
+        raise DataError(f"data.image_size={image_size} is no multiple of the autoencoder's factor {factor}")
+    if data.bucket_step is not None and data.bucket_step % factor:
         raise DataError(
-            f"data.image_size={image_size} is no multiple of the autoencoder's factor {autoencoder.downsampling}"
+            f"data.bucket_step={data.bucket_step} is no multiple of the autoencoder's factor {factor}; give "
+            f"data.bucket_step={-(-data.bucket_step // factor) * factor}"
         )
-    side = image_size // autoencoder.downsampling
+    transform: dict[str, object] = {"size": image_size, "crop": data.crop}
+    buckets = shapes_of(data)
+    if buckets:
+        transform |= {"bucket_step": data.bucket_step, "bucket_max_ratio": data.bucket_max_ratio}
     moments = isinstance(autoencoder, KLAutoencoder) and config.latents.kind == "moments"
     stored = LatentFormat(
         digest(autoencoder),
         "moments" if moments else "latent",
         {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[config.latents.dtype],
-        (autoencoder.latent_channels, side, side),
-        {"size": image_size, "crop": config.data.crop},
+        (autoencoder.latent_channels, image_size // factor, image_size // factor),
+        transform,
         config.latents.flips,
         None if tokenizer is None else tokenizer.fingerprint,
+        tuple((autoencoder.latent_channels, high // factor, wide // factor) for wide, high in buckets),
     )
     channels = autoencoder.latent_channels
     unscaled = LatentScale(torch.zeros(channels), torch.ones(channels))  # moments are stored as they are

@@ -150,7 +150,8 @@ class _Shard:
             try:
                 self.writer.write(
                     row.key, views[0], row.caption, row.metadata,
-                    flipped=views[1] if len(views) > 1 else None, tokens=row.tokens,
+                    flipped=views[1] if len(views) > 1 else None, tokens=row.tokens, bucket=chunk.span.bucket,
+                    view=row.view, captions=row.captions,
                 )  # fmt: skip
             except DataError as error:
                 refused.append((row.key, str(error)))
@@ -278,11 +279,22 @@ class _Line:
             self._claimed += 1
             mine, shard = self._claimed, _Shard(self._work, claim)
             self._shards[mine] = shard
-            count, batch = int(self._work.reader.index.counts[claim.number]), self._work.batch
-            for start in range(0, max(count, 1), batch):
+            for start, stop, bucket, last in self._batches(claim.number):
                 if shard.lost or self._stopped():
                     break
-                yield Span(mine, claim.number, start, min(start + batch, count), start + batch >= count)
+                yield Span(mine, claim.number, start, stop, last, bucket)
+
+    def _batches(self, shard: int) -> Iterator[tuple[int, int, int, bool]]:
+        """Start, stop and bucket of each batch of a shard, and whether it is the last: each of one bucket."""
+        counts = self._work.reader.index.bucket_counts[shard].tolist()
+        total, begin = sum(counts), 0
+        if total == 0:
+            yield 0, 0, 0, True
+        for bucket, count in enumerate(counts):
+            for start in range(begin, begin + count, self._work.batch):
+                stop = min(start + self._work.batch, begin + count)
+                yield start, stop, bucket, stop == total
+            begin += count
 
     def _encode(self, chunk: Chunk) -> None:
         shard = self._shards.get(chunk.span.claim)

@@ -39,7 +39,7 @@ def test_a_set_in_a_store_is_that_of_a_folder_and_a_model_trains_from_it(
     assert run(*ENCODE, "data.workers=1", f"latents.path={url}/", ranks=2) == 0, small_place.log[-6000:]
     fs = object_store.filesystem()
     stored = {name.rpartition("/")[2]: fs.cat_file(name) for name in fs.find(url)}
-    written = {path.name: path.read_bytes() for path in (folder / "in_folder").glob("[0m]*")}
+    written = {path.name: path.read_bytes() for path in (folder / "in_folder").glob("[0ms]*")}
     assert stored == written and {"00000.tar", "00000.json", "manifest.json"} <= set(stored)
     beside = folder / "runs" / "latents" / url.removeprefix("s3://")
     assert (beside / "logs" / "rank_00001.log").exists()

@@ -293,7 +293,7 @@ def test_values_are_bounded_in_depth_and_number() -> None:
 def test_a_finished_shard_is_read_as_before(tmp_path: Path) -> None:
     (tmp_path / "00000.tar").write_bytes(b"tar!")
     (tmp_path / "00000.json").write_text(json.dumps(SHARD))
-    assert is_finished(tmp_path, "00000.tar", LatentFormat(**FORMAT))
+    assert is_finished(tmp_path, "00000.tar", LatentFormat(**FORMAT, version=1))
     (tmp_path / "manifest.json").write_text(json.dumps(SET))
-    assert LatentManifest.load(tmp_path).format == LatentFormat(**FORMAT)
+    assert LatentManifest.load(tmp_path).format == LatentFormat(**FORMAT, version=1)
     assert os.listdir(tmp_path)

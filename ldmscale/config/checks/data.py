@@ -28,8 +28,11 @@ def check_shards(
         faults.append(
             "data.image_size is not set: images must be resized to a square; give data.image_size=256"
         )
-    if data.caption != "txt" and not (data.caption.startswith("json:") and data.caption != "json:"):
-        faults.append(f"data.caption={data.caption!r}: expected txt or json:KEY")
+    kind, _, name = data.caption.partition(":")
+    if data.caption != "txt" and not (kind in ("json", "captions") and name):
+        faults.append(f"data.caption={data.caption!r}: expected txt, json:KEY, or (of latents) captions:NAME")
+    elif kind == "captions" and data.kind == "images":
+        faults.append(f"data.caption={data.caption!r}: images have no such member; give txt or json:KEY")
     if data.label != "cls" and not (data.label.startswith("json:") and data.label != "json:"):
         faults.append(f"data.label={data.label!r}: expected cls or json:KEY")
     if not data.boxes.startswith("json:") or data.boxes == "json:":

@@ -21,20 +21,32 @@ from ldmscale.errors import ConfigError, DataError
 from ldmscale.storage.atomic import write_file
 from ldmscale.storage.plain_values import Count, checked, parsed_object
 
+CAPTIONS_MEMBER = "sample.json"
+"""Member of a latent (version 2) that keeps the captions of its source's text members."""
+
 
 def check_source(source: str) -> None:
     """Checks where captions are to come from.
 
     Raises:
-        ConfigError: if `source` is neither "txt" nor "json:KEY".
+        ConfigError: if `source` is neither "txt" nor "json:KEY" nor "captions:NAME".
     """
-    if source != "txt" and not (source.startswith("json:") and len(source) > len("json:")):
-        raise ConfigError(f"data.caption must be 'txt' or 'json:KEY', got {source!r}")
+    if not is_source(source):
+        raise ConfigError(
+            f"data.caption must be 'txt', 'json:KEY' or (of latents) 'captions:NAME', got {source!r}"
+        )
+
+
+def is_source(source: str) -> bool:
+    """Whether a caption can come from there: "txt", "json:KEY", "captions:NAME"."""
+    kind, _, key = source.partition(":")
+    return source == "txt" or (kind in ("json", "captions") and key != "")
 
 
 def caption_member(source: str) -> str:
-    """Extension of the member that holds the caption: "txt" or "json"."""
-    return source.split(":", 1)[0]
+    """Extension of the member that holds the caption: "txt", "json", or that of the record of a latent."""
+    kind = source.split(":", 1)[0]
+    return CAPTIONS_MEMBER if kind == "captions" else kind
 
 
 def caption_of(members: Mapping[str, bytes], source: str = "txt") -> str:
@@ -42,7 +54,8 @@ def caption_of(members: Mapping[str, bytes], source: str = "txt") -> str:
 
     Args:
         members: extension to bytes, as `samples.Sample.members`.
-        source: "txt", or "json:KEY" for a key of the sample's json.
+        source: "txt", "json:KEY" for a key of the sample's json, or "captions:NAME" for one of the captions that a latent
+            keeps of the text members of its source.
 
     Raises:
         DataError: if the member or the key is missing, not UTF-8, or empty.
@@ -63,8 +76,12 @@ def caption_in(data: bytes, source: str = "txt") -> str:
         raise DataError(
             f"the caption ({caption_member(source)}) is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
         ) from error
-    if source != "txt":
-        text = _json_caption(text, source.split(":", 1)[1])
+    if source.startswith("captions:"):
+        record = parse_record(text)
+        captions = record.get("captions") if isinstance(record, dict) else None
+        text = _json_caption(captions, source.split(":", 1)[1])
+    elif source != "txt":
+        text = _json_caption(parse_record(text), source.split(":", 1)[1])
     caption = " ".join(text.split())
     if not caption:
         raise DataError(f"the caption ({source}) is empty")
@@ -73,8 +90,7 @@ def caption_in(data: bytes, source: str = "txt") -> str:
     return caption
 
 
-def _json_caption(text: str, key: str) -> str:
-    record = parse_record(text)
+def _json_caption(record: object, key: str) -> str:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str):
         known = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__

@@ -1,4 +1,4 @@
-"""Where a set of latents is written: a folder that all processes share. `latent_store` is the same in an object store.
+"""Where a set of latents is written: a folder that all processes share. `store` is the same in an object store.
 
 The json of a shard is its commit. It is linked into place, which succeeds for one process only; before, the tar stands
 beside it under a name made of its checksum, from where anyone may move it to its own. So no process, however late it
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +107,26 @@ class LatentFolder:
     def write_manifest(self, content: bytes) -> None:
         """Makes the set a finished one."""
         write_file(self.path / MANIFEST, content)
-        self._remove_drafts("*.tar", "*.json")  # of processes that were killed
+        self._remove_drafts("*.tar", "*.json", "*.idx")  # of processes that were killed
+
+    def write_parts(self, name: str, parts: Iterable[bytes]) -> None:
+        """Writes a file of the set, whole or not at all."""
+        write_file(self.path / name, parts)
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Some bytes of a finished shard; fewer where it is shorter."""
+        with open(self.path / name, "rb") as stream:
+            stream.seek(start)
+            return stream.read(stop - start)
+
+    def any_record(self) -> dict[str, Any] | None:
+        """The record of one of the finished shards; None if there is none."""
+        try:
+            names = sorted(path.name for path in self.path.iterdir() if path.suffix == ".json")
+        except FileNotFoundError:
+            return None
+        found = (self.settled(f"{name.removesuffix('.json')}.tar") for name in names if name != MANIFEST)
+        return next((record for record in found if record is not None), None)
 
     def withdraw_manifest(self) -> None:
         """Makes it none."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -107,6 +107,22 @@ class LatentStore:
         self.store.write(MANIFEST, content)
         left = [name for name in self.store.entries() if _is_draft(name)]  # of those who were killed
         self.store.remove(*left)
+
+    def write_parts(self, name: str, parts: Iterable[bytes]) -> None:
+        with tempfile.NamedTemporaryFile() as stream:
+            for part in parts:
+                stream.write(part)
+            stream.flush()
+            self.store.upload(Path(stream.name), name)
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        return self.store.storage.read(f"{self.store.url}/{name}", start, stop)
+
+    def any_record(self) -> dict[str, Any] | None:
+        with self._lock:
+            self._list()
+            found = next(iter(self._known.values()), None)
+        return None if found is None else decoded(found)
 
     def withdraw_manifest(self) -> None:
         self.store.remove(MANIFEST)

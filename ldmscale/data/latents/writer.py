@@ -1,7 +1,9 @@
-"""Writes latent shards: each appears whole, once, by whoever commits it first; and the manifest of a set (docs/data.md).
+"""Writes latent shards: each appears whole, once, by whoever commits it first; and the manifest of a set (docs/latents.md).
 
-    FOLDER/00000.tar       KEY.latent.npy, KEY.txt (caption), KEY.json (metadata) [, KEY.latent_flipped.npy, KEY.tokens.npy]
+    FOLDER/00000.tar       KEY.latent.npy [, KEY.latent_flipped.npy, KEY.text.npy, KEY.tokens.npy], KEY.txt (caption),
+                           KEY.json (metadata), KEY.sample.json; behind the last sample __index__
     FOLDER/00000.json      the shard's counts, checksum, source and sums
+    FOLDER/samples.idx     where all samples lie
     FOLDER/manifest.json   the set: format, scale over all samples, list of shards
 
 How a shard is committed is told where it is written: `latent_folder`, and `latent_store` for s3:// and gs://.
@@ -14,7 +16,9 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -27,17 +31,26 @@ from ldmscale.data.images.decode import LATENT
 from ldmscale.data.latents.folder import record_name
 from ldmscale.data.latents.format import (
     FLIPPED,
-    FORMAT,
+    INDEX_FILE,
+    SHARD_INDEX,
+    TEXT,
     TOKENS,
+    VERSIONS,
     LatentFormat,
     LatentManifest,
     check_shard_record,
     from_stored,
     latent_format,
     to_stored,
+    version_of,
 )
+from ldmscale.data.latents.sample_record import RECORD, SampleView, encode_record
 from ldmscale.data.latents.store import LatentPlace, place_of
+from ldmscale.data.shards.index import written_header
+from ldmscale.data.shards.scan import SPAN
 from ldmscale.errors import DataError
+
+_AT_ONCE = 16  # shards whose ends are read together
 
 Source = Mapping[str, Any]
 """What a shard was made of, as json values: name, size and version of the shard of images, and what was taken of it."""
@@ -69,6 +82,8 @@ class LatentShardWriter:
         self._source, self._check = source, check
         channels = format.shape[0]
         self._sum = np.zeros(channels)
+        self._spans: list[tuple[int, int]] = []
+        self._buckets = [0] * format.buckets
         self._squares = np.zeros(channels)
 
     def __enter__(self) -> LatentShardWriter:
@@ -91,8 +106,13 @@ class LatentShardWriter:
         *,
         flipped: np.ndarray | None = None,
         tokens: np.ndarray | None = None,
+        bucket: int = 0,
+        view: SampleView | None = None,
+        captions: Mapping[str, str] | None = None,
+        text: np.ndarray | None = None,
+        text_tokens: int | None = None,
     ) -> None:
-        """Adds a sample.
+        """Adds a sample. Those of one bucket follow each other, the first bucket's first.
 
         Args:
             key: of the image's sample.
@@ -101,37 +121,62 @@ class LatentShardWriter:
             metadata: json values; goes to KEY.json.
             flipped: the same of the mirrored image, where the format has them.
             tokens: ids of the caption [max_tokens], where the format has them.
+            bucket: number of the aspect-ratio bucket.
+            view, captions, text_tokens: as `sample_record.encode_record`.
+            text: the caption's text encoding [max_tokens, width], where the format has them.
 
         Raises:
             DataError: if a latent has another shape, or values that are not finite in the stored dtype.
         """
-        if (flipped is not None) != self.format.flips or (tokens is not None) != bool(self.format.tokenizer):
-            raise ValueError(f"{key}: flipped latents and tokens must be given as {self.format} says")
-        stored = self._stored(key, latent)
-        text = _json(metadata)
+        form = self.format
+        given = (flipped is not None, tokens is not None, text is not None)
+        if given != (form.flips, bool(form.tokenizer), form.text is not None):
+            raise ValueError(f"{key}: flipped latents, tokens and text must be given as {form} has them")
+        if any(self._buckets[bucket + 1 :]):
+            raise ValueError(f"{key} is of bucket {bucket}: samples of a later one are written already")
+        stored = self._stored(key, latent, bucket)
         # Arrays first: whatever the texts' lengths are, they are at the same place of every sample.
         members = {LATENT: _npy(stored)}
         if flipped is not None:
-            members[FLIPPED] = _npy(self._stored(key, flipped))
+            members[FLIPPED] = _npy(self._stored(key, flipped, bucket))
+        if text is not None:
+            members[TEXT] = _npy(self._stored_text(key, text))
         if tokens is not None:
             members[TOKENS] = _npy(tokens.astype(np.int32))
-        for name, value in {**members, "txt": caption.encode("utf-8"), "json": text}.items():
+        members |= {"txt": caption.encode("utf-8"), "json": _json(metadata)}
+        if form.version > 1:
+            members[RECORD] = encode_record(view, captions or {}, text_tokens)
+        begin = self._tar.tarstream.offset
+        for name, value in members.items():
             self._tar.write({"__key__": key, name: value})  # one by one, for it sorts what it is given
+        self._spans.append((begin, self._tar.tarstream.offset - begin))
         self._add_to_sums(from_stored(stored).astype(np.float64))
         self.samples += 1
+        self._buckets[bucket] += 1
 
-    def _stored(self, key: str, latent: np.ndarray) -> np.ndarray:
-        if latent.shape != self.format.stored_shape:
+    def _stored(self, key: str, latent: np.ndarray, bucket: int) -> np.ndarray:
+        expected = self.format.stored_shape_of(bucket)
+        if latent.shape != expected:
+            raise DataError(f"the latent of {key} has shape {latent.shape}, the set's is {expected}")
+        return _finite(latent, self.format.dtype, f"the latent of {key}", "the image")
+
+    def _stored_text(self, key: str, text: np.ndarray) -> np.ndarray:
+        form = self.format.text
+        assert form is not None
+        if text.shape != (form.max_tokens, form.width):
             raise DataError(
-                f"the latent of {key} has shape {latent.shape}, the set's is {self.format.stored_shape}"
+                f"the text encoding of {key} has shape {text.shape}, the set's is {(form.max_tokens, form.width)}"
             )
-        stored = to_stored(latent, self.format.dtype)
-        if not np.isfinite(from_stored(stored)).all():
-            raise DataError(
-                f"the latent of {key} has values that are not finite in {self.format.dtype}; store float32, "
-                "or look at the image"
-            )
-        return stored
+        return _finite(text, form.dtype, f"the text encoding of {key}", "the caption")
+
+    def _write_index(self) -> int:
+        """Adds the member that tells where the samples lie, and returns where its values begin."""
+        spans = np.array(self._spans, dtype=SPAN).tobytes()
+        member = tarfile.TarInfo(SHARD_INDEX)
+        member.size, member.mtime, member.mode = len(spans), 0, 0o444
+        self._tar.tarstream.addfile(member, io.BytesIO(spans))
+        padded: int = -(-len(spans) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return int(self._tar.tarstream.offset) - padded
 
     def _add_to_sums(self, values: np.ndarray) -> None:
         channels = self.format.shape[0]
@@ -150,11 +195,12 @@ class LatentShardWriter:
             if kind is not None:
                 return
             self._check()  # who has finished it meanwhile has thrown this draft away
+            index = self._write_index() if self.format.version > 1 else None
             self._tar.close()
             self._stream.finish()
             record = {
-                "version": FORMAT,
-                "format": asdict(self.format),
+                "version": VERSIONS[self.format.version],
+                "format": self.format.record(),
                 "source": self._source,
                 "samples": self.samples,
                 "skipped": self.skipped,
@@ -163,6 +209,10 @@ class LatentShardWriter:
                 "channel_sum": self._sum.tolist(),
                 "channel_squares": self._squares.tolist(),
             }
+            if index is not None:
+                record["index_offset"] = index
+            if self.format.shapes:
+                record["buckets"] = self._buckets
             self.place.publish(self._draft, self.name, record, self._check)
 
 
@@ -197,13 +247,14 @@ def is_finished(
     path, record = f"{place}/{name}", place.settled(name)
     if record is None:
         return False
-    known = record.get("version") == FORMAT
-    if known:
+    version = version_of(record)
+    if version is not None:
         check_shard_record(record, f"{place}/{record_name(name)}")
-    if not known or latent_format(record["format"]) != format:
+    if version is None or latent_format(record["format"], version) != format:
+        made = {"version": record.get("version"), **_mapping(record.get("format"))}
+        now = {"version": VERSIONS[format.version], **format.record()}
         raise DataError(
-            f"{path} was made in another way ({_difference(record.get('format'), asdict(format))}); give another "
-            "folder, or delete this one"
+            f"{path} was made in another way ({_difference(made, now)}); give another folder, or delete this one"
         )
     was = record.get("source")
     if source is not None and was is not None and was != source:
@@ -212,6 +263,12 @@ def is_finished(
             f"{place}/{record_name(name)} to have this shard made again"
         )
     return True
+
+
+def written_version(folder: str | Path | LatentPlace) -> int | None:
+    """The version of the format of the shards that are there already; None if there are none that this code knows."""
+    record = place_of(folder).any_record()
+    return None if record is None else version_of(record)
 
 
 def finish_set(
@@ -250,16 +307,50 @@ def finish_set(
         channel_mean=tuple(mean.tolist()),
         channel_std=tuple(np.sqrt(np.maximum(second - mean**2, 0.0)).tolist()),
     )
-    details = [
-        {name: record.get(name) for name in ("samples", "skipped", "bytes", "sha256", "source")}
-        for record in records
-    ]
-    text = json.dumps(
-        {"version": FORMAT, **asdict(manifest), "shard_records": dict(zip(shards, details, strict=True))},
-        indent=1,
-    )
-    place.write_manifest(text.encode("utf-8"))
+    described = ["samples", "skipped", "bytes", "sha256", "source"]
+    if format.version > 1:
+        described += ["index_offset", *(["buckets"] if format.shapes else [])]
+        place.write_parts(INDEX_FILE, _index_parts(place, shards, records, format))
+    details = [{name: record.get(name) for name in described} for record in records]
+    content = {
+        "version": VERSIONS[format.version],
+        **asdict(manifest),
+        "format": format.record(),
+        "shard_records": dict(zip(shards, details, strict=True)),
+    }
+    place.write_manifest(json.dumps(content, indent=1).encode("utf-8"))
     return manifest
+
+
+def _index_parts(
+    place: LatentPlace, shards: Sequence[str], records: Sequence[Mapping[str, Any]], format: LatentFormat
+) -> Iterator[bytes]:
+    """The set's index: a line of json, then the spans of all samples, read from the shards' ends."""
+    yield written_header(
+        shards,
+        [record["bytes"] for record in records],
+        [record["samples"] for record in records],
+        [record["buckets"] for record in records] if format.shapes else None,
+    )
+
+    def spans(name: str, record: Mapping[str, Any]) -> bytes:
+        size, begin = record["samples"] * SPAN.itemsize, record["index_offset"]
+        found = place.read(name, begin, begin + size)
+        if len(found) != size:
+            raise DataError(
+                f"{place}/{name} is damaged: found {len(found)} bytes of its index, expected {size}; delete it and run "
+                "`ldmscale latents` again"
+            )
+        return found
+
+    with ThreadPoolExecutor(_AT_ONCE, "index") as readers:
+        for start in range(0, len(shards), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            yield from readers.map(spans, shards[part], records[part])
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _total(records: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -281,8 +372,16 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _difference(stored: object, now: Mapping[str, Any]) -> str:
-    stored = stored if isinstance(stored, Mapping) else {}
+def _finite(values: np.ndarray, dtype: str, what: str, cause: str) -> np.ndarray:
+    stored = to_stored(values, dtype)
+    if not np.isfinite(from_stored(stored)).all():
+        raise DataError(
+            f"{what} has values that are not finite in {dtype}; store float32, or look at {cause}"
+        )
+    return stored
+
+
+def _difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{name}: {stored.get(name)} there, {value} now"
         for name, value in now.items()

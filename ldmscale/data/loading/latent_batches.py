@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldmscale.data.conditions.annotations import caption_in
+from ldmscale.data.conditions.annotations import caption_in, caption_member
 from ldmscale.data.images.decode import LATENT
 from ldmscale.data.latents.format import to_stored
 from ldmscale.data.loading.fetch import Fetched, Fetcher, Run
@@ -56,7 +56,7 @@ class LatentReader:
             self._names.append("label")
         if item.layout is not None:
             self._names.append("tokens")
-        self._layout: Layout | None = None
+        self._layouts: dict[int, Layout | None] = {}  # of each bucket
         self._buffer = np.empty((0, 0), dtype=np.uint8)
         self._rows: list[memoryview] = []
 
@@ -64,14 +64,15 @@ class LatentReader:
         """Reads a micro-batch.
 
         Returns:
-            "latent" [b, *stored_shape] in the stored dtype, "key", "position" int64 [b], SKIPPED int64 [b], and what the
+            "latent" [b, *stored_shape_of(bucket)] in the stored dtype, "key", "position" int64 [b], SKIPPED int64 [b], and what the
             item adds: "caption", "tokens" int64 [b, max_tokens], "label" int64 [b].
 
         Raises:
             DataError: as `Fetcher.fetch`.
         """
         form = self.item.format
-        latents = self._memory.take((run.samples, *form.stored_shape), form.stored_type)
+        shape = form.stored_shape_of(run.bucket)
+        latents = self._memory.take((run.samples, *shape), form.stored_type)
         columns: dict[str, list[Any]] = {name: [None] * run.samples for name in self._names}
         good = self._by_batch(run, latents, columns)
         skipped = torch.zeros(run.samples, dtype=torch.int64)
@@ -113,7 +114,7 @@ class LatentReader:
         count = run.samples
         shards, indices = self.fetcher.sequence.places(run.bucket, run.number, count)
         offsets, sizes = self.fetcher.reader.index.spans(shards, indices)
-        layout, begins = self._layout, None
+        layout, begins = self._layouts.get(run.bucket), None
         if layout is not None:
             chosen = self._chosen(run, layout)
             if layout.arrays_first and (chosen >= 0).all():
@@ -122,23 +123,22 @@ class LatentReader:
         if not good.any():
             return good
         if layout is None:
-            self._learn(good, sizes)
-            layout = self._layout
+            layout = self._learn(run.bucket, good, sizes)
             if layout is None:
                 return np.zeros(count, dtype=bool)
             chosen = self._chosen(run, layout)
         found = matching(layout, self._buffer[:count].reshape(count, -1, BLOCK), sizes)
         if not (good & found.good).any():
-            self._learn(good, sizes)
+            self._learn(run.bucket, good, sizes)
             return np.zeros(count, dtype=bool)
         good &= found.good
         if begins is None:
-            self._copy(latents, chosen, found.at, good)
+            self._copy(layout, latents, chosen, found.at, good)
         if not _all_finite(latents):
             good &= [_all_finite(latent) for latent in latents]
         columns["key"] = found.key_texts()
         if len(columns) > 1:
-            self._tell(layout, found, columns, good, run.position)
+            self._tell(layout, found, columns, good, run)
         return good
 
     def _chosen(self, run: Run, layout: Layout) -> np.ndarray:
@@ -199,10 +199,11 @@ class LatentReader:
         except (OSError, DataError):
             return -1
 
-    def _copy(self, latents: np.ndarray, chosen: np.ndarray, at: np.ndarray, good: np.ndarray) -> None:
+    def _copy(
+        self, layout: Layout, latents: np.ndarray, chosen: np.ndarray, at: np.ndarray, good: np.ndarray
+    ) -> None:
         """Copies the values out of the buffer, and clears `good` of rows that have none."""
-        assert self._layout is not None
-        count, nbytes = len(chosen), self._layout.array_bytes
+        count, nbytes = len(chosen), layout.array_bytes
         good &= chosen >= 0
         out = latents.reshape(count, -1).view(np.uint8)
         starts = (at[np.arange(count), chosen] + 1) * BLOCK + NPY_HEAD
@@ -215,29 +216,32 @@ class LatentReader:
                 out[row] = self._buffer[row, starts[row] : starts[row] + nbytes]
 
     def _tell(
-        self, layout: Layout, found: Found, columns: dict[str, list[Any]], good: np.ndarray, first: int
+        self, layout: Layout, found: Found, columns: dict[str, list[Any]], good: np.ndarray, run: Run
     ) -> None:
         """Fills in what the item's texts tell, and clears `good` of rows whose texts must be read with care."""
         starts = (found.at + 1) * BLOCK
         begins, ends = starts.tolist(), (starts + found.sizes).tolist()
         members = dict(layout.texts)
         captions_only = self.item.labels is None and self.item.layout is None
-        alone = members.get(str(self.item.caption_source)) if captions_only else None
+        alone = members.get(caption_member(str(self.item.caption_source))) if captions_only else None
         for row in np.flatnonzero(good).tolist():
             view, begin, end = self._rows[row], begins[row], ends[row]
             try:
                 if alone is not None:  # nearly always, and half the time
-                    columns["caption"][row] = caption_in(bytes(view[begin[alone] : end[alone]]))
+                    text = bytes(view[begin[alone] : end[alone]])
+                    columns["caption"][row] = caption_in(text, str(self.item.caption_source))
                     continue
                 texts = {name: bytes(view[begin[k] : end[k]]) for name, k in layout.texts}
-                for name, value in self.item.told(texts, first + row).items():
+                for name, value in self.item.told(texts, run.position + row, run.bucket).items():
                     columns[name][row] = value
             except DataError:
                 good[row] = False  # said again, and written down, by the careful way
 
-    def _learn(self, whole: np.ndarray, sizes: np.ndarray) -> None:
+    def _learn(self, bucket: int, whole: np.ndarray, sizes: np.ndarray) -> Layout | None:
         for row in np.flatnonzero(whole)[:1]:
-            self._layout = layout_of(bytes(self._rows[row][: sizes[row]]), self.item)
+            data = bytes(self._rows[row][: sizes[row]])
+            self._layouts[bucket] = layout_of(data, self.item, bucket)
+        return self._layouts.get(bucket)
 
 
 def _all_finite(latents: np.ndarray) -> bool:

@@ -91,8 +91,8 @@ class Found(NamedTuple):
         ]
 
 
-def layout_of(data: bytes, item: LatentItem) -> Layout | None:
-    """The layout of the sample whose bytes these are; None if its like must be read with care."""
+def layout_of(data: bytes, item: LatentItem, bucket: int = 0) -> Layout | None:
+    """The layout of the sample of a bucket whose bytes these are; None if its like must be read with care."""
     found = []
     try:
         for member in members(lambda offset, count: data[offset : offset + count], len(data)):
@@ -104,7 +104,7 @@ def layout_of(data: bytes, item: LatentItem) -> Layout | None:
     headers: list[np.ndarray] = []
     arrays: dict[str, int] = {}
     head = b""
-    stored = item.format.stored_type
+    stored, shape = item.format.stored_type, item.format.stored_shape_of(bucket)
     for member in found:
         named = split_name(member.name)
         if named is None or member.refused or member.data != member.start + BLOCK:
@@ -115,7 +115,7 @@ def layout_of(data: bytes, item: LatentItem) -> Layout | None:
                 array = decode_array(value)
             except DataError:
                 return None
-            if array.shape != item.format.stored_shape or array.dtype != stored:
+            if array.shape != shape or array.dtype != stored:
                 return None
             if member.size != NPY_HEAD + array.nbytes or (head and head != value[:NPY_HEAD]):
                 return None
@@ -146,7 +146,7 @@ def layout_of(data: bytes, item: LatentItem) -> Layout | None:
         arrays=arrays,
         texts=tuple((name, k) for k, name in enumerate(names) if name in item.told_members),
         npy_head=np.frombuffer(head, np.uint8),
-        array_bytes=int(np.prod(item.format.stored_shape)) * stored.itemsize,
+        array_bytes=int(np.prod(shape)) * stored.itemsize,
     )
 
 

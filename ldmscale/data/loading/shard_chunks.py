@@ -1,7 +1,8 @@
-"""Reads and decodes spans of a shard, in order, for those who work through whole shards. The work of loading processes."""
+"""Reads and decodes spans of a shard, in order, for jobs that work through whole shards. Runs in loading processes."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldmscale.data.conditions.annotations import caption_in
 from ldmscale.data.conditions.record import parse_record
+from ldmscale.data.images.decode import image_header, image_member, view_of
+from ldmscale.data.latents.sample_record import SampleView
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.reader import Sample, SampleReader
 from ldmscale.errors import DataError
@@ -25,6 +29,7 @@ class Span(NamedTuple):
     start: int
     stop: int
     last: bool
+    bucket: int = 0
 
 
 class Row(NamedTuple):
@@ -33,6 +38,8 @@ class Row(NamedTuple):
     caption: str
     metadata: dict[str, Any]
     tokens: np.ndarray | None
+    view: SampleView
+    captions: dict[str, str]  # of the text members
 
 
 @dataclass
@@ -58,7 +65,7 @@ class ChunkReader(Dataset[Chunk]):
         for at in range(span.start, span.stop):
             key = f"sample {at}"
             try:
-                sample = self.reader.read(span.number, at)
+                sample = self.reader.read(span.number, at, span.bucket)
                 key = sample.key
                 found, metadata = self.item(sample, at), _metadata(sample)
             except StoreError as error:
@@ -70,11 +77,38 @@ class ChunkReader(Dataset[Chunk]):
             tokens = found.get("tokens")
             images.append(np.asarray(found["image"]))
             chunk.rows.append(
-                Row(key, at, str(found["caption"]), metadata, None if tokens is None else np.asarray(tokens))
+                Row(
+                    key,
+                    at,
+                    str(found["caption"]),
+                    metadata,
+                    None if tokens is None else np.asarray(tokens),
+                    self._view(sample),
+                    _captions(sample),
+                )
             )
         if images:
             chunk.images = torch.from_numpy(np.stack(images))
         return chunk
+
+    def _view(self, sample: Sample) -> SampleView:
+        """Which part of the image its item shows. The item is made: the image can be read."""
+        header = image_header(image_member(sample.members)[1], max_pixels=self.item.max_pixels)
+        _, height, width = self.item.shape(sample.bucket)
+        part = view_of(header.width, header.height, (width, height), self.item.crop)
+        return SampleView(
+            (header.width, header.height), (part.left, part.top), (part.width, part.height), (width, height)
+        )
+
+
+def _captions(sample: Sample) -> dict[str, str]:
+    """Of all text members, by their extensions; those that are no text are left out."""
+    found = {}
+    for name, data in sample.members.items():
+        if name in ("txt", "caption", "text") or name.endswith(".txt"):
+            with suppress(DataError):
+                found[name] = caption_in(data)
+    return found
 
 
 def _metadata(sample: Sample) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
-from ldmscale.data.conditions.annotations import ClassLabels, GivenEmbeddings, caption_of
+from ldmscale.data.conditions.annotations import ClassLabels, GivenEmbeddings, caption_member, caption_of
 from ldmscale.data.conditions.boxes import LayoutTokens, size_told
 from ldmscale.data.conditions.segmentation import ClassMaps
 from ldmscale.data.conditions.spatial import Holes, SmallImages
@@ -105,6 +105,8 @@ class ImageItem:
 class LatentItem:
     """Makes {"latent": [stored_shape] in the stored dtype} of a latent sample, with "caption" and "tokens" if asked for.
 
+    In a set of several shapes the latent is of its bucket's.
+
     Attributes:
         format: of the set; its `kind` says whether "latent" holds moments.
         caption_source: "txt" or "json:KEY"; None leaves captions out.
@@ -130,10 +132,11 @@ class LatentItem:
         Raises:
             DataError: if the latent, or what is told about it, cannot be used.
         """
-        item = self.told(sample.members, position)
+        item = self.told(sample.members, position, sample.bucket)
         if self.tokenizer is not None and "caption" in item:
             item["tokens"] = self.tokenizer.encode([str(item["caption"])])[0]
-        item["latent"] = read_latent(sample.members, self.format, self.member(position))
+        name = self.member(position)
+        item["latent"] = read_latent(sample.members, self.format, name, sample.bucket)
         return item
 
     def member(self, position: int) -> str:
@@ -149,14 +152,16 @@ class LatentItem:
         sources = [self.caption_source, None if self.labels is None else self.labels.source]
         if self.layout is not None:
             sources.append(self.layout.labels.source)
-        return frozenset(source.partition(":")[0] for source in sources if source is not None)
+        return frozenset(caption_member(source) for source in sources if source is not None)
 
-    def told(self, members: Mapping[str, bytes], position: int) -> dict[str, np.ndarray | str | int]:
+    def told(
+        self, members: Mapping[str, bytes], position: int, bucket: int = 0
+    ) -> dict[str, np.ndarray | str | int]:
         """The item but for "latent" and the tokens of its caption. Raises DataError as calling does."""
         item = _told(members, self.caption_source, None, self.labels)
         if self.layout is not None:
             size = size_told(members)
-            _, height, width = self.format.shape
+            _, height, width = self.format.shape_of(bucket)
             seen = view_of(*size, (width, height))._replace(mirrored=self._mirrored(position))
             item["tokens"] = self.layout.of(members, size, seen)
         return item

@@ -48,6 +48,9 @@ __all__ = ["IndexReport", "ShardIndex", "check_shards"]
 
 log = logging.getLogger(__name__)
 
+WRITTEN = "written"
+"""In place of a selection: the writer of the shards has put their samples into buckets."""
+
 _LISTED = 10
 
 
@@ -63,6 +66,7 @@ class ShardIndex:
         sizes: bytes of each, int64 [shards].
         total: samples in all.
         storage: how remote shards are reached.
+        names: the shards as the file has them.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class ShardIndex:
         self.storage = storage or Storage()
         header, begin = _read_header(path, shards)
         self.shards: list[str] = header.urls if shards is None else list(shards)
-        self._urls = shards
+        self._urls, self.names = shards, header.urls
         self.counts = np.array(header.counts, dtype=np.int64)
         self.sizes = np.array(header.sizes, dtype=np.int64)
         self.total = int(self.counts.sum())
@@ -227,6 +231,26 @@ class _Header(BaseModel):
     sizes: list[Count]
     buckets: list[Annotated[list[Count], Field(min_length=1)]] | None = None
     selection: str | None = None
+
+
+def written_header(
+    names: Sequence[str], sizes: Sequence[int], counts: Sequence[int], buckets: Sequence[Sequence[int]] | None
+) -> bytes:
+    """The first line of an index that the writer of shards makes itself; the spans of all samples follow it.
+
+    Args:
+        names: of the shards.
+        sizes: bytes of each. counts: samples of each. buckets: the same by aspect-ratio bucket; None without buckets.
+    """
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "urls": list(names),
+        "sizes": list(sizes),
+        "counts": list(counts),
+    }
+    if buckets is not None:
+        header |= {"selection": WRITTEN, "buckets": [list(row) for row in buckets]}
+    return json_line(header)
 
 
 def _read_header(path: Path, shards: Sequence[str] | None) -> tuple[_Header, int]:

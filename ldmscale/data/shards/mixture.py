@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,15 +59,19 @@ class Mixture:
         allow_pipe: bool = False,
         selection: Selection | None = None,
         storage: Storage | None = None,
+        open_set: Callable[..., ShardIndex] = ShardIndex.open,
     ) -> Mixture:
-        """Opens the index of every set. Raises as `ShardIndex.open`, with the faults of all sets."""
+        """Opens the index of every set. `open_set` does it for one, as `ShardIndex.open`.
+
+        Raises as `ShardIndex.open`, with the faults of all sets.
+        """
         parts: list[ShardIndex] = []
         faults: list[str] = []
         for wanted in sets:
             try:
                 urls = expand(wanted.shards, allow_pipe=allow_pipe, storage=storage)
                 parts.append(
-                    ShardIndex.open(urls, build_missing=build_missing, selection=selection, storage=storage)
+                    open_set(urls, build_missing=build_missing, selection=selection, storage=storage)
                 )
             except DataError as error:
                 faults += error.faults

@@ -10,8 +10,9 @@ import numpy as np
 import webdataset
 from PIL import Image, ImageDraw
 
-from ldmscale.data.latents.format import LatentFormat
-from ldmscale.data.latents.writer import LatentShardWriter, finish_set, is_finished
+from ldmscale.data.latents.format import NEWEST, LatentFormat
+from ldmscale.data.latents.sample_record import SampleView
+from ldmscale.data.latents.writer import LatentShardWriter, finish_set, is_finished, written_version
 from ldmscale.distributed.rng import generator
 
 COLOURS = ("red", "green", "blue", "orange")
@@ -22,8 +23,15 @@ SHARDS, SAMPLES_PER_SHARD = 2, 24
 def synthetic_shards(folder: Path, kind: str, image_size: int, latent_channels: int, factor: int) -> None:
     """Write SHARDS tars into `folder`, unless they are there: 24 samples each, every colour and shape equally often."""
     side = image_size // factor
+    # A run of an earlier release has shards of an earlier version, and goes on with them.
+    version = (written_version(folder) if kind == "latents" else None) or NEWEST
     format = LatentFormat(
-        "synthetic", "moments", "float32", (latent_channels, side, side), {"size": image_size}
+        "synthetic",
+        "moments",
+        "float32",
+        (latent_channels, side, side),
+        {"size": image_size},
+        version=version,
     )
     names = [f"{number:05d}.tar" for number in range(SHARDS)]
     for number, name in enumerate(names):
@@ -84,6 +92,8 @@ def _write_latents(folder: Path, name: str, format: LatentFormat, keys: list[int
                 np.concatenate([mean, np.full_like(mean, -6.0)]),
                 " ".join(_words(key)),
                 _told(key, side * 8),
+                view=SampleView((side * 8, side * 8), (0, 0), (side * 8, side * 8), (side * 8, side * 8)),
+                captions={"txt": " ".join(_words(key))},
             )
 
 
