@@ -6,6 +6,7 @@ Latents and figures belong to the image size that the first stage works at. A de
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from ldmscale.checkpoint.run_folder import RunFolder, is_foreign
 from ldmscale.config import DiffusionJob, EvaluateJob, Job, LatentsJob
 from ldmscale.errors import ConfigError
+from ldmscale.storage.digest import sha256
 
 _J = TypeVar("_J", bound=Job)
 _DEPTH = 4  # of first stages that name one another; a longer chain is a circle
@@ -31,7 +33,10 @@ def model_read(config: Job) -> tuple[str, str] | None:
 
 
 def inherited(config: _J) -> _J:
-    """The configuration with `data.image_size` of the model that it reads, where it is null."""
+    """The configuration with what it leaves null and the model that it reads decides: `data.image_size`, `evaluate.out`."""
+    if isinstance(config, EvaluateJob) and config.evaluate.out is None:
+        out = _result_file(Path(config.evaluate.model), config.evaluate.kind)
+        config = replace(config, evaluate=replace(config.evaluate, out=str(out)))
     if not isinstance(config, (LatentsJob, EvaluateJob)) or config.data.image_size is not None:
         return config
     found = model_read(config)
@@ -88,6 +93,14 @@ def trained_size(path: Path) -> int | None:
             return None
         path = Path(first_stage["path"])
     return None
+
+
+def _result_file(model: Path, kind: str) -> Path:
+    """In the folder of a run; of models that others made or that cannot be written, in runs/evaluation/ here."""
+    if model.is_dir() and not is_foreign(model) and os.access(model, os.W_OK | os.X_OK):
+        return model / "evaluation" / f"{kind}.json"
+    there = str(model.absolute())
+    return Path("runs", "evaluation", f"{model.absolute().name}-{sha256(there)[:8]}", f"{kind}.json")
 
 
 def _foreign_size(path: Path) -> int | None:

@@ -43,7 +43,13 @@ def changes(folder: RunFolder, config: Mapping[str, Any]) -> list[str]:
     """
     if not folder.config_file.exists():
         return []
-    old = _completed(folder.config())
+    found = folder.config()
+    if found.get("job") != config.get("job"):
+        raise ConfigError(
+            f"{folder.path} holds a run of the job {found.get('job')}, and this is {config.get('job')}: give another run.name "
+            f"(or run.dir), or start `ldmscale {found.get('job')}` to resume that run"
+        )
+    old = _completed(found)
     # A file keeps no secret to compare with. Those of the command line count.
     shown = differences(redact.config(old), redact.config(config))
     changed = {key: shown[key] for key in differences(old, config) if key in shown}

@@ -8,6 +8,7 @@ of calls (the last ones on images that do not count), as networks cut by ZeRO-3 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ from ldmscale.data.shards.reader import SampleReader
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import DataError
-from ldmscale.evaluation.metrics import psnr, ssim
+from ldmscale.evaluation.metrics import mean_psnr, psnr, ssim
 from ldmscale.storage.digest import sha256
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two images [B,3,H,W] in [-1,1] -> [B]
@@ -63,10 +64,21 @@ class ReconstructionScores:
             self.rows.append((number, {name: float(values[at]) for name, values in found.items()}))
 
     def means(self) -> dict[str, float]:
-        """Mean of every figure over the images of all ranks, summed in their order. Collective."""
+        """Mean of every figure over the images of all ranks, summed in their order. Collective.
+
+        An image that is reconstructed exactly has no finite PSNR: the mean is that of the others, "exact_images" counts them
+        where there are any, and "psnr_db" is absent where there are no others.
+        """
         rows = sorted(gather_lists(self.rows))
         names = list(rows[0][1]) if rows else []
-        return {name: sum(values[name] for _, values in rows) / len(rows) for name in names}
+        means = {name: sum(values[name] for _, values in rows) / len(rows) for name in names}
+        if rows:
+            means["psnr_db"], exact = mean_psnr([values["psnr_db"] for _, values in rows])
+            if exact:
+                means["exact_images"] = float(exact)
+            if not math.isfinite(means["psnr_db"]):
+                del means["psnr_db"]
+        return means
 
 
 class HeldOut:

@@ -6,6 +6,7 @@ features of the Inception network of that paper; with others it is named after t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,11 +30,23 @@ def reconstruct(autoencoder: FirstStageNetwork, images: Tensor, batch: int = 64)
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, float [N]; both [N,3,H,W] in [-1,1], rounded to 8 bits first.
 
-    PSNR = 10 log10(255^2 / MSE), the usual definition for 8-bit images.
+    PSNR = 10 log10(255^2 / MSE), the usual definition for 8-bit images: infinite for an exact reconstruction.
     """
     a, b = _bytes(images), _bytes(reconstructions)
     error = (a - b).square().flatten(1).mean(1)
-    return 10 * torch.log10(255.0**2 / error.clamp(min=1e-10))
+    return 10 * torch.log10(255.0**2 / error)
+
+
+def mean_psnr(values: Sequence[float]) -> tuple[float, int]:
+    """The mean over images that are not reconstructed exactly, and the number of the others, whose PSNR is infinite.
+
+    The mean is infinite where there are no others, and not a number without images.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    exact = len(values) - len(finite)
+    if not finite:
+        return (math.inf if exact else math.nan), exact
+    return sum(finite) / len(finite), exact
 
 
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:

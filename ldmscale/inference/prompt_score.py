@@ -18,7 +18,7 @@ from ldmscale.data.images.decode import decode_image, image_member
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.errors import DataError
-from ldmscale.evaluation.metrics import PromptFollowing, prompt_following, psnr, reconstruct
+from ldmscale.evaluation.metrics import PromptFollowing, mean_psnr, prompt_following, psnr, reconstruct
 from ldmscale.inference.load import load
 from ldmscale.inference.parts import Parts
 from ldmscale.inference.sample import sample
@@ -70,8 +70,8 @@ def score(
     _draw_sheet(run, real, drawn, followed, chosen, options.grid_prompts)
     return {
         "reconstruction": {
-            "psnr_db": float(quality[real.trained :].mean()),
-            "psnr_db_trained": float(quality[: real.trained].mean()),
+            "psnr_db": mean_psnr(quality[real.trained :].tolist())[0],
+            "psnr_db_trained": mean_psnr(quality[: real.trained].tolist())[0],
             "images": total - real.trained,
         },
         "prompt_following": {name: _plain(found) for name, found in followed.items()},

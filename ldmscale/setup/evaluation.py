@@ -44,8 +44,8 @@ def evaluate(config: EvaluateJob, ranks: Ranks) -> None:
     measure = {"reconstruction": evaluate_reconstruction}[config.evaluate.kind]
     result = measure(config, images, ranks, world.device)
     if ranks.is_main:
-        chosen = config.evaluate
-        out = chosen.out or str(Path(chosen.model) / "evaluation" / f"{chosen.kind}.json")
+        out = config.evaluate.out
+        assert out is not None
         write_json(Path(out), result, indent=1)
         log.info("%s; all of it is in %s", _summary(result), out)
     close_world()
@@ -56,7 +56,7 @@ def _summary(result: dict[str, Any]) -> str:
     for name, value in result["metrics"].items():
         if isinstance(value, dict):
             parts.append(f"{name} ({value['name']}) {value['distance']:.4f}")
-        else:
+        elif value is not None:
             parts.append(f"{name} {value:.4f}")
     protocol = result["protocol"]
     return f"{protocol['images']} images at {protocol['image_size']} px: {', '.join(parts)}"
@@ -105,7 +105,7 @@ def evaluate_reconstruction(
                 made.add(extractor(reconstructed))
     means = scores.means()
     count, names, faults = images.identity()
-    metrics: dict[str, Any] = {"psnr_db": means["psnr_db"], "ssim": means["ssim"]}
+    metrics: dict[str, Any] = {"psnr_db": means.get("psnr_db"), "ssim": means["ssim"]}
     if distance is not None:
         metrics["perceptual"] = {"name": chosen.perceptual, "distance": means["perceptual"]}
     if extractor is not None and real is not None and made is not None:
@@ -134,6 +134,7 @@ def evaluate_reconstruction(
             "precision": chosen.precision,
             "batch": chosen.rank_batch,
             "images": count,
+            "exact_images": int(means.get("exact_images", 0)),  # left out of psnr_db
             "sample_names_sha256": names,
             "unreadable": faults,
             "shards": list(images.index.shards),

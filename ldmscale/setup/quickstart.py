@@ -9,6 +9,8 @@ import json
 import logging
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.preemption import EXIT_STOPPED
 from ldmscale.errors import ConfigError
 from ldmscale.launcher import count_gpus, launch
+from ldmscale.storage.atomic import write_json
 from ldmscale.tracking.logs import set_up_logging
 
 log = logging.getLogger(__name__)
 
+_SECONDS, _CPU_SECONDS = "seconds.json", "cpu_seconds.json"  # of each part, over all starts
 CPU_RANKS = 2  # enough to shard for real
 
 
@@ -41,13 +45,17 @@ def run_quickstart(config: QuickstartJob) -> int:
 
 
 def _run(config: QuickstartJob, folder: Path) -> int:
-    began = time.perf_counter()
     source = config.data
-    prepared = prepare(
-        source.source, folder / "data", root=source.root, seed=config.seed, heldout_share=source.heldout_share
-    )
-    for shards in (prepared.train, prepared.heldout):
-        ShardIndex.open(list(shards), build_missing=True)
+    with _timed(folder, "shards"):
+        prepared = prepare(
+            source.source,
+            folder / "data",
+            root=source.root,
+            seed=config.seed,
+            heldout_share=source.heldout_share,
+        )
+        for shards in (prepared.train, prepared.heldout):
+            ShardIndex.open(list(shards), build_missing=True)
     log.info(
         "1/5 shards: %d images to train on, %d held out, in %s",
         prepared.train_samples,
@@ -79,40 +87,56 @@ def _run(config: QuickstartJob, folder: Path) -> int:
              *config.overrides.diffusion],
         ),
     ]  # fmt: skip
-    seconds: dict[str, float] = {}
-    spent_file = folder / "cpu_seconds.json"  # of interrupted starts, too
-    cpu_seconds: dict[str, float] = json.loads(spent_file.read_text()) if spent_file.exists() else {}
     for title, arguments in stages:
         log.info("%s on %d ranks", title, ranks)
-        start, spent = time.perf_counter(), _cpu_seconds()
-        status = launch(arguments, ranks)
-        cpu_seconds[arguments[0]] = cpu_seconds.get(arguments[0], 0.0) + _cpu_seconds() - spent
-        spent_file.write_text(json.dumps(cpu_seconds) + "\n")
+        with _timed(folder, arguments[0]):
+            status = launch(arguments, ranks)
         if status:
             how = logging.INFO if status == EXIT_STOPPED else logging.ERROR
             log.log(how, "%s ended with status %d", title, status)
             return status
-        seconds[arguments[0]] = time.perf_counter() - start
     log.info("5/5 samples and scores")
-    start, spent = time.perf_counter(), _cpu_seconds()
     from ldmscale.inference.prompt_score import (
         score,  # imports torch, which the stages before do not need here
     )
 
-    summary = score(
-        folder, where["autoencoder"], [*prepared.train], [*prepared.heldout], source.image_size, config.score
-    )
-    seconds["scores"] = time.perf_counter() - start
-    cpu_seconds["scores"] = _cpu_seconds() - spent
+    with _timed(folder, "scores"):
+        summary = score(
+            folder,
+            where["autoencoder"],
+            [*prepared.train],
+            [*prepared.heldout],
+            source.image_size,
+            config.score,
+        )
+    seconds = _read(folder / _SECONDS)
     summary |= {
-        "seconds": {**seconds, "total": time.perf_counter() - began},
-        "cpu_seconds": cpu_seconds,  # of all ranks and threads
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "cpu_seconds": _read(folder / _CPU_SECONDS),  # of all ranks and threads
         "ranks": ranks,
         "source": source.source,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _tell(summary, folder)
     return 0
+
+
+@contextmanager
+def _timed(folder: Path, part: str) -> Iterator[None]:
+    """Adds the time of the block to that of the same part in earlier starts, also where the block is interrupted."""
+    began, spent = time.perf_counter(), _cpu_seconds()
+    try:
+        yield
+    finally:
+        took = {_SECONDS: time.perf_counter() - began, _CPU_SECONDS: _cpu_seconds() - spent}
+        for name, value in took.items():
+            before = _read(folder / name)
+            write_json(folder / name, {**before, part: before.get(part, 0.0) + value})
+
+
+def _read(file: Path) -> dict[str, float]:
+    values: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    return values
 
 
 def _cpu_seconds() -> float:
@@ -122,16 +146,26 @@ def _cpu_seconds() -> float:
 
 
 def _settle(config: QuickstartJob, folder: Path) -> None:
-    """Write down what this folder's quickstart is; refuse another one in it."""
+    """Write down what this folder's quickstart is; refuse another one in it.
+
+    Scores may change, and what the diffusion stage itself lets a resume change; of the autoencoder until its latents exist.
+    """
     file, now = folder / "quickstart.json", redact.config(plain(config))
     if file.exists():
         changed = differences(json.loads(file.read_text()), now)
+        free: tuple[str, ...] = ("run.", "score.", "ranks", "overrides.diffusion")
+        if not (folder / "latents").exists():
+            free = (*free, "overrides.autoencoder")
         if faults := [
             f"{key}={new!r}, but {folder} was started with {old!r}: give another run.name to start a new one"
             for key, (old, new) in changed.items()
-            if not key.startswith("run.")
+            if not key.startswith(free)
         ]:
             raise ConfigError(faults)
+        if any(not key.startswith(("run.", "ranks")) for key in changed):
+            (folder / "summary.json").unlink(missing_ok=True)  # it is of another length, or of other scores
+        for key, (old, new) in changed.items():
+            log.info("resuming with a change: %s was %r, is %r", key, old, new)
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(now, indent=2) + "\n")
 

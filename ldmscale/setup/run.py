@@ -76,11 +76,14 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
     for change in changed:
         log.info("resuming with a change: %s", change)
     identity = from_main_rank(lambda: folder.begin_attempt(lease[0].number))
+    before = identity.get("ranks")
+    if before not in (None, ranks.size):
+        log.info("resuming with a change: the number of ranks was %s, is %d", before, ranks.size)
     index = open_index(_patterns(config, folder), config.data, ranks)
     shards = index.shards
     log.info("%s samples in %d shards, %d ranks on %s", f"{index.total:,}", len(shards), ranks.size, device)
     train = config.train
-    return Run(
+    run = Run(
         lease,
         folder,
         ranks,
@@ -90,6 +93,8 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
         index,
         train.global_batch // (train.rank_micro_batch * ranks.size),
     )
+    run.note("ranks", ranks.size)
+    return run
 
 
 def _settle(folder: RunFolder, config: TrainingJob) -> list[str]:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from ldmscale.checkpoint.run_folder import RunFolder
-from ldmscale.config import DiffusionJob
+from ldmscale.config import AutoencoderJob, DiffusionJob
 from ldmscale.config.compose import compose_job
 from ldmscale.config.resume import changes
 from ldmscale.config.typed import plain, read
@@ -25,6 +25,15 @@ def test_a_resume_may_change_how_it_runs_but_not_what_is_learnt(tmp_path):
     assert [fault.split(",")[0] for fault in error.value.faults] == ["optim.lr=0.001", "seed=1"]
     folder.settle_config({**config, "seed": 1})
     assert folder.config() == config  # written once
+
+
+def test_a_run_of_another_job_is_reported_by_that_alone(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.settle_config(plain(read(AutoencoderJob, compose_job("autoencoder", ["experiment=smoke"]))))
+    with pytest.raises(ConfigError) as error:
+        changes(folder, plain(read(DiffusionJob, compose_job("diffusion", ["experiment=smoke"]))))
+    (fault,) = error.value.faults
+    assert "holds a run of the job autoencoder, and this is diffusion" in fault and "run.name" in fault
 
 
 def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path):

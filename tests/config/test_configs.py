@@ -110,6 +110,7 @@ FAULTS = [
     ("autoencoder", [], 1, "give the path of the weights"),
     ("autoencoder", ["loss.perceptual_weights=null"], 1, "or give loss.perceptual=efficientnet_lite0 or none"),
     ("diffusion", ["diffusion.zero_terminal_snr=true"], 1, "give diffusion.prediction=v (or x0)"),
+    ("diffusion", ["diffusion.weighting=min_snr", "diffusion.loss=l1"], 1, "give diffusion.loss=l2"),
     ("diffusion", ["diffusion.beta_start=0.5"], 1, "the published are 0.00085 and 0.012"),
     ("diffusion", ["diffusion.loss_bins=1001"], 1, "give as many at most"),
     ("diffusion", ["ema.decays=[0.99,0.99]"], 1, "ema.decays has 0.99 more than once"),

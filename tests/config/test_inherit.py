@@ -94,6 +94,16 @@ JOBS = {
 }
 
 
+def test_results_go_into_a_run_and_never_into_what_others_made(place: Path) -> None:
+    kind = EvaluateJob
+    key, words = JOBS[kind]
+    own = resolved(kind, [*words, f"{key}=ae"], 1).evaluate.out
+    assert own == "ae/evaluation/reconstruction.json"
+    elsewhere = resolved(kind, [*words, f"{key}=vae"], 1).evaluate.out
+    assert Path(elsewhere).parts[:2] == ("runs", "evaluation") and Path(elsewhere).parts[2].startswith("vae-")
+    assert resolved(kind, [*words, f"{key}=vae", "evaluate.out=a.json"], 1).evaluate.out == "a.json"
+
+
 @pytest.mark.parametrize("kind", JOBS)
 def test_a_job_inherits_the_size_and_warns_of_another(place: Path, kind: type) -> None:
     key, words = JOBS[kind]

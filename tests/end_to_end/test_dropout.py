@@ -30,4 +30,5 @@ def test_a_run_with_dropout_has_the_same_losses_on_one_rank_and_moved_from_two(
     job("straight", 1, 4, "zero=0")
     job("moved", 2, 2, "zero=3")
     job("moved", 1, 4, "zero=0")
+    assert "resuming with a change: the number of ranks was 2, is 1" in host.log
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)

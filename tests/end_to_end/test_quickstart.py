@@ -34,7 +34,24 @@ def test_a_folder_of_images_goes_through_the_whole_pipeline(tmp_path, ldmscale):
     assert summary["prompt_following"]["heldout"]["samples"] == 4
     assert summary["prompt_following"]["seen"]["class_chance"] == pytest.approx(0.5, abs=0.01)
     assert np.isfinite(summary["reconstruction"]["psnr_db"])
-    assert set(summary["cpu_seconds"]) == {"autoencoder", "latents", "diffusion", "scores"}
+    assert set(summary["cpu_seconds"]) == {"shards", "autoencoder", "latents", "diffusion", "scores"}
     assert all(seconds > 0 for seconds in summary["cpu_seconds"].values())
     again = ldmscale(*command, cwd=tmp_path)
     assert again.returncode == 0 and "has finished" in again.stderr and "PSNR" in again.stderr
+    # Other scores and a longer stage 3 resume it; what was spent before counts.
+    longer = [
+        word.replace('"train.max_steps=3","train.g', '"train.max_steps=4","train.g') for word in command
+    ]
+    more = ldmscale(*longer, "score.guidance=2", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr[-6000:]
+    assert "resuming with a change: score.guidance was 3.0, is 2.0" in more.stderr
+    later = json.loads((run / "summary.json").read_text())
+    assert later["sampler"]["guidance"] == 2
+    for name in ("seconds", "cpu_seconds"):
+        assert all(later[name][part] >= spent for part, spent in summary[name].items()), name
+    assert later["seconds"]["total"] == pytest.approx(
+        sum(value for part, value in later["seconds"].items() if part != "total")
+    )
+    assert json.loads((run / "run.json").read_text())["finished_step"] == 4
+    shorter = ldmscale(*longer, 'overrides.autoencoder=["train.max_steps=4"]', cwd=tmp_path)
+    assert shorter.returncode == 2 and "overrides.autoencoder=" in shorter.stderr

@@ -5,7 +5,22 @@ import math
 import pytest
 import torch
 
+from ldmscale.evaluation.held_out import ReconstructionScores
 from ldmscale.evaluation.metrics import prompt_following, psnr
+
+
+def test_an_exact_reconstruction_is_left_out_of_the_mean_psnr_and_counted():
+    images = -torch.ones(3, 3, 12, 12)  # bytes of 0
+    made = images + torch.tensor([0.0, 1.0, 2.0])[:, None, None, None] / 127.5
+    assert psnr(images, made)[0] == torch.inf
+    scores = ReconstructionScores(None)
+    scores.add([0, 1, 2], images, made)
+    means = scores.means()
+    # 20 log10(255 / 1) and 20 log10(255 / 2)
+    assert means["psnr_db"] == pytest.approx((48.1308 + 42.1102) / 2, abs=1e-3) and means["exact_images"] == 1
+    exact = ReconstructionScores(None)
+    exact.add([0], images[:1], images[:1])
+    assert exact.means() == {"ssim": 1.0, "exact_images": 1.0}
 
 
 def test_psnr_of_one_grey_level_is_20_log_255():

@@ -97,7 +97,8 @@ def check_evaluation(config: EvaluateJob) -> list[str]:
         chosen.perceptual_heads,
     )
     faults += check_features("evaluate", chosen.features, chosen.features_weights)
-    faults += check_folder("evaluate.out", Path(chosen.out or Path(chosen.model) / "evaluation" / "x").parent)
+    if chosen.out is not None:
+        faults += check_folder("evaluate.out", Path(chosen.out).parent)
     return faults + _check_ssim(config.data.image_size)
 
 

@@ -108,6 +108,11 @@ def check_objective(diffusion: DiffusionConfig) -> list[str]:
             "diffusion.zero_terminal_snr=true with prediction=eps: without signal at the last timestep the noise says nothing "
             "about the image; give diffusion.prediction=v (or x0), or diffusion.zero_terminal_snr=false"
         )
+    if diffusion.weighting == "min_snr" and diffusion.loss == "l1":
+        faults.append(
+            "diffusion.weighting=min_snr with diffusion.loss=l1: its weights are those of squared errors (Hang et al. 2023, "
+            "equation 8); give diffusion.loss=l2, or diffusion.weighting=none"
+        )
     if diffusion.schedule != "cosine" and not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
         faults.append(
             f"diffusion.beta_start={diffusion.beta_start} and beta_end={diffusion.beta_end}: expected "
