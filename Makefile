@@ -59,6 +59,8 @@ ablation: $(STAMP) ## train LDM-1, 2, 4 and 8 at equal compute and write docs/ab
 	$(BIN)/python -m benchmarks.ablation $(ARGS)
 
 bench: $(STAMP) ## side by side with other implementations; make bench ARGS="unet_step_8 --seconds 60"
+	@for network in unet autoencoder; do \
+	    $(BIN)/python -m benchmarks.pretended_cuda $$network || [ $$? -eq 3 ] || exit 1; done # 3: no compiler
 	$(BIN)/python -m benchmarks $(ARGS)
 
 check: $(STAMP) ## lint, formatting, types, shell scripts

@@ -1,6 +1,6 @@
 """`python -m benchmarks.pretended_cuda WHAT`: prints what a step would do on a GPU, as a table, and writes JSON.
 
-unet, autoencoder          our network and that of diffusers: kernels, bytes, memory, roofline
+unet, autoencoder          our network and that of diffusers: kernels, bytes, memory, roofline; status 1 above the limits
 diffusion-step, autoencoder-step    one step of the stage: waits, copies, kernels, collectives
 samplers                   the same for every sampler
 zero STAGE                 collectives and host time behind DeepSpeed, by CPU tensors
@@ -73,7 +73,9 @@ def main(given: Sequence[str] | None = None) -> int:
         found = of_zero(chosen) if chosen.what == "zero" else of_deepspeed(chosen)
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    return 0
+    for line in found.get("above", ()):
+        print(line, file=sys.stderr)
+    return 1 if found.get("above") else 0
 
 
 def of_networks(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -94,7 +96,13 @@ def of_networks(chosen: argparse.Namespace) -> dict[str, Any]:
         print(
             f"{m.name}: {_kernels(m.totals, chosen.top)}; inputs of convolutions: {m.totals.convolution_inputs}"
         )
-    return {"ratios": ratios, "networks": {m.name: asdict(m) | {"waits": m.waits} for m in measured}}
+    default = not (chosen.small or chosen.batch or chosen.side or chosen.set)
+    above = networks.above_limits(chosen.what, ratios) if default else []
+    return {
+        "ratios": ratios,
+        "above": above,
+        "networks": {m.name: asdict(m) | {"waits": m.waits} for m in measured},
+    }
 
 
 def of_step(chosen: argparse.Namespace) -> dict[str, Any]:

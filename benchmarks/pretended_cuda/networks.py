@@ -16,6 +16,11 @@ from benchmarks.pretended_cuda.mode import CUDA, PretendedCuda
 
 OURS, DIFFUSERS = "ours", "diffusers"
 RATIOS = ("kernels", "gib_moved", "peak_gib", "roofline_ms")
+# Upper limits of our count over that of diffusers, at the default batch and side of each comparison.
+LIMITS = {
+    "unet": dict(zip(RATIOS, (0.90, 0.94, 0.85, 0.975), strict=True)),
+    "autoencoder": dict(zip(RATIOS, (0.95, 0.95, 1.00, 0.97), strict=True)),
+}
 Made = tuple[nn.Module, Callable[[], Tensor]]  # a network, and its forward pass on a fixed input
 
 
@@ -159,3 +164,12 @@ def ratios(measured: Sequence[Measured]) -> dict[str, float]:
     """The first over the second."""
     ours, theirs = measured
     return {key: getattr(ours.totals, key) / getattr(theirs.totals, key) for key in RATIOS}
+
+
+def above_limits(what: str, found: dict[str, float]) -> list[str]:
+    """What of `ratios` is above `LIMITS`, in words."""
+    return [
+        f"{what}: {key} is {found[key]:.3f} of that of diffusers, the limit is {limit}"
+        for key, limit in LIMITS[what].items()
+        if found[key] > limit
+    ]

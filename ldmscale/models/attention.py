@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, TypeGuard, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,34 @@ def _value_and_gradients(backend: Backend, qkv: list[Tensor], upstream: Tensor) 
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
+def joint_products(x: Tensor, layers: Sequence[nn.Module], heads: int) -> tuple[Tensor, ...]:
+    """What each of several linear layers of equal shape makes of `x`, in heads: one matrix product in place of several.
+
+    A layer that something hooks into is called by itself: ZeRO-3 gathers the weights of a layer when it is called.
+
+    Args:
+        x: [B, L, C].
+        layers: with weights [H D, C].
+        heads: H.
+
+    Returns:
+        One [B, L, H, D] per layer.
+    """
+    plain = [layer for layer in layers if _is_plain_linear(layer)]
+    if len(plain) < len(layers):
+        return tuple(layer(x).unflatten(-1, (heads, -1)) for layer in layers)
+    weight = torch.cat([layer.weight for layer in plain])  # [N H D, C]
+    biased = plain[0].bias is not None
+    bias = torch.cat([layer.bias for layer in plain]) if biased else None  # [N H D]
+    out = F.linear(x, weight, bias)  # [B, L, N H D]
+    return out.view(*out.shape[:-1], len(plain), heads, -1).unbind(-3)
+
+
+def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a call of `layer` does no more than multiply by its weight and add its bias."""
+    return type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks)
+
+
 class MultiHeadAttention(nn.Module):
     """Projections round `attention`: self-attention, or cross-attention when a context is given.
 
@@ -132,10 +161,11 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x [B, L, C], context [B, M, K] or None for x itself -> [B, L, C]."""
-        source = x if context is None else context
-        q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [B, L, H, D]
-        k = self.to_k(source).unflatten(-1, (self.heads, -1))  # [B, M, H, D]
-        v = self.to_v(source).unflatten(-1, (self.heads, -1))  # [B, M, H, D]
+        if context is None:
+            q, k, v = joint_products(x, (self.to_q, self.to_k, self.to_v), self.heads)  # [B, L, H, D] each
+        else:
+            q = self.to_q(x).unflatten(-1, (self.heads, -1))  # [B, L, H, D]
+            k, v = joint_products(context, (self.to_k, self.to_v), self.heads)  # [B, M, H, D] each
         out = attention(q, k, v).flatten(2)  # [B, L, H D]
         result: Tensor = self.dropout(self.to_out(out))  # [B, L, C]
         return result

@@ -28,8 +28,17 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def takes_half(x: Tensor, weight: Tensor) -> bool:
+    """Whether the norm's kernel is given `x` as it is.
+
+    CUDA's kernels accumulate half-precision maps in fp32 themselves: casts to fp32 and back would triple the memory
+    traffic. Those of CPUs keep their statistics in the type of the map, which is too coarse for the backward pass.
+    """
+    return x.is_cuda and x.dtype == weight.dtype
+
+
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation that computes in fp32 at least and returns the type it got."""
+    """Group normalisation that accumulates in fp32 at least and returns the type it got."""
 
     def __init__(self, channels: int, *, eps: float, groups: int = NORM_GROUPS) -> None:
         if channels % groups:
@@ -40,6 +49,8 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if takes_half(x, self.weight):
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         wide = at_least_fp32(x.dtype)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         return F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps).to(x.dtype)
@@ -49,16 +60,22 @@ class NormSiLU(GroupNorm):
     """Group normalisation followed by SiLU."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if takes_half(
+            x, self.weight
+        ):  # nothing is recomputed: that costs CUDA more time than it saves memory
+            return F.silu(super().forward(x))
         return norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the last axis that computes in fp32 at least and returns the type it got."""
+    """Layer normalisation over the last axis that accumulates in fp32 at least and returns the type it got."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
+        if takes_half(x, self.weight):
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         wide = at_least_fp32(x.dtype)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)

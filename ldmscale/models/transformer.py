@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmscale.models.attention import MultiHeadAttention, attention
+from ldmscale.models.attention import MultiHeadAttention, attention, joint_products
 from ldmscale.models.layers import NORM_GROUPS, GroupNorm, LayerNorm, ZeroLinear
 from ldmscale.models.recompute import geglu, geglu_linear
 
 
 def tokens_of(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H W, C]."""
-    return x.flatten(2).transpose(1, 2)
+    """[B, C, H, W] -> [B, H W, C], contiguous: a linear layer adds its bias within the matrix product only then."""
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 def map_of(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -139,8 +139,8 @@ class SpatialAttention(nn.Module):
         if context is not None:
             raise ValueError("this network was built without context_dim and was called with a context")
         tokens = tokens_of(self.group_norm(x))  # [B, H W, C]
-        q = self.to_q(tokens).unflatten(-1, (self.heads, -1))  # [B, H W, heads, D]
-        k = self.to_k(tokens).unflatten(-1, (self.heads, -1))  # [B, H W, heads, D]
-        v = self.to_v(tokens).unflatten(-1, (self.heads, -1))  # [B, H W, heads, D]
+        q, k, v = joint_products(
+            tokens, (self.to_q, self.to_k, self.to_v), self.heads
+        )  # [B, H W, heads, D] each
         out = self.to_out(attention(q, k, v).flatten(2))  # [B, H W, C]
         return x + map_of(out, x.shape[2], x.shape[3])  # [B, C, H, W]

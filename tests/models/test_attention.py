@@ -8,7 +8,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ldmscale.models.attention import MultiHeadAttention, attention, current_backend, probe, set_backend
+from ldmscale.models.attention import (
+    MultiHeadAttention,
+    attention,
+    current_backend,
+    joint_products,
+    probe,
+    set_backend,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +80,46 @@ def test_xformers_is_refused_where_it_is_not_installed() -> None:
     else:
         with pytest.raises(NotImplementedError):  # it has no operator for CPUs
             probe("xformers", 40, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_joint_products_are_those_of_each_layer(bias: bool) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, 12, bias=bias, dtype=torch.float64) for _ in range(3)]
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(p for layer in layers for p in layer.parameters())]
+    upstream = [torch.randn(2, 5, 4, 3, dtype=torch.float64) for _ in layers]
+
+    expected = [
+        (x @ layer.weight.T + (layer.bias if bias else 0)).view(2, 5, 4, 3) for layer in layers
+    ]  # by hand
+    found = joint_products(x, layers, 4)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(found, leaves, upstream)
+    for g, e in zip(gradients, torch.autograd.grad(expected, leaves, upstream), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_with_a_hook_is_called_by_itself() -> None:
+    """ZeRO-3 gathers the weights of a layer in such a hook: outside of it they are empty."""
+    layers = [torch.nn.Linear(6, 12, bias=False) for _ in range(2)]
+    weight = layers[1].weight.detach().clone()
+    layers[1].weight.data = torch.empty(0)
+
+    def gather(layer: torch.nn.Module, _: object) -> None:
+        layer.weight.data = weight
+
+    layers[1].register_forward_pre_hook(gather)
+    x = torch.randn(2, 5, 6)
+    torch.testing.assert_close(joint_products(x, layers, 4)[1].flatten(2), x @ weight.T)
+
+
+def test_a_layer_of_another_kind_is_called_by_itself() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    layers = [torch.nn.Linear(6, 12, bias=False), Doubled(6, 12, bias=False)]
+    x = torch.randn(2, 5, 6)
+    torch.testing.assert_close(joint_products(x, layers, 4)[1].flatten(2), 2 * x @ layers[1].weight.T)
