@@ -26,6 +26,7 @@ class Stage:
     job: str
     overrides: list[str]
     awaited: tuple[Path, ...]
+    name: str | None = None  # of the job in the queue; None: that of the folder of its results
 
 
 def stages_of(words: Sequence[str]) -> tuple[list[Stage], list[str]]:
@@ -69,7 +70,14 @@ def stages_of(words: Sequence[str]) -> tuple[list[Stage], list[str]]:
                 word for word in fits if _key(word) not in ("data.shards", "data.image_size", "data.crop")
             ]
         fits = [word for word in fits if _key(word) not in placed]
-        stages.append(Stage(job, [*fits, *places[job], *own[job]], tuple(where.values())))
+        stages.append(
+            Stage(
+                job,
+                [*fits, *places[job], *own[job]],
+                tuple(where.values()),
+                f"{folder.absolute().name}-{job}",
+            )
+        )
     used = {word for stage in stages for word in stage.overrides}
     faults += [
         f"{word}: no stage of the pipeline knows {_key(word)}; write STAGE:{word} for one stage's own group or key"

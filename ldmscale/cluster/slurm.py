@@ -10,9 +10,20 @@ from pathlib import Path
 
 from ldmscale.cluster.submission import Frozen
 from ldmscale.config import ClusterConfig
+from ldmscale.config.checks.cluster import expanded
 from ldmscale.errors import ConfigError
 
 _BODY_BEGINS = "set -euo pipefail"
+# Variables of ranks that the shell which submits may hold, and sbatch passes on: each rank would believe to be the same.
+_LEFT_OVER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def body_file() -> Path:
@@ -37,21 +48,53 @@ def render(frozen: Frozen, job: str, name: str, logs: Path, directory: Path, clu
     values = {
         "JOB": job,
         "FROZEN": str(frozen.folder),
-        "PYTHON": cluster.python or sys.executable,
+        "REQUEUE": "1" if cluster.requeue else "0",
         "MAX_REQUEUES": str(cluster.max_requeues),
         "MAX_FAILURES": str(cluster.max_failures_without_progress),
+        "NODE_SETUP": "\n".join(cluster.node_setup),
     }
+    lists = {"PYTHON": cluster.python_words or (sys.executable,), "SRUN_OPTIONS": cluster.srun_options}
     lines = [
         "#!/usr/bin/env bash",
-        f"# {job}: rendered by `ldmscale submit`; everything that it reads lies beside it.",
+        f"# {job}: rendered by `ldmscale submit`; the configuration and the code that it runs lie beside it.",
+        # Of values in single quotes nothing is expanded, on purpose.
+        "# shellcheck disable=SC2016",
         *(f"#SBATCH {option}" for option in options(name, logs, directory, cluster)),
         "",
+        # Without -u: scripts of modules and conda read variables that are not set.
+        "set -eo pipefail",
+        f"unset {' '.join(_LEFT_OVER)}",
         *(f"LDMSCALE_{key}={shlex.quote(value)}" for key, value in values.items()),
-        *(f"export {key}={shlex.quote(value)}" for key, value in sorted(cluster.environment.items())),
-        *cluster.setup,
+        *(f"LDMSCALE_{key}=({' '.join(map(shlex.quote, words))})" for key, words in lists.items()),
+        *(f"export {key}={_value(key, value)}" for key, value in cluster.environment.items()),
+        *_setup(cluster.setup),
         "",
     ]
     return "\n".join(lines) + body
+
+
+def _setup(lines: Sequence[str]) -> list[str]:
+    """The lines of `cluster.setup`; the first that fails ends the job and is named in its output."""
+    if not lines:
+        return []
+    # Not ERR: a function that fails, as `module` is one, ends the shell without that trap.
+    message = "ldmscale: cluster.setup failed with status $status: $LDMSCALE_LINE"
+    failed = f'status=$?; if ((status)); then echo "{message}" >&2; exit 1; fi'
+    checked = [text for line in lines for text in (f"LDMSCALE_LINE={shlex.quote(line)}", line)]
+    return [f"trap {shlex.quote(failed)} EXIT", *checked, "trap - EXIT"]
+
+
+def _value(key: str, value: str) -> str:
+    """A value of `cluster.environment` as a word of the shell: nothing but variables is expanded."""
+    return (
+        "".join(
+            shlex.quote(part.text)
+            if part.name is None
+            else f'"${{{part.name}:?is not set, and cluster.environment.{key} is made of it}}"'
+            for part in expanded(value)
+        )
+        or "''"
+    )
 
 
 def options(name: str, logs: Path, directory: Path, cluster: ClusterConfig) -> list[str]:
@@ -80,7 +123,7 @@ def options(name: str, logs: Path, directory: Path, cluster: ClusterConfig) -> l
     ]
     return [
         *(f"--{key}={shlex.quote(str(value))}" for key, value in given if value is not None),
-        "--requeue",
+        "--requeue" if cluster.requeue else "--no-requeue",
         "--open-mode=append",
         *cluster.options,
     ]
@@ -89,16 +132,22 @@ def options(name: str, logs: Path, directory: Path, cluster: ClusterConfig) -> l
 _SECONDS = 60.0  # a controller under load answers late; beyond this it does not answer
 
 
-def sbatch(script: Path, after: str | None = None) -> str:
-    """Queue `script`, once job `after` has ended well, and return the job's number.
+def dependency(after: str | None = None, *, singleton: bool = False) -> list[str]:
+    """Options of sbatch: start once job `after` has ended well, and, with `singleton`, no job of the same name runs."""
+    conditions = [] if after is None else [f"afterok:{after}"]
+    conditions += ["singleton"] if singleton else []
+    # Otherwise a job whose predecessor failed would wait for ever.
+    kill = [] if after is None else ["--kill-on-invalid-dep=yes"]
+    return [f"--dependency={','.join(conditions)}", *kill] if conditions else []
+
+
+def sbatch(script: Path, after: str | None = None, *, singleton: bool = False) -> str:
+    """Queue `script` with `dependency(after, singleton=singleton)`, and return the job's number.
 
     Raises ConfigError with what Slurm said where it refuses.
     """
-    command = ["sbatch", "--parsable"]
-    if after is not None:
-        # Otherwise a job whose predecessor failed would wait for ever.
-        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-    return _ask([*command, str(script)]).split(";")[0]
+    command = ["sbatch", "--parsable", *dependency(after, singleton=singleton), str(script)]
+    return _ask(command).split(";")[0]
 
 
 def unfinished(job: str, script: Path) -> str | None:

@@ -1,7 +1,7 @@
 """A submission, frozen: the resolved configuration, the code, and the job script, in one numbered folder.
 
 A job may wait for days and come back for weeks; the checkout that it was submitted from may change meanwhile. So the
-job reads nothing but this folder (and the interpreter's packages, whose versions are written down).
+job reads nothing but this folder, the interpreter and its packages, whose versions are written down.
 """
 
 from __future__ import annotations

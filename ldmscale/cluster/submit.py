@@ -6,8 +6,10 @@ script are frozen in the run folder, and Slurm gets the script.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from ldmscale.cluster import submission as frozen
 from ldmscale.cluster.chain import Stage, stages_of
 from ldmscale.cluster.slurm import render
 from ldmscale.config import JOBS, AutoencoderJob, ClusterConfig, DiffusionJob, Job, LatentsJob, SubmitJob
-from ldmscale.config.checks.cluster import check_cluster, check_script_paths
+from ldmscale.config.checks.cluster import check_cluster, check_script_paths, python_hint, time_as_text
 from ldmscale.config.compose import compose_job, compose_valid
 from ldmscale.config.load import resolved
 from ldmscale.config.resume import changes
@@ -42,6 +44,17 @@ class Planned:
     cluster: ClusterConfig
     owner: Path  # the run folder, or the folder that receives latents or pictures
     command: list[str]
+    name: str | None = None  # in the queue, where a chain gives it
+
+    @property
+    def queue_name(self) -> str:
+        """The name that squeue shows."""
+        own = self.owner.name
+        name = self.name or (own if self.job in own else f"{own}-{self.job}")
+        if self.cluster.requeue:
+            return name
+        # Slurm takes jobs of one name for one chain: those of another run with the same name must have another one.
+        return f"{name}-{hashlib.sha256(os.fsencode(self.owner)).hexdigest()[:6]}"
 
 
 def submit(job: str, overrides: Sequence[str], *, dry_run: bool) -> None:
@@ -58,14 +71,15 @@ def submit(job: str, overrides: Sequence[str], *, dry_run: bool) -> None:
     planned = _plan_all(stages, faults)
     for plan in planned:
         _refuse_second(plan.owner)
+    folders = [_freeze(plan) for plan in planned]
+    if dry_run:
+        _show(planned, folders)
+        return
     submitted: list[str] = []
     try:
-        for plan in planned:
-            after = submitted[-1] if submitted else None
-            number = _submit(plan, after, dry=dry_run)
-            if number is not None:
-                submitted.append(number)
-    except (ConfigError, KeyboardInterrupt):
+        for plan, folder in zip(planned, folders, strict=True):
+            _queue(plan, folder, submitted)
+    except ConfigError:
         queue.cancel(submitted)  # a chain that is not whole is no chain
         raise
 
@@ -116,7 +130,7 @@ def _plan(stage: Stage) -> Planned:
     owner = _owner(config)
     if isinstance(config, (AutoencoderJob, DiffusionJob)):
         changes(RunFolder(owner), plain(config))
-    return Planned(stage.job, config, cluster, owner, ["ldmscale", stage.job, *of_job])
+    return Planned(stage.job, config, cluster, owner, ["ldmscale", stage.job, *of_job], stage.name)
 
 
 def _paths(job: str, overrides: Sequence[str], cluster: ClusterConfig | None) -> dict[str, str]:
@@ -137,6 +151,7 @@ def _cluster(overrides: Sequence[str]) -> tuple[ClusterConfig | None, list[str]]
     """The cluster and its faults; None where its values cannot even be read."""
     values, faults = compose_valid("submit", overrides)
     try:
+        faults += time_as_text(values, any(_key(word) == "cluster.time" for word in overrides))
         cluster = read(SubmitJob, values).cluster
     except ConfigError as error:
         return None, [*faults, *error.faults]
@@ -164,33 +179,69 @@ def _owner(config: Any) -> Path:
 def _refuse_second(owner: Path) -> None:
     """Two jobs of one run folder would only wait for each other, or fail."""
     for submission, record in frozen.earlier(owner):
-        number = record.get("slurm_job")
-        known = has_form(str(number), SLURM_JOB)  # anything else would be an option or a user of squeue
-        state = queue.unfinished(str(number), submission.script) if known else None
-        if state is not None:
+        jobs = record.get("slurm_jobs") or [record.get("slurm_job")]
+        # Anything that is no number would be an option or a user of squeue.
+        known = [str(job) for job in jobs if has_form(str(job), SLURM_JOB)] if isinstance(jobs, list) else []
+        states = {
+            job: state for job in known if (state := queue.unfinished(job, submission.script)) is not None
+        }
+        for number, state in states.items():
             raise ConfigError(
                 f"{owner} is submitted already, as Slurm job {number} ({state.lower()}): wait for it, "
-                f"`scancel {number}`, or give another run.name"
+                f"`scancel {' '.join(states)}`, or give another run.name"
             )
 
 
-def _submit(plan: Planned, after: str | None, *, dry: bool) -> str | None:
+def _freeze(plan: Planned) -> frozen.Frozen:
     folder = frozen.freeze(plan.owner, plan.job, plain(plan.config), plan.command)
     logs = plan.owner / "logs"
     logs.mkdir(exist_ok=True)
-    name = f"{plan.owner.name}-{plan.job}" if plan.job not in plan.owner.name else plan.owner.name
-    folder.script.write_text(render(folder, plan.job, name, logs, Path.cwd(), plan.cluster))
-    if dry:
+    folder.script.write_text(render(folder, plan.job, plan.queue_name, logs, Path.cwd(), plan.cluster))
+    if hint := python_hint(plan.cluster):
+        log.warning("%s", hint)
+    return folder
+
+
+def _links(plan: Planned) -> int:
+    return 1 if plan.cluster.requeue else plan.cluster.links
+
+
+def _show(planned: Sequence[Planned], folders: Sequence[frozen.Frozen]) -> None:
+    """Log the scripts, and the commands that would queue them."""
+    for folder in folders:
         log.info("%s", folder.script.read_text())
-        log.info("nothing was queued; `sbatch %s` would", folder.script)
-        return None
-    number = queue.sbatch(folder.script, after)
-    frozen.note(folder, {"slurm_job": number, "after": after})
-    output = logs / (f"slurm_{number}_*.out" if plan.cluster.array else f"slurm_{number}.out")
+    commands = []
+    for number, (plan, folder) in enumerate(zip(planned, folders, strict=True)):
+        after = f"${planned[number - 1].job}" if number else None
+        words = ["sbatch", "--parsable", *queue.dependency(after, singleton=_links(plan) > 1)]
+        command = f"{plan.job}=$({' '.join(words)} {shlex.quote(str(folder.script))})"
+        commands.append(
+            f"for link in {{1..{_links(plan)}}}; do {command}; done" if _links(plan) > 1 else command
+        )
+    if len(commands) == 1 and _links(planned[0]) == 1:
+        log.info("nothing was queued; `sbatch %s` would", folders[0].script)
+    else:
+        log.info("nothing was queued; these commands would:\n%s", "\n".join(commands))
+
+
+def _queue(plan: Planned, folder: frozen.Frozen, submitted: list[str]) -> None:
+    """Queue one stage after what is `submitted`, and add its jobs there."""
+    after = submitted[-1] if submitted else None
+    links = _links(plan)
+    numbers = []
+    for _ in range(links):
+        numbers.append(queue.sbatch(folder.script, after, singleton=links > 1))
+        submitted.append(numbers[-1])
+    frozen.note(folder, {"slurm_job": numbers[-1], "slurm_jobs": numbers, "after": after})
+    logs = plan.owner / "logs"
+    output = logs / (f"slurm_{numbers[0]}_*.out" if plan.cluster.array else f"slurm_{numbers[0]}.out")
     log.info(
-        "%s is Slurm job %s%s; its output: %s", plan.job, number, f", after {after}" if after else "", output
+        "%s is Slurm job %s%s; its output: %s",
+        plan.job,
+        numbers[0] if links == 1 else f"{numbers[0]} to {numbers[-1]}, one after the other",
+        f", after {after}" if after else "",
+        output,
     )
-    return number
 
 
 def _key(override: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from real_cluster import Cluster, until
 
-from ldmscale.cluster.slurm import render
+from ldmscale.cluster.slurm import dependency, render
 from ldmscale.cluster.submission import Frozen
 from ldmscale.config import ClusterConfig
 
@@ -38,19 +38,32 @@ for _ in range(6000):
 class Job:
     """The rendered script of a frozen folder, in the queue."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *plans: str, **facts: object) -> None:
-        """`plans`: one, or one for each task of an array."""
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        *plans: str,
+        program: str = RANK,
+        links: int = 1,
+        **facts: object,
+    ) -> None:
+        """`plans`: one, or one for each task of an array. `links`: so many jobs of one name are queued."""
         self.cluster, self.folder = cluster, folder
         frozen = Frozen(folder / "submissions" / "0001")
         frozen.code.mkdir(parents=True)
         (folder / "logs").mkdir()
-        (frozen.code / "start.py").write_text(RANK)
+        (frozen.code / "start.py").write_text(program)
         for task, plan in enumerate(plans):
             (frozen.code / (f"plan{task}" if len(plans) > 1 else "plan")).write_text(plan)
         facts |= {"array": len(plans)} if len(plans) > 1 else {}
-        asked = ClusterConfig(nodes=1, tasks_per_node=1, time="60", python=sys.executable, **facts)  # type: ignore[arg-type]
+        facts = {"nodes": 1, "tasks_per_node": 1, "time": "60", "python": sys.executable, **facts}
+        asked = ClusterConfig(**facts)  # type: ignore[arg-type]
         frozen.script.write_text(render(frozen, "diffusion", "trial", folder / "logs", folder, asked))
-        self.number = cluster.ask("sbatch", "--parsable", str(frozen.script))
+        options = dependency(singleton=links > 1)
+        self.numbers = [
+            cluster.ask("sbatch", "--parsable", *options, str(frozen.script)) for _ in range(links)
+        ]
+        self.number = self.numbers[-1]
 
     @property
     def output(self) -> str:
@@ -122,6 +135,35 @@ def test_failures_are_tried_again_as_long_as_there_is_progress_and_what_cannot_w
     assert "giving up; ldmscale doctor" in job.output and job.output.count("begun: 7") == 2
     faulty.ends("FAILED", "2:0", restarts=0)
     whole.ends("COMPLETED", "0:0", restarts=1)
+
+
+def test_without_requeue_the_jobs_of_one_name_follow_each_other_and_the_last_has_nothing_to_do(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path, "75 0 9", links=3, requeue=False)
+    job.ends("COMPLETED", "0:0", restarts=0)
+    first, second, _ = (cluster.job(number) for number in job.numbers)
+    assert (first["JobState"], first["ExitCode"]) == ("FAILED", "75:0")
+    assert (second["JobState"], second["ExitCode"]) == ("COMPLETED", "0:0")
+    assert first["EndTime"] <= second["StartTime"]
+    assert "begun: 0" in job.output and "begun: 9" not in job.output and "nothing is left to do" in job.output
+
+
+def test_each_node_is_set_up_once_before_its_ranks_which_get_the_environment_whatever_sbatch_exports(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    program = "import os; print('rank', os.environ['SLURM_PROCID'], os.environ['PLACE'], os.environ['SLURM_CPU_BIND'])"
+    job = Job(
+        cluster, tmp_path, program=program, nodes=2, options=("--export=NONE",), srun_options=("--cpu-bind=none",),
+        environment={"PLACE": f"{tmp_path}/$SLURM_JOB_ID"}, node_setup=('mkdir -p "$PLACE"', 'touch "$PLACE/$SLURMD_NODENAME"'),
+    )  # fmt: skip
+    job.ends("COMPLETED", "0:0", restarts=0)
+    for rank in (0, 1):
+        assert f"rank {rank} {tmp_path}/{job.number} quiet,none" in job.output
+    nodes = cluster.ask("scontrol", "show", "hostnames", cluster.job(job.number)["NodeList"]).split()
+    assert (
+        sorted(file.name for file in (tmp_path / job.number).iterdir()) == sorted(nodes) and len(nodes) == 2
+    )
 
 
 def test_a_folder_with_a_hostile_name_runs_nothing_and_gets_its_output(

@@ -18,12 +18,12 @@ class ClusterConfig:
 
     nodes: Positive
     tasks_per_node: Positive  # ranks of a node: one a GPU, or any number without GPUs
-    gpus_per_node: NotNegative = 0
+    gpus_per_node: int | str = 0  # a number, or with their type as in "a100:4"
     cpus_per_task: Positive = 1
     # With fewer nodes than `nodes` the job may start too, down to this many: it resumes at any number of ranks.
     min_nodes: Positive | None = None
     time: Annotated[str, BeforeValidator(str)] = (
-        "24:00:00"  # sbatch's notation; after it the job saves and queues itself again
+        "24:00:00"  # sbatch's notation, in quotes in a file; after it the job saves and queues itself again
     )
     partition: str | None = None
     account: str | None = None
@@ -33,14 +33,37 @@ class ClusterConfig:
     exclude: tuple[str, ...] = ()  # nodes never used; those found bad are added at each requeue
     # Before the time limit, for the last save; Slurm looks every 30 s or so, thus a save's time and 60 more.
     stop_before_end_seconds: Annotated[int, Field(ge=30)] = 300
+    requeue: bool = (
+        True  # false where the site forbids `scontrol requeue`: `links` jobs follow each other then
+    )
+    links: Positive = 8  # with requeue=false: jobs of one name, each begins when the one before has ended
     max_requeues: NotNegative = 100
     # Attempts that failed one after the other without a newer checkpoint; then the job gives up.
     max_failures_without_progress: NotNegative = 2
     array: Positive | None = None  # latents only: so many independent jobs that share the shards out
-    setup: tuple[str, ...] = ()  # shell lines before the ranks start, such as "module load cuda/12.8"
-    environment: dict[str, str] = Field(default_factory=dict)  # variables of all ranks
-    python: str | None = None  # interpreter on the nodes; the one that submits unless given
+    # Shell lines of the job's first node before the ranks start, such as "module load cuda/12.8"; a line that fails ends the job
+    setup: tuple[str, ...] = ()
+    node_setup: tuple[str, ...] = ()  # shell lines run once on each node before its ranks start
+    # Variables of all ranks; $NAME and ${NAME} in a value are expanded where the job starts, and $$ is a dollar
+    environment: dict[str, str] = Field(default_factory=dict)
+    # Interpreter on the nodes: a path, or a list of words such as [apptainer, exec, --nv, image.sif, python]; the one that
+    # submits where it is not given
+    python: str | tuple[str, ...] | None = None
     options: tuple[str, ...] = ()  # further options of sbatch, such as "--reservation=ldm"
+    srun_options: tuple[
+        str, ...
+    ] = ()  # options of the srun that starts the ranks, such as "--cpu-bind=cores"
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a node, whatever their type; 0 where `gpus_per_node` is none of its forms."""
+        number = str(self.gpus_per_node).rpartition(":")[2]
+        return int(number) if number.isdecimal() else 0
+
+    @property
+    def python_words(self) -> tuple[str, ...] | None:
+        """`python` as words of a command."""
+        return (self.python,) if isinstance(self.python, str) else self.python
 
     @property
     def world_sizes(self) -> list[int]:
