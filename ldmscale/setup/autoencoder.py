@@ -17,6 +17,7 @@ from ldmscale.distributed.preemption import StopFlag
 from ldmscale.evaluation.held_out import HeldOut, ImageSet
 from ldmscale.setup.dataloaders import preview_batch, training_data
 from ldmscale.setup.engines import averages_of, engine_options, rate_curve, set_attention
+from ldmscale.setup.foreign_models import check_stated_warm_start
 from ldmscale.setup.index import open_index, shapes_of
 from ldmscale.setup.node_checks import check_shared_memory
 from ldmscale.setup.run import Run, already_finished, open_run
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 def train_autoencoder(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> int:
     """Train the autoencoder and return the exit status."""
+    check_stated_warm_start(config)
     if already_finished(config, ranks):
         return 0
     run = open_run(config, ranks, stop)

@@ -17,6 +17,7 @@ from ldmscale.setup.conditions import item_maker, open_condition_readers
 from ldmscale.setup.dataloaders import generation_figures, held_out, training_data
 from ldmscale.setup.engines import averages_of, engine_options, rate_curve, set_attention
 from ldmscale.setup.first_stage import open_first_stage
+from ldmscale.setup.foreign_models import check_stated_warm_start, with_stated_first_stage
 from ldmscale.setup.node_checks import check_shared_memory
 from ldmscale.setup.previews import open_preview
 from ldmscale.setup.run import already_finished, open_run
@@ -30,9 +31,13 @@ log = logging.getLogger(__name__)
 
 def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     """Train the conditional model and return the exit status."""
+    config, stated = with_stated_first_stage(config)
+    check_stated_warm_start(config)
     if already_finished(config, ranks):
         return 0
     run = open_run(config, ranks, stop)
+    for change in stated:
+        log.warning("%s", change)
     warn_of_untrained(config)
     readers = open_condition_readers(run, config)
     options = engine_options(run, config.train, config.optim, config.zero)

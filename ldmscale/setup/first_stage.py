@@ -18,6 +18,7 @@ from ldmscale.errors import DataError
 from ldmscale.inference.load import load
 from ldmscale.inference.parts import Parts
 from ldmscale.models.first_stage import LatentScale
+from ldmscale.setup.foreign_models import FREE
 from ldmscale.setup.index import storage_of
 from ldmscale.setup.run import Run
 from ldmscale.stages.first_stage import FirstStage
@@ -105,12 +106,11 @@ def _check_foreign(path: Path, config: DiffusionJob) -> None:
     found = read(path).autoencoder
     if found is None:
         raise DataError(f"first_stage.path={path} has no autoencoder: give a model that has one, or a run")
-    free = ("dropout", "checkpointing", "commitment")
     other = differences(plain_part(found), plain_part(config.autoencoder))
     if faults := [
         f"autoencoder.{key}={here!r}, but that of {path} has {there!r}: give the autoencoder= that it is of"
         for key, (there, here) in other.items()
-        if key not in free
+        if key not in FREE
     ]:
         raise DataError(faults)
 

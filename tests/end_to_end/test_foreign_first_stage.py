@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
 
 import ldmscale as library
@@ -61,14 +62,27 @@ def test_latents_of_it_are_scaled_by_its_own_factor_or_as_measured(place, ldmsca
 def test_one_that_is_not_as_configured_or_has_no_scale_is_refused_and_a_given_factor_serves(place, ldmscale):
     online = [*SMOKE, "data=shards", "data.shards='ae/data/*.tar'", "data.image_size=32"]
     other = ldmscale(
-        *online, "first_stage.path=first", "autoencoder.blocks_per_level=3", "run.dir=x", cwd=place
+        *online, "first_stage.path=first", "autoencoder.channel_mult=[1,2]", "run.dir=x", cwd=place
     )
-    assert other.returncode == 2 and "autoencoder.blocks_per_level=3, but that of" in other.stderr
+    assert other.returncode == 2 and "the factor of the configured autoencoder is 2" in other.stderr
+    assert not (place / "x").exists()
     sized = [*online, "data.image_size=64", "first_stage.path=first", "first_stage.scale=channel"]
     channel = ldmscale(*sized, "run.dir=y", cwd=place)
     warnings = [line for line in channel.stderr.splitlines() if "WARNING data.image_size=64" in line]
     assert len(warnings) == 1 and "was trained at 32 px" in warnings[0]
     assert channel.returncode == 2 and "give first_stage.fixed_factor=N" in channel.stderr
-    given = ["first_stage.path=first", "first_stage.fixed_factor=0.25", "run.dir=online"]
-    finished(ldmscale(*online, *given, cwd=place))
+    # What the folder states is taken in place of what is configured.
+    given = [
+        "autoencoder.norm_groups=8",
+        "autoencoder.blocks_per_level=3",
+        "first_stage.path=first",
+        "first_stage.fixed_factor=0.25",
+        "run.dir=online",
+    ]
+    done = finished(ldmscale(*online, *given, cwd=place))
+    stated = json.loads((place / "first" / "config.json").read_text())
+    assert f"autoencoder.norm_groups is {stated['norm_num_groups']}, as" in done.stderr
+    trained = yaml.safe_load((place / "online" / "config.yaml").read_text())["autoencoder"]
+    assert trained["norm_groups"] == stated["norm_num_groups"]
+    assert trained["blocks_per_level"] == stated["layers_per_block"]
     assert float(library.load(place / "online").scale.factor[0]) == 0.25

@@ -55,7 +55,11 @@ def test_a_run_begins_with_the_weights_of_another_one(host: Any, tmp_path: Path)
         host.finish([*job, *STILL, f"warm_start.path={path}", f"run.dir={run}", *settings], keys)
         assert same(weights(tmp_path / run, "master"), averaged)
         assert same(weights(tmp_path / run, "ema"), averaged)
-    # A wider network does not fit, and the message says where.
-    assert host.run([*still, "run.dir=wider", "unet.channels=64"], keys) == 1
-    log = (tmp_path / "log.txt").read_text()
-    assert "do not fit this model" in log and "this model's has [64," in log
+    # A wider network or a longer text does not fit, which is reported before anything is made.
+    for path, run in (("first", "wider"), ("exported", "longer"), ("imported", "again")):
+        told = [*job, *STILL, f"warm_start.path={path}", f"run.dir={run}"]
+        assert host.run([*told, "unet.channels=64", "text_encoder.max_tokens=9"], keys) == 2
+        log = (tmp_path / "log.txt").read_text()
+        assert f"unet.channels=64, but warm_start.path={path} has 32" in log
+        assert f"text_encoder.max_tokens=9, but warm_start.path={path} has" in log
+        assert not (tmp_path / run).exists()

@@ -52,9 +52,9 @@ from ldmscale.config.checks.stages import (
     check_objective,
     check_preview,
     check_same_autoencoder,
-    check_warm_start,
     check_zero,
 )
+from ldmscale.config.checks.warm_start import check_warm_start
 from ldmscale.config.inherit import check_inherited_size
 
 
@@ -71,7 +71,7 @@ def check(config: Job, world_size: int) -> list[str]:
             ),
             *check_averages(config.ema),
             *check_local("run.dir", config.run.dir),
-            *check_warm_start(config.warm_start.path),
+            *check_warm_start(config),
             *check_autoencoder(config.autoencoder),
             *check_loss(config),
             *check_image_size(config.data, config.autoencoder),
@@ -87,7 +87,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_compile(config.train, config.zero, _checkpointing(config)),
             *check_averages(config.ema),
             *check_local("run.dir", config.run.dir),
-            *check_warm_start(config.warm_start.path),
+            *check_warm_start(config),
             *check_unet(config.unet),
             *check_conditions(config),
             *check_text_encoder(config.text_encoder),

@@ -264,11 +264,3 @@ def check_preview(
             "give the folder of the autoencoder's run, or preview.every_steps=0"
         )
     return faults
-
-
-def check_warm_start(path: str | None) -> list[str]:
-    if path is None or Path(path).exists():
-        return []
-    return [
-        f"warm_start.path={path}: there is nothing there; give a run folder, a checkpoint, or a model's files"
-    ]
