@@ -256,25 +256,48 @@ def unwritable(model: Model) -> list[str]:
     for name, config in (("unet", model.unet), ("autoencoder", model.autoencoder)):
         if config is not None and config.norm_groups != 32:
             faults.append(
-                f"{name}.norm_groups={config.norm_groups}: CompVis' normalisations have 32 groups, always"
+                f"{name}.norm_groups={config.norm_groups}: CompVis' normalisations have 32 groups, always; give "
+                f"format=diffusers, or train with {name}.norm_groups=32"
             )
     if (unet := model.unet) is not None and any(m != int(m) for m in unet.channel_mult):
-        faults.append(f"unet.channel_mult={list(unet.channel_mult)}: CompVis' are whole numbers")
+        faults.append(
+            f"unet.channel_mult={list(unet.channel_mult)}: CompVis' are whole numbers; give format=diffusers"
+        )
     if (first := model.autoencoder) is not None and any(m != int(m) for m in first.channel_mult):
-        faults.append(f"autoencoder.channel_mult={list(first.channel_mult)}: CompVis' are whole numbers")
+        faults.append(
+            f"autoencoder.channel_mult={list(first.channel_mult)}: CompVis' are whole numbers; give format=diffusers"
+        )
     if model.learned_null:
-        faults.append("diffusion.null_condition=learned: CompVis' null condition is the empty caption")
+        faults.append(
+            "diffusion.null_condition=learned: CompVis' null condition is the empty caption; train with "
+            "diffusion.null_condition=tokens"
+        )
     if model.scale is not None and model.factor is None:
-        faults.append("first_stage.scale=channel: CompVis' latents have one factor, not one a channel")
+        faults.append(
+            "first_stage.scale=channel: CompVis' latents have one factor, not one per channel; train with "
+            "first_stage.scale=factor"
+        )
     if model.diffusion is not None and model.diffusion.prediction not in ("eps", "x0"):
-        faults.append(f"diffusion.prediction={model.diffusion.prediction}: CompVis knows eps and x0")
+        faults.append(
+            f"diffusion.prediction={model.diffusion.prediction}: CompVis knows eps and x0; give format=diffusers, "
+            "or train with diffusion=eps"
+        )
     if model.diffusion is not None and model.diffusion.zero_terminal_snr:
-        faults.append("diffusion.zero_terminal_snr=true: CompVis' schedules keep some signal")
+        faults.append(
+            "diffusion.zero_terminal_snr=true: CompVis' schedules keep some signal; give format=diffusers, or train "
+            "with diffusion.zero_terminal_snr=false"
+        )
     readers = [n for n in ("text_encoder", "class_embedder", "spatial_rescaler") if n in model.parts]
     if len(readers) > 1:
-        faults.append(f"{' and '.join(readers)}: CompVis' models have one network that reads the condition")
+        faults.append(
+            f"{' and '.join(readers)}: CompVis' models have one network that reads the condition; "
+            "'parts=[unet,autoencoder]' leaves them out"
+        )
     if "unet" not in model.parts and (alone := sorted(set(model.parts) - {"autoencoder"})):
-        faults.append(f"{', '.join(alone)} without a U-Net: CompVis' checkpoints have none alone")
+        faults.append(
+            f"{', '.join(alone)} without a U-Net: CompVis' checkpoints have none alone; give parts= with "
+            "the U-Net"
+        )
     return faults
 
 

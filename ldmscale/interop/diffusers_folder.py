@@ -258,10 +258,14 @@ def _described(model: Model) -> Described:
         }
     faults = [*model.unknown.values()]
     if model.learned_null:
-        faults.append("diffusion.null_condition=learned: diffusers' null condition is the empty caption")
+        faults.append(
+            "diffusion.null_condition=learned: diffusers' null condition is the empty caption; train with "
+            "diffusion.null_condition=tokens"
+        )
     if model.scale is not None and model.factor is None:
         faults.append(
-            "first_stage.scale=channel: diffusers' latents have one scaling_factor, not one a channel"
+            "first_stage.scale=channel: diffusers' latents have one scaling_factor, not one per channel; train with "
+            "first_stage.scale=factor"
         )
     for part in ("class_embedder", "spatial_rescaler"):
         if part in model.parts:
@@ -383,7 +387,8 @@ def _pipeline(model: Model) -> tuple[str | None, str]:
             "the noise schedule is not known (import again with diffusion=NAME, or config= of the checkpoint)"
         )
     elif text is not None and text.max_tokens != PIPELINE_TOKENS:
-        reason = f"LDMTextToImagePipeline has captions of {PIPELINE_TOKENS} tokens and this model of {text.max_tokens}"
+        reason = f"LDMTextToImagePipeline has captions of {PIPELINE_TOKENS} tokens and this model of "
+        reason += f"{text.max_tokens} (train with text_encoder.max_tokens={PIPELINE_TOKENS})"
     elif text is not None and unet.in_channels == unet.out_channels:
         return TEXT_PIPELINE, ""
     elif unet.context_dim is None and unet.in_channels == unet.out_channels and unet.num_classes is None:
