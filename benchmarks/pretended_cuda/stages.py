@@ -90,7 +90,7 @@ def diffusion_stage(ranks: PretendedRanks, config: DiffusionJob, precision: str 
         engine,
         averages=[ShardedEma(engine.masters, 0.9999)],
         first_stage=FirstStage(None, LatentScale(torch.zeros(4), torch.full((4,), 0.18)), CUDA),
-        latent_shape=(4, 32, 32),
+        latent_shapes=[(4, 32, 32)],
         schedule=build_schedule(config.diffusion),
         objective=config.diffusion,
         seed=0,

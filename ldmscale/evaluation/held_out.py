@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ldmscale.config import DataConfig
+from ldmscale.data.images.buckets import Shape, bucket_shapes
 from ldmscale.data.images.decode import decode_image, image_member
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.reader import SampleReader
@@ -38,13 +39,22 @@ class NumberedBatch:
     counts: bool = True
 
 
-def shares(count: int, batch: int, rank: int, world: int) -> Iterator[tuple[range, bool]]:
-    """This rank's batches of a set of `count`, as ranges, and whether they count. As many on every rank."""
-    starts = list(range(0, count, batch))
-    for turn in range(0, len(starts), world):
+def shares(
+    groups: Sequence[Sequence[int]], batch: int, rank: int, world: int
+) -> Iterator[tuple[int, Sequence[int], bool]]:
+    """This rank's batches of a set: number of the group, numbers of its images, and whether the batch counts.
+
+    A batch is of one group: images of one shape. Every rank has as many batches.
+    """
+    every = [
+        (group, numbers[start : start + batch])
+        for group, numbers in enumerate(groups)
+        for start in range(0, len(numbers), batch)
+    ]
+    for turn in range(0, len(every), world):
         mine = turn + rank
-        start = starts[mine] if mine < len(starts) else starts[0]
-        yield range(start, min(start + batch, count)), mine < len(starts)
+        group, numbers = every[mine] if mine < len(every) else every[0]
+        yield group, numbers, mine < len(every)
 
 
 class ReconstructionScores:
@@ -105,7 +115,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ImageSet:
-    """The first `count` samples of an index, resized and cropped by the data's settings."""
+    """The first `count` samples of an index, resized and cropped by the data's settings, each in the shape of its bucket."""
 
     index: Mixture
     data: DataConfig
@@ -115,28 +125,43 @@ class ImageSet:
 
     def batches(self, batch: int, ranks: Ranks) -> Iterator[NumberedBatch]:
         """This rank's batches, as many as on every other rank; samples that cannot be read are left out and kept count of."""
-        reader = SampleReader(self.index)
-        for numbers, counts in shares(self.count, batch, ranks.rank, ranks.size):
+        reader, shapes = SampleReader(self.index), self.shapes
+        for bucket, numbers, counts in shares(self._by_bucket(), batch, ranks.rank, ranks.size):
             read = [
-                (number, image) for number in numbers if (image := self._image(reader, number)) is not None
+                (number, image)
+                for number in numbers
+                if (image := self._image(reader, number, shapes[bucket])) is not None
             ]
             if not read:  # a network of ZeRO-3 must be called on every rank
-                assert self.data.image_size is not None
-                side = self.data.image_size
-                read, counts = [(numbers[0], np.zeros((3, side, side), dtype=np.uint8))], False
+                width, height = shapes[bucket]
+                read, counts = [(numbers[0], np.zeros((3, height, width), dtype=np.uint8))], False
             images = torch.from_numpy(np.stack([image for _, image in read]))
             yield NumberedBatch(images, tuple(number for number, _ in read), counts)
         reader.close()
 
-    def _image(self, reader: SampleReader, number: int) -> np.ndarray | None:
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """(width, height) of the aspect-ratio buckets; the square alone without them."""
+        data = self.data
+        assert data.image_size is not None
+        if data.bucket_step is None:
+            return ((data.image_size, data.image_size),)
+        return bucket_shapes(data.image_size, data.bucket_step, data.bucket_max_ratio)
+
+    def _by_bucket(self) -> list[list[int]]:
+        """The numbers of the samples of each bucket. Within a shard they lie bucket by bucket."""
+        counts = self.index.bucket_counts
+        of_each = np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), counts.reshape(-1))
+        return [np.flatnonzero(of_each[: self.count] == k).tolist() for k in range(counts.shape[1])]
+
+    def _image(self, reader: SampleReader, number: int, size: Shape) -> np.ndarray | None:
         starts = np.concatenate([[0], np.cumsum(self.index.counts)])
         shard = int(np.searchsorted(starts, number, side="right")) - 1
-        assert self.data.image_size is not None
         try:
             sample = reader.read(shard, number - int(starts[shard]))
             image: np.ndarray = decode_image(
                 image_member(sample.members)[1],
-                size=self.data.image_size,
+                size=size,
                 crop="center",
                 max_pixels=self.data.max_pixels,
             )

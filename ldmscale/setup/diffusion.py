@@ -42,7 +42,7 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     readers = open_condition_readers(run, config)
     options = engine_options(run, config.train, config.optim, config.zero)
     attention = set_attention(run, config.train, diffusion_head_channels(config, options.compute_dtype))
-    first_stage, latent_shape, stored = open_first_stage(config, run)
+    first_stage, latent_shapes, stored = open_first_stage(config, run)
     make_item = item_maker(config, readers, stored)
     check_shared_memory(ranks, make_item, batch=config.train.rank_micro_batch, workers=config.data.workers)
     pretrained_text = open_frozen_text(run, config, readers.tokenizer)
@@ -66,18 +66,18 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         engine,
         averages=averages_of(engine, config.ema),
         first_stage=first_stage,
-        latent_shape=latent_shape,
+        latent_shapes=latent_shapes,
         schedule=build_schedule(config.diffusion),
         objective=config.diffusion,
         seed=config.seed,
         ranks=ranks,
-        preview=open_preview(run, config, readers, make_item, first_stage),
+        preview=open_preview(run, config, readers, make_item, first_stage, latent_shapes),
         held_out=held_out(run, config, make_item),
         generation=generation_figures(run, config, make_item, first_stage),
     )
     # Counting takes a second; the peak of a CPU is not known.
     counted = run.device.type == "cuda" or config.tracking.peak_tflops is not None
-    flops = training_flops(config, latent_shape) if counted else None
+    flops = training_flops(config, latent_shapes[0]) if counted else None
     return train(
         run,
         config,

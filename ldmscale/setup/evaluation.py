@@ -140,6 +140,7 @@ def evaluate_reconstruction(
             "shards": list(images.index.shards),
             "trained_on": _trained_on(chosen.model, images.index.shards),
             "image_size": config.data.image_size,
+            **({} if config.data.bucket_step is None else {"shapes": images.shapes}),
             "resize": "short side, antialiased bicubic (Pillow's filter, by torch), of the crop as it lies in the source",
             "decoder": config.data.decoder,
             "crop": "center",
@@ -160,6 +161,9 @@ def _check_size(config: EvaluateJob, factor: int) -> None:
     size = config.data.image_size
     if size is not None and size % factor:
         raise ConfigError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")
+    step = config.data.bucket_step
+    if step is not None and step % factor:
+        raise ConfigError(f"data.bucket_step={step} is no multiple of the autoencoder's factor {factor}")
 
 
 def _trained_on(model: str, shards: Sequence[str]) -> list[str] | None:

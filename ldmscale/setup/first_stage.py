@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,13 +14,13 @@ from ldmscale.checkpoint.run_folder import is_foreign
 from ldmscale.config import DiffusionJob, FirstStageConfig
 from ldmscale.config.inherit import size_warning
 from ldmscale.config.typed import differences, plain_part
-from ldmscale.data.latents.format import LatentFormat, LatentManifest, set_of
+from ldmscale.data.latents.format import LatentFormat, LatentManifest, LatentShape, set_of
 from ldmscale.errors import DataError
 from ldmscale.inference.load import load
 from ldmscale.inference.parts import Parts
 from ldmscale.models.first_stage import LatentScale
 from ldmscale.setup.foreign_models import FREE
-from ldmscale.setup.index import storage_of
+from ldmscale.setup.index import shapes_of, storage_of
 from ldmscale.setup.run import Run
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.storage.object_store import Storage
@@ -30,8 +31,9 @@ _T = TypeVar("_T")
 
 def open_first_stage(
     config: DiffusionJob, run: Run
-) -> tuple[FirstStage, tuple[int, int, int], LatentFormat | None]:
-    """The autoencoder (None where latents are trained on without pictures), the latents' shape and stored format.
+) -> tuple[FirstStage, tuple[LatentShape, ...], LatentFormat | None]:
+    """The autoencoder (None where latents are trained on without pictures), the latents' shape in each aspect-ratio bucket
+    (one without buckets), and their stored format.
 
     Raises DataError for latents that another autoencoder made, for an autoencoder of another format that is not the one
     that `config` describes, and where no scale of its latents is known.
@@ -53,11 +55,13 @@ def open_first_stage(
     else:
         scale = scale_of(chosen, config.autoencoder.latent_width, parts, manifest)
     if manifest is not None:
-        shape = manifest.format.shape
+        shapes = tuple(manifest.format.shape_of(bucket) for bucket in range(manifest.format.buckets))
+        _check_halving(config, shapes)
     else:
         assert config.data.image_size is not None
-        side = config.data.image_size // config.autoencoder.factor
-        shape = (config.autoencoder.latent_width, side, side)
+        factor, channels = config.autoencoder.factor, config.autoencoder.latent_width
+        sizes = shapes_of(config.data) or ((config.data.image_size, config.data.image_size),)
+        shapes = tuple((channels, height // factor, width // factor) for width, height in sizes)
     first_stage = FirstStage(parts.autoencoder, scale, run.device)
     if manifest is not None and config.data.flip and not manifest.format.flips:
         raise DataError(
@@ -66,7 +70,20 @@ def open_first_stage(
         )
     if manifest is not None and first_stage.digest is not None:
         manifest.check_autoencoder(first_stage.digest, run.shards[0])
-    return first_stage, shape, manifest.format if manifest else None
+    return first_stage, shapes, manifest.format if manifest else None
+
+
+def _check_halving(config: DiffusionJob, shapes: Sequence[LatentShape]) -> None:
+    """Raises DataError where the sides of latents do not halve evenly through the U-Net."""
+    whole = 2 ** (len(config.unet.channel_mult) - 1)
+    for shape in shapes:
+        if shape[1] % whole or shape[2] % whole:
+            raise DataError(
+                f"latents of height {shape[1]} and width {shape[2]} do not halve evenly through the U-Net of "
+                f"{len(config.unet.channel_mult)} levels: make them of images whose sides are multiples of "
+                f"{whole * config.autoencoder.factor} "
+                "(data.bucket_step, data.image_size), or give another unet.channel_mult"
+            )
 
 
 def scale_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ldmscale.config import DataConfig, EmbeddingsConfig
 from ldmscale.config.schema.data import WeightedShardsConfig
@@ -19,8 +20,10 @@ from ldmscale.storage.object_store import Storage
 Patterns = str | Sequence[str] | Sequence[WeightedShardsConfig]
 
 
-def open_index(patterns: Patterns, data: DataConfig, ranks: Ranks) -> Mixture:
+def open_index(patterns: Patterns, data: DataConfig, ranks: Ranks, shapes: tuple[Shape, ...] = ()) -> Mixture:
     """The index of what `patterns` name and `data` selects, on every rank. Collective.
+
+    `shapes` are the aspect-ratio buckets of images, in place of those that `data` describes.
 
     Rank 0 looks through shards that have no index yet. The index of remote or read-only shards is in a cache folder,
     which another node may not share: there the node's first rank does it again.
@@ -33,7 +36,7 @@ def open_index(patterns: Patterns, data: DataConfig, ranks: Ranks) -> Mixture:
             sets_of(patterns),
             build_missing=build_missing,
             allow_pipe=data.allow_pipe,
-            selection=selection_of(data),
+            selection=replace(selection_of(data), shapes=shapes) if shapes else selection_of(data),
             storage=storage_of(data),
             open_set=open_latents if data.kind == "latents" else ShardIndex.open,
         )

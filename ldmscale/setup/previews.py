@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import TypeVar
 
 import numpy as np
@@ -11,16 +12,19 @@ import torch
 
 from ldmscale.config import DiffusionJob
 from ldmscale.data.conditions.annotations import caption_of
-from ldmscale.data.loading.loader import MakeItem
+from ldmscale.data.latents.format import LatentShape
+from ldmscale.data.loading.held_out import bucket_quotas
+from ldmscale.data.loading.loader import Batch, MakeItem
+from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.diffusion.sample_latents import SamplerOptions
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.models.conditions import Conditions
 from ldmscale.setup.conditions import ConditionReaders
-from ldmscale.setup.dataloaders import preview_batch
+from ldmscale.setup.dataloaders import preview_batches
 from ldmscale.setup.index import open_index
 from ldmscale.setup.run import Run
-from ldmscale.stages.diffusion import Preview
+from ldmscale.stages.diffusion import Preview, PreviewGroup
 from ldmscale.stages.first_stage import FirstStage, batch_conditions
 
 log = logging.getLogger(__name__)
@@ -33,6 +37,7 @@ def open_preview(
     readers: ConditionReaders,
     make_item: MakeItem,
     first_stage: FirstStage,
+    latent_shapes: Sequence[LatentShape],
 ) -> Preview | None:
     """What is sampled while training; None without preview.every_steps. Collective."""
     chosen = config.preview
@@ -40,13 +45,39 @@ def open_preview(
         return None
     if config.spatial is not None or config.embeddings is not None:
         # Made from images or stored arrays, which cannot be written as prompts.
-        batch = preview_batch(run, config, make_item)
-        titles = tuple(batch["caption" if "caption" in batch else "key"])
-        conditions = batch_conditions(batch, first_stage).to("cpu")
+        groups = [
+            PreviewGroup(
+                tuple(batch["caption" if "caption" in batch else "key"]),
+                batch_conditions(batch, first_stage).to("cpu"),
+                _latent_shape(batch, config.autoencoder.factor, latent_shapes[0][0]),
+            )
+            for batch in preview_batches(run, config, make_item)
+        ]
     else:
-        titles, conditions = _prompts(run, config, readers)
+        groups = _by_shape(*_prompts(run, config, readers), run.index, latent_shapes)
     sampler = SamplerOptions(chosen.sampler_steps, chosen.guidance, prediction=config.diffusion.prediction)
-    return Preview(titles, conditions, chosen.seed, sampler)
+    return Preview(tuple(groups), chosen.seed, sampler)
+
+
+def _latent_shape(batch: Batch, factor: int, channels: int) -> LatentShape:
+    """Of the images of a batch, once they are encoded."""
+    height, width = batch["image"].shape[-2:]
+    return (channels, height // factor, width // factor)
+
+
+def _by_shape(
+    titles: tuple[str, ...], conditions: Conditions, index: Mixture, latent_shapes: Sequence[LatentShape]
+) -> list[PreviewGroup]:
+    """Prompts have no shape of their own: they take those of the training samples, each as often as these have it."""
+    groups, begin = [], 0
+    for shape, count in zip(
+        latent_shapes, bucket_quotas(index.bucket_counts.sum(axis=0).tolist(), len(titles)), strict=True
+    ):
+        rows = slice(begin, begin + count)
+        if count:
+            groups.append(PreviewGroup(titles[rows], conditions.changed(itemgetter(rows)), shape))
+        begin += count
+    return groups
 
 
 def _prompts(run: Run, config: DiffusionJob, readers: ConditionReaders) -> tuple[tuple[str, ...], Conditions]:

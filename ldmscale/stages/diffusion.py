@@ -25,7 +25,7 @@ from ldmscale.models.text_encoder import FrozenTextEncoder
 from ldmscale.stages.first_stage import FirstStage, batch_conditions
 from ldmscale.stages.objective import ObjectiveOptions, add_noise, denoising_loss
 from ldmscale.stages.validation import GenerationFigures, HeldOut, held_out_loss
-from ldmscale.tracking.images import to_uint8
+from ldmscale.tracking.images import on_equal_canvas, to_uint8
 from ldmscale.tracking.metrics import Metric
 from ldmscale.train.engine.ema import Averages, ShardedEma, main_average
 from ldmscale.train.engine.engine import Engine
@@ -33,12 +33,20 @@ from ldmscale.train.stage import Batch, Picture
 
 
 @dataclass(frozen=True)
-class Preview:
-    """The N images that are sampled while training, always from the same conditions and seeds."""
+class PreviewGroup:
+    """The preview images of one shape."""
 
     titles: tuple[str, ...]  # captions of the images, empty where there are none
-    conditions: Conditions  # of N samples
-    first_seed: int
+    conditions: Conditions  # of as many samples
+    latent_shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The images that are sampled while training, always from the same conditions and seeds."""
+
+    groups: tuple[PreviewGroup, ...]
+    first_seed: int  # of the first image; each further one has the next
     sampler: SamplerOptions
 
 
@@ -51,7 +59,7 @@ class DiffusionStage:
         *,
         averages: Sequence[ShardedEma],
         first_stage: FirstStage,
-        latent_shape: tuple[int, int, int],
+        latent_shapes: Sequence[tuple[int, int, int]],
         schedule: NoiseSchedule,
         objective: ObjectiveOptions,
         seed: int,
@@ -63,7 +71,8 @@ class DiffusionStage:
         self.preview, self.held_out, self.generation = preview, held_out, generation
         self.engines = {"denoiser": denoiser}
         self.averages: Averages = {"denoiser": averages}
-        self.first_stage, self.latent_shape = first_stage, latent_shape
+        # Of each aspect-ratio bucket, the square's first; one without buckets.
+        self.first_stage, self.latent_shapes = first_stage, tuple(latent_shapes)
         self.schedule, self.objective = schedule, objective
         self.seed, self.ranks, self.device = seed, ranks, first_stage.device
         self._dropout = has_dropout(self._denoiser)
@@ -128,25 +137,33 @@ class DiffusionStage:
         preview = self.preview
         if preview is None:
             return
+        images, first_seed = [], preview.first_seed
+        for group in preview.groups:
+            images += self._sampled(group, first_seed, preview.sampler)
+            first_seed += len(group.titles)
+        titles = tuple(title for group in preview.groups for title in group.titles)
+        yield Picture("samples", on_equal_canvas(images), titles)
+
+    def _sampled(self, group: PreviewGroup, first_seed: int, sampler: SamplerOptions) -> list[np.ndarray]:
+        """The images of a group, uint8 [H,W,3] each, on every rank. Collective."""
         engine = self.engines["denoiser"]
         # Equal shares, padded with the last prompt: ranks that call a sharded network unequally often hang.
-        count = len(preview.titles)
+        count = len(group.titles)
         share = -(-count // self.ranks.size)
         mine = [min(self.ranks.rank * share + i, count - 1) for i in range(share)]
-        seeds = [preview.first_seed + i for i in mine]
+        seeds = [first_seed + i for i in mine]
         average = main_average(self.averages, "denoiser")
         with torch.no_grad(), evaluation_mode(self._denoiser), engine.averaged_weights(average):
             latents = draw_latents(
                 self._denoiser,
-                preview.conditions.changed(lambda part: part[mine]).to(self.device),
-                starting_noise(seeds, self.latent_shape).to(self.device),
+                group.conditions.changed(lambda part: part[mine]).to(self.device),
+                starting_noise(seeds, group.latent_shape).to(self.device),
                 self.schedule,
-                preview.sampler,
+                sampler,
                 engine.compute_dtype,
                 seeds,
             )
-        images = gather_lists(list(to_uint8(self.first_stage.images(latents))))[:count]
-        yield Picture("samples", np.stack(images), preview.titles)
+        return gather_lists(list(to_uint8(self.first_stage.images(latents))))[:count]
 
     def validate(self) -> dict[str, float]:
         if self.held_out is None:
@@ -166,9 +183,7 @@ class DiffusionStage:
             return {}
         engine = self.engines["denoiser"]
         with engine.averaged_weights(main_average(self.averages, "denoiser")):
-            return self.generation.measure(
-                self._denoiser, self.schedule, self.latent_shape, engine.compute_dtype
-            )
+            return self.generation.measure(self._denoiser, self.schedule, engine.compute_dtype)
 
     def finish(self) -> dict[str, float]:
         return {}
@@ -176,7 +191,8 @@ class DiffusionStage:
     def state(self) -> dict[str, Any]:
         return {
             "latent_scale": self.first_stage.scale.plain(),
-            "latent_shape": list(self.latent_shape),
+            "latent_shape": list(self.latent_shapes[0]),
+            **({"latent_shapes": list(map(list, self.latent_shapes))} if len(self.latent_shapes) > 1 else {}),
             "autoencoder": self.first_stage.digest,
             "text_encoder": self._text_digest,
         }

@@ -118,20 +118,22 @@ class GenerationFigures:
         """`batches`: as many on every rank; their positions are the samples' numbers, from `samples` on padding."""
         self.batches, self.samples, self.network = batches, samples, network
         self.sampler, self.first_seed, self.first_stage = sampler, first_seed, first_stage
-        self._real = self._features(first_stage.batch_latents(batch, SEED) for batch in batches)
+        self._shapes: list[torch.Size] = []  # of each batch's latents
+        self._real = self._features(self._encoded())
 
     @torch.no_grad()
-    def measure(
-        self, denoiser: Denoiser, schedule: NoiseSchedule, latent_shape: Sequence[int], dtype: torch.dtype
-    ) -> dict[str, float]:
-        """The figures by the weights that the denoiser has now, the same on all ranks. Collective."""
+    def measure(self, denoiser: Denoiser, schedule: NoiseSchedule, dtype: torch.dtype) -> dict[str, float]:
+        """The metrics by the weights that the denoiser has now, the same on all ranks. Collective.
+
+        Each image is generated in the shape of its held-out sample.
+        """
         told = [
             batch_conditions(batch, self.first_stage).to(self.first_stage.device) for batch in self.batches
         ]
         with evaluation_mode(denoiser):
             drawn = self._features(
-                self._draw(denoiser, batch, conditions, schedule, latent_shape, dtype)
-                for batch, conditions in zip(self.batches, told, strict=True)
+                self._draw(denoiser, batch, conditions, schedule, shape, dtype)
+                for batch, conditions, shape in zip(self.batches, told, self._shapes, strict=True)
             )
         found = {self.network.distance: frechet_distance_of_features(self._real, drawn)}
         if any(part is not None for part in told[0]):
@@ -140,17 +142,23 @@ class GenerationFigures:
             found["own_nearest_share"] = float(own.double().mean())
         return found
 
+    def _encoded(self) -> Iterator[Tensor]:
+        for batch in self.batches:
+            latents = self.first_stage.batch_latents(batch, SEED)  # [B,C,h,w]
+            self._shapes.append(latents.shape[1:])
+            yield latents
+
     def _draw(
         self,
         denoiser: Denoiser,
         batch: Batch,
         conditions: Conditions,
         schedule: NoiseSchedule,
-        latent_shape: Sequence[int],
+        shape: Sequence[int],
         dtype: torch.dtype,
     ) -> Tensor:
         seeds = [self.first_seed + number for number in batch["position"].tolist()]
-        noise = starting_noise(seeds, latent_shape).to(self.first_stage.device)
+        noise = starting_noise(seeds, shape).to(self.first_stage.device)
         return draw_latents(denoiser, conditions, noise, schedule, self.sampler, dtype, seeds)
 
     def _features(self, latents: Iterator[Tensor]) -> Tensor:

@@ -49,6 +49,16 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return array
 
 
+def on_equal_canvas(images: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 [H,W,3] of several sizes, each in the middle of white of the largest height and width: [N,H,W,3]."""
+    high, wide = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    canvas = np.full((len(images), high, wide, 3), 255, dtype=np.uint8)
+    for place, image in zip(canvas, images, strict=True):
+        top, left = (high - image.shape[0]) // 2, (wide - image.shape[1]) // 2
+        place[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return canvas
+
+
 def side_by_side(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Two rows of uint8 [N,H,W,3], pairs above each other, as one [2H,N*W,3]."""
     return tile(np.concatenate([above, below]), columns=len(above))

@@ -199,7 +199,7 @@ def test_figures_of_drawn_images_are_the_same_on_any_number_of_ranks_and_those_o
     parts = library.load(place / "straight")
     manifest = LatentManifest.load(place / "latents")
     reader = LatentItem(manifest.format, tokenizer=parts.tokenizer)
-    index = Mixture.open([WeightedShards(str(place / "latents" / "00001.tar"))])
+    index = Mixture.open([WeightedShards(str(place / "latents" / "00001.tar"))], build_missing=True)
     batch = next(Loader(index, reader, seed=0, rank=0, world=1, global_batch=7, rank_micro_batch=7))
     features = open_features("efficientnet_lite0", None, None, torch.device("cpu"), key="")
     first_stage = FirstStage(parts.autoencoder, parts.scale, torch.device("cpu"))

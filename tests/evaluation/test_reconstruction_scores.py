@@ -92,10 +92,14 @@ def test_the_frechet_distance_of_known_gaussians():
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [1, 7, 8, 9])
 def test_every_image_is_one_ranks_and_batches_are_the_same_on_any_number_of_ranks(count, world):
-    ranks = [list(shares(count, 2, rank, world)) for rank in range(world)]
+    groups = [range(count), [count, count + 1, count + 2], []]  # images of three shapes
+    ranks = [list(shares(groups, 2, rank, world)) for rank in range(world)]
     assert len({len(turns) for turns in ranks}) == 1, "every rank is called equally often"
-    own = sorted(tuple(batch) for turns in ranks for batch, counts in turns if counts)
-    assert own == sorted(tuple(batch) for batch, _ in shares(count, 2, 0, 1))
+    own = [(group, tuple(batch)) for turns in ranks for group, batch, counts in turns if counts]
+    alone = [(group, tuple(batch)) for group, batch, _ in shares(groups, 2, 0, 1)]
+    assert sorted(own) == alone
+    assert sorted(number for _, batch in own for number in batch) == list(range(count + 3))
+    assert all((number >= count) == (group == 1) for group, batch in own for number in batch)
 
 
 def test_means_are_over_the_images_that_count():

@@ -19,7 +19,7 @@ from ldmscale.models.denoiser import Denoiser
 from ldmscale.models.evaluation_mode import evaluation_mode
 from ldmscale.models.first_stage import LatentScale
 from ldmscale.models.unet import UNet
-from ldmscale.stages.diffusion import DiffusionStage, Preview
+from ldmscale.stages.diffusion import DiffusionStage, Preview, PreviewGroup
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.objective import Objective
 from ldmscale.stages.validation import HeldOut
@@ -60,12 +60,11 @@ def diffusion_stage(classes: ClassEmbedder | None) -> DiffusionStage:
         schedule=NoiseSchedule.make("linear", 100, 0.0015, 0.0195),
         objective=Objective("eps", "l2", caption_dropout=0.5),
         preview=Preview(
-            ("one", "two"),
-            Conditions(labels=torch.tensor([0, 1])),
+            (PreviewGroup(("one", "two"), Conditions(labels=torch.tensor([0, 1])), SHAPE),),
             first_seed=0,
             sampler=SamplerOptions(steps=2, guidance=1.0),
         ),
-        latent_shape=SHAPE,
+        latent_shapes=[SHAPE],
         seed=0,
         ranks=Ranks(0, 1, 0, 1),
         held_out=HeldOut([batch(labels=True)], 2, 1),

@@ -30,7 +30,9 @@ def check_shards(
         )
     kind, _, name = data.caption.partition(":")
     if data.caption != "txt" and not (kind in ("json", "captions") and name):
-        faults.append(f"data.caption={data.caption!r}: expected txt, json:KEY, or (of latents) captions:NAME")
+        faults.append(
+            f"data.caption={data.caption!r}: expected txt or json:KEY (or, of latents, captions:NAME)"
+        )
     elif kind == "captions" and data.kind == "images":
         faults.append(f"data.caption={data.caption!r}: images have no such member; give txt or json:KEY")
     if data.label != "cls" and not (data.label.startswith("json:") and data.label != "json:"):
@@ -112,8 +114,6 @@ def check_image_size(data: DataConfig, autoencoder: AutoencoderConfig) -> list[s
 
 
 def check_fixed_view(data: DataConfig) -> list[str]:
-    if data.bucket_step is not None:
-        return ["data.bucket_step is set: the latents of a set have one shape; give data.bucket_step=null"]
     if data.crop == "random" or data.flip:
         return [
             "data.crop=random or data.flip=true: one fixed view of each image is read here; give data.crop=center data.flip=false "

@@ -144,10 +144,11 @@ class Loader:
             self.close(at_once=not isinstance(error, DataError))
             raise
         self.wait_seconds += time.perf_counter() - began
-        fault = batch.pop(_FAULT, None)
-        if fault is not None:
+        try:
+            batch = _whole(batch)
+        except DataError:
             self.close()  # asked again, it reads the same samples again
-            raise (StoreError if batch[_UNREACHABLE] else DataError)(fault)
+            raise
         self._handed_out += 1
         if self._handed_out == self.accumulation:
             self._done.take(self._global_batch)
@@ -161,14 +162,13 @@ class Loader:
         end(batches, at_once=at_once)
 
     def _start(self) -> Iterator[Batch]:
-        remote = any(not is_local(url) for url in self.index.shards)
-        samples = _Samples(self._fetcher, batched=not remote)
+        samples = MicroBatches(self._fetcher)
         if (
             not self._workers
         ):  # torch's loader would do the same, with more ceremony than latents take to read
             return map(self._pinned, map(samples.__getitem__, self._micro_batches()))
         # fsspec's asynchronous stores have a thread of their own, which does not survive a fork.
-        context = "forkserver" if remote else "fork"
+        context = "forkserver" if samples.remote else "fork"
         loader: DataLoader[Batch] = DataLoader(
             samples,
             batch_size=None,  # each item is a batch
@@ -227,14 +227,27 @@ class Loader:
         self.read += len(skipped) + sum(skipped)
 
 
-class _Samples(Dataset[Batch]):
-    """Tickets to a batch: one after another, or, of latents that lie on a disk, all at once."""
+class MicroBatches(Dataset[Batch]):
+    """Reads micro-batches: sample by sample, or, of latents that lie on a disk, all samples at once."""
 
-    def __init__(self, fetcher: Fetcher[Item], *, batched: bool) -> None:
+    def __init__(self, fetcher: Fetcher[Item]) -> None:
         self.fetcher = fetcher
+        self.remote = any(not is_local(url) for url in fetcher.reader.index.shards)
         self._memory = BatchMemory()
         item = fetcher.make_item
+        batched = isinstance(item, LatentItem) and not self.remote
         self.latents = LatentReader(fetcher, item) if batched and isinstance(item, LatentItem) else None
+
+    def batch(self, run: Run) -> Batch:
+        """The micro-batch of a run.
+
+        Raises:
+            DataError: as `Fetcher.fetch`.
+            StoreError: if the shards' store cannot be reached.
+        """
+        batch = _whole(self[run])
+        del batch[SKIPPED]
+        return batch
 
     def __getitem__(self, run: Run) -> Batch:
         try:
@@ -271,6 +284,14 @@ class _Samples(Dataset[Batch]):
     ) -> dict[str, Any]:
         fetched = self.fetcher.fetch(ticket, make_item, sample)
         return {**fetched.item, "position": ticket.position, "key": fetched.key, SKIPPED: fetched.skipped}
+
+
+def _whole(batch: Batch) -> Batch:
+    """The batch, or the fault that a worker returned in its place, raised."""
+    fault = batch.pop(_FAULT, None)
+    if fault is not None:
+        raise (StoreError if batch[_UNREACHABLE] else DataError)(fault)
+    return batch
 
 
 def _as_it_is(batch: Any) -> Any:

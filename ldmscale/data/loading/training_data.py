@@ -137,7 +137,10 @@ class TrainingData:
 
 
 def fixed_batch(index: Mixture, make_item: MakeItem, count: int) -> Batch:
-    """A batch of `count` samples, the same on every rank and in every run: the first in the order of seed 0."""
+    """A batch of `count` samples, the same on every rank and in every run: the first in the order of seed 0.
+
+    With aspect-ratio buckets all are of one; `held_out.fixed_batches` has samples of each.
+    """
     loader = Loader(index, make_item, seed=0, rank=0, world=1, global_batch=count, rank_micro_batch=count)
     return next(loader)
 
