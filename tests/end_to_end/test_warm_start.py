@@ -38,6 +38,8 @@ def test_a_run_begins_with_the_weights_of_another_one(host: Any, tmp_path: Path)
     first = tmp_path / "first"
     averaged, raw = weights(first, "ema"), weights(first, "master")
     assert not same(averaged, raw)
+    # The average covers the text transformer, too (docs/numerics.md).
+    assert any(name.startswith("text_encoder.") for name in averaged) and averaged.keys() == raw.keys()
     still = [*job, *STILL, "warm_start.path=first"]
     host.finish([*still, "run.dir=averaged", "zero=3", "zero.persistence_threshold=0"], keys)
     assert same(weights(tmp_path / "averaged", "master"), averaged)

@@ -101,3 +101,12 @@ def test_the_shuffle_is_as_good_as_the_docs_say(block: int) -> None:
     place = {sample: position for position, sample in enumerate(sequence)}
     apart = [abs(place[s, i] - place[s, i + 1]) for s in range(shards) for i in range(samples - 1)]
     assert np.mean(apart) == pytest.approx(block * samples / 3, rel=0.05)
+
+
+@pytest.mark.parametrize(("shards", "alone"), [(16, 4), (17, 1), (18, 2), (20, 4)])
+def test_the_last_block_of_an_epoch_holds_the_shards_that_are_left(shards: int, alone: int) -> None:
+    """A documented choice (docs/numerics.md): one shard alone where the block leaves a rest of one."""
+    order = Order([5] * shards, seed=3, block_shards=4)
+    last = [order.sample_at(position)[1] for position in range(order.total - 5 * alone, order.total)]
+    before = {order.sample_at(position)[1] for position in range(order.total - 5 * alone)}
+    assert len(set(last)) == alone and not before & set(last)
