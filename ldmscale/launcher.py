@@ -48,11 +48,14 @@ _POLL_SECONDS = 0.05
 _INDEPENDENT = ("latents",)
 
 
-def launch(arguments: Sequence[str], ranks: int | None = None, *, cpu: bool = False) -> int:
+def launch(
+    arguments: Sequence[str], ranks: int | None = None, *, cpu: bool = False, deliver: bool = False
+) -> int:
     """Run `ldmscale ARGUMENTS...` on `ranks` processes of this node (None: one a GPU, or one) and return the
     exit status.
 
     The status is that of the first rank that failed; 2 or 75 if ranks ended so and none failed; else 0.
+    `deliver`: a signal that reached the ranks reaches the caller's own handler too, once they have ended.
     Raises ConfigError if there are fewer GPUs than ranks.
     """
     gpus = 0 if cpu else count_gpus()
@@ -69,11 +72,17 @@ def launch(arguments: Sequence[str], ranks: int | None = None, *, cpu: bool = Fa
         shared_environment(os.environ, count, gpus),
         count,
         independent=next(iter(arguments), "") in _INDEPENDENT,
+        deliver=deliver,
     )
 
 
 def run_ranks(
-    command: Sequence[str], env: Mapping[str, str], count: int, *, independent: bool = False
+    command: Sequence[str],
+    env: Mapping[str, str],
+    count: int,
+    *,
+    independent: bool = False,
+    deliver: bool = False,
 ) -> int:
     """Run `command` as ranks 0 to count-1 with `env` and return the status of the job (see `launch`).
 
@@ -108,6 +117,8 @@ def run_ranks(
                 process.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if deliver and received:
+                signal.raise_signal(received[0])
 
 
 def count_gpus(env: Mapping[str, str] = os.environ) -> int:

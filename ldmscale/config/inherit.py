@@ -47,9 +47,15 @@ def inherited(config: _J) -> _J:
 
 def check_inherited_size(config: LatentsJob | EvaluateJob) -> list[str]:
     """A size that is neither given nor stated by the model."""
-    if config.data.image_size is not None:
-        return []
     key, path = model_read(config) or ("", "")
+    size, factor = config.data.image_size, _factor(Path(path))
+    if size is not None and factor is not None and size % factor:
+        return [
+            f"data.image_size={size} is no multiple of the factor {factor} of the autoencoder in {key}={path}: give "
+            f"data.image_size={-(-size // factor) * factor}"
+        ]
+    if size is not None:
+        return []
     return [
         f"data.image_size is not set, and {key}={path} does not state the image size that it was trained at: give "
         "data.image_size=N, for instance 256"
@@ -93,6 +99,23 @@ def trained_size(path: Path) -> int | None:
             return None
         path = Path(first_stage["path"])
     return None
+
+
+def _factor(path: Path) -> int | None:
+    """Pixels along one side of a latent position, as the model's files state it."""
+    if path.name.startswith("step_") and (path / "COMPLETE").is_file():
+        path = path.parent.parent
+    if is_foreign(path):
+        levels = _section(_section(_json(path / "model.json"), "parts"), "autoencoder").get("channel_mult")
+        for name in ("vae", "vqvae", "."):
+            levels = levels or _json(path / name / "config.json").get("block_out_channels")
+    else:
+        try:
+            autoencoder = _section(RunFolder(path).config(), "autoencoder")
+        except ConfigError:
+            return None
+        levels = None if autoencoder.get("kind") == "pixels" else autoencoder.get("channel_mult")
+    return int(2 ** (len(levels) - 1)) if isinstance(levels, list) and levels else None
 
 
 def _result_file(model: Path, kind: str) -> Path:

@@ -90,7 +90,7 @@ def _run(config: QuickstartJob, folder: Path) -> int:
     for title, arguments in stages:
         log.info("%s on %d ranks", title, ranks)
         with _timed(folder, arguments[0]):
-            status = launch(arguments, ranks)
+            status = launch(arguments, ranks, deliver=True)
         if status:
             how = logging.INFO if status == EXIT_STOPPED else logging.ERROR
             log.log(how, "%s ended with status %d", title, status)

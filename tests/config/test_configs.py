@@ -110,6 +110,7 @@ FAULTS = [
     ("autoencoder", [], 1, "give the path of the weights"),
     ("autoencoder", ["loss.perceptual_weights=null"], 1, "or give loss.perceptual=efficientnet_lite0 or none"),
     ("diffusion", ["diffusion.zero_terminal_snr=true"], 1, "give diffusion.prediction=v (or x0)"),
+    ("diffusion", ["experiment=class_small", "class_embedder.names=absent.txt"], 1, "absent.txt: there is no such file"),
     ("diffusion", ["diffusion.weighting=min_snr", "diffusion.loss=l1"], 1, "give diffusion.loss=l2"),
     ("diffusion", ["diffusion.beta_start=0.5"], 1, "the published are 0.00085 and 0.012"),
     ("diffusion", ["diffusion.loss_bins=1001"], 1, "give as many at most"),

@@ -117,6 +117,23 @@ def test_a_job_inherits_the_size_and_warns_of_another(place: Path, kind: type) -
 
 
 @pytest.mark.parametrize("kind", JOBS)
+def test_a_size_that_the_autoencoder_cannot_halve_is_refused_from_its_configuration(
+    place: Path, kind: type
+) -> None:
+    key, words = JOBS[kind]
+    values = {
+        "job": "autoencoder",
+        "data": {"image_size": 64},
+        "autoencoder": {"kind": "kl", "channel_mult": [1, 2, 4, 4]},
+    }
+    run_of(place / "f8", values)
+    with pytest.raises(ConfigError, match="no multiple of the factor 8") as error:
+        resolved(kind, [*words, f"{key}=f8", "data.image_size=100"], 1)
+    assert any("give data.image_size=104" in fault for fault in error.value.faults)
+    assert resolved(kind, [*words, f"{key}=f8", "data.image_size=104"], 1).data.image_size == 104
+
+
+@pytest.mark.parametrize("kind", JOBS)
 def test_a_model_without_a_size_asks_for_one_and_an_absent_model_only_for_itself(
     place: Path, kind: type
 ) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from processes import running
 
+from ldmscale.distributed.preemption import Interruptible, StopSignal
 from ldmscale.errors import ConfigError
-from ldmscale.launcher import count_gpus, free_port, launch, shared_environment, visible_gpus
+from ldmscale.launcher import count_gpus, free_port, launch, run_ranks, shared_environment, visible_gpus
 
 CHECKOUT = Path(__file__).parents[2]
 # argv: number of ranks, then the program of a rank
@@ -159,6 +160,17 @@ def test_ranks_know_each_other():
     first, second = sorted(line.split() for line in out.splitlines())
     assert first[:5] == ["0", "0", "2", "2", "127.0.0.1"] and second[:5] == ["1", "1", "2", "2", "127.0.0.1"]
     assert first[5] == second[5]
+
+
+@pytest.mark.distributed
+def test_a_signal_that_ranks_finish_in_spite_of_reaches_the_caller_who_asks_for_it():
+    """The stage of a quickstart that ends well after Ctrl-C is followed by no other."""
+    program = "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.kill(os.getppid(), signal.SIGTERM)"
+    command = [sys.executable, "-c", program]
+    with Interruptible() as signals:
+        assert run_ranks(command, {**os.environ}, 1) == 0 and signals.reason is None
+        with pytest.raises(StopSignal):
+            run_ranks(command, {**os.environ}, 1, deliver=True)
 
 
 def test_cores_are_shared_among_ranks_unless_the_user_says_otherwise():

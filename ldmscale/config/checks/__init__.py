@@ -37,7 +37,7 @@ from ldmscale.config.checks.data import (
     check_source,
     check_writable,
 )
-from ldmscale.config.checks.networks import check_autoencoder, check_conditions, check_unet
+from ldmscale.config.checks.networks import check_autoencoder, check_class_names, check_conditions, check_unet
 from ldmscale.config.checks.pretrained_text import check_text_encoder
 from ldmscale.config.checks.sampling import check_export, check_import, check_sample
 from ldmscale.config.checks.stages import (
@@ -90,6 +90,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_warm_start(config),
             *check_unet(config.unet),
             *check_conditions(config),
+            *check_class_names(config),
             *check_text_encoder(config.text_encoder),
             *check_latents(config),
             *check_objective(config.diffusion),

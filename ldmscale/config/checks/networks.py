@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import AutoencoderConfig, DiffusionJob, TextEncoderConfig, UNetConfig
 
 
@@ -61,6 +63,17 @@ def check_unet(unet: UNetConfig) -> list[str]:
                     f"unet.{name}={divisor} does not divide the {width} channels of level {level}: choose a divisor"
                 )
     return faults
+
+
+def check_class_names(config: DiffusionJob) -> list[str]:
+    """A file of class names, which is read when the run begins and kept with it."""
+    if RunFolder(config.run.dir).classes.is_file():
+        return []
+    return [
+        f"{section}.names={part.names}: there is no such file; give one, found, or null"
+        for section, part in (("class_embedder", config.class_embedder), ("layout", config.layout))
+        if part is not None and part.names not in (None, "found") and not Path(str(part.names)).is_file()
+    ]
 
 
 def check_conditions(config: DiffusionJob) -> list[str]:
