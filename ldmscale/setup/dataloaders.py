@@ -82,6 +82,11 @@ def generation_figures(
     assert network is not None
     run.note("generation_features", {"name": chosen.features, "sha256": network.sha256})
     batches, samples = _held_out_batches(run, config, make_item, chosen.samples, chosen.rank_batch)
+    if samples < 2:  # now, and not at the first measurement
+        raise DataError(
+            f"data.heldout_shards={config.data.heldout_shards} holds {samples} samples, and {network.distance} needs two, for a "
+            "covariance: give more, or generation.every_steps=0", shared=True,
+        )  # fmt: skip
     sampler = SamplerOptions(chosen.sampler_steps, chosen.guidance, prediction=config.diffusion.prediction)
     named = FeatureNetwork(network.distance, network.width, network)
     return GenerationFigures(batches, samples, named, sampler, chosen.seed, first_stage)

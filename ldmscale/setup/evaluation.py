@@ -105,6 +105,20 @@ def evaluate_reconstruction(
                 made.add(extractor(reconstructed))
     means = scores.means()
     count, names, faults = images.identity()
+    needed = 1 if extractor is None else 2
+    if count < needed:
+        use = (
+            "a measurement needs one"
+            if extractor is None
+            else f"{extractor.distance} needs two, for a covariance"
+        )
+        raise DataError(
+            f"data.shards={config.data.shards}: {count} images could be used"
+            + (f" ({len(faults)} could not be read; the first: {faults[0]})" if faults else "")
+            + f", and {use}: give more, or a larger evaluate.samples"
+            + ("" if extractor is None else ", or evaluate.features=none"),
+            shared=True,
+        )
     metrics: dict[str, Any] = {"psnr_db": means.get("psnr_db"), "ssim": means["ssim"]}
     if distance is not None:
         metrics["perceptual"] = {"name": chosen.perceptual, "distance": means["perceptual"]}

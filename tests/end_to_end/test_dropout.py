@@ -1,4 +1,7 @@
-"""Dropout masks are those of the samples: ranks draw different ones, and a run that moves between rank counts the same."""
+"""Dropout masks are those of the samples: ranks draw different ones, and a run that moves between rank counts the same.
+
+transformers#31412: the same masks on all ranks, by one seed for all.
+"""
 
 from __future__ import annotations
 

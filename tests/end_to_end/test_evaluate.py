@@ -60,6 +60,14 @@ def test_evaluation_repeats_the_validation_and_does_not_depend_on_ranks(tmp_path
     assert (protocol["images"], protocol["latent"], protocol["trained_on"]) == (21, "nearest codes", [])
     assert protocol["model"]["ema"] is True and protocol["model"]["average"] == "ema"
     assert load(tmp_path / "run", ema=False).autoencoder_average is None
+    # torchmetrics#1652: a Frechet distance of one image is an error that says so, not one of the linear algebra.
+    for features, images, status in (("efficientnet_lite0", 1, 2), ("none", 1, 0)):
+        done = ldmscale(
+            "evaluate", "evaluate.model=run", f"data.shards={heldout}", f"evaluate.samples={images}",
+            f"evaluate.features={features}", "evaluate.out=one.json", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr[-3000:]
+        assert (status == 0) or "needs two, for a covariance" in done.stderr
     # 13 images that neither ranks nor batches divide: the latents of 8 x 8 positions of just these.
     statistics = load(tmp_path / "run").latent_statistics
     assert statistics is not None and statistics["positions"] == 13 * 8 * 8

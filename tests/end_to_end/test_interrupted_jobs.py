@@ -1,4 +1,7 @@
-"""Every job that a signal interrupts ends with 75 and says what the same command does, wherever the signal finds it."""
+"""Every job that a signal interrupts ends with 75 and says what the same command does, wherever the signal finds it.
+
+pytorch-lightning#19916: an interrupted run ended with 0, and scripts went on as if it had finished.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,9 @@ def test_an_interrupted_job_ends_with_75_and_names_what_comes_next(
 
 
 def test_ranks_that_wait_for_an_interrupted_one_end_too(host: Host, tmp_path: Path) -> None:
-    """One rank has its configuration and waits in torch for the other one, which has not."""
+    """One rank has its configuration and waits in torch for the other one, which has not. pytorch#63802: such a wait heard no
+    SIGINT, for ever.
+    """
     config = read(EvaluateJob, compose_job("evaluate", ["evaluate.model=ae", "data.shards=x.tar"]))
     (tmp_path / "ae" / "checkpoints" / "step_00000001").mkdir(parents=True)
     (tmp_path / "ae" / "checkpoints" / "step_00000001" / "COMPLETE").touch()
