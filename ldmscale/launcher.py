@@ -13,6 +13,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
 import random
 import re
@@ -31,6 +32,7 @@ from types import FrameType
 from ldmscale.distributed.environment import LAUNCHER, PARTED, have_parted
 from ldmscale.distributed.preemption import Interruptible, StopSignal
 from ldmscale.errors import ConfigError
+from ldmscale.waiting import Wait, WaitTimeoutError, finished
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def run_ranks(
                 )
             for number in received:  # which came before all ranks were there
                 _signal_all(processes, number)
-            return _wait(processes, None if folder is None else Path(folder))
+            return _wait(processes, None if folder is None else Path(folder), received)
         finally:
             _signal_all(processes, signal.SIGKILL)
             for process in processes:
@@ -128,12 +130,15 @@ def count_gpus(env: Mapping[str, str] = os.environ) -> int:
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return 0
-    listing = subprocess.run(
-        [smi, "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
-    )
+    try:
+        listing = finished([smi, "-L"], cause="nvidia-smi -L, which lists the GPUs", limit_seconds=60.0)
+    except WaitTimeoutError as error:
+        raise ConfigError(
+            f"{error}: the driver of the GPUs hangs (`dmesg` says more); restart the node, or give --cpu to use no GPU"
+        ) from None
     if listing.returncode != 0:
         return 0
-    return visible_gpus(listing.stdout, env.get("CUDA_VISIBLE_DEVICES"))
+    return visible_gpus(listing.stdout.decode("utf-8", "replace"), env.get("CUDA_VISIBLE_DEVICES"))
 
 
 def visible_gpus(listing: str, visible: str | None) -> int:
@@ -245,14 +250,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _STOPPED
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], parted: Path | None) -> int:
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], parted: Path | None, received: Sequence[int] = ()
+) -> int:
     """Wait for all ranks; once one has failed, end those that may wait for it. Returns the job's status.
 
     `parted`: where ranks tell that they wait for no other (`distributed.environment`); None: they always do.
+    `received`: signals that were passed on so far.
     """
     ended: dict[int, int] = {}  # rank: status, of ranks that ended by themselves, in this order
     deadline: float | None = None
     terminated = False
+    stopping: Wait | None = None
     while True:
         running = [rank for rank, process in enumerate(processes) if process.poll() is None]
         alone = parted is not None and have_parted(parted, running)
@@ -279,7 +288,18 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], parted: Path | None) -> 
         if deadline is not None and time.monotonic() > deadline:
             _signal_all(processes, signal.SIGKILL if terminated else signal.SIGTERM)
             terminated, deadline = True, time.monotonic() + _SECONDS_TO_TERMINATE
+        if received:
+            # They save; how long that may take is for the one who signals to say. A second signal is passed on as well.
+            stopping = stopping or Wait(
+                lambda: _still_there(processes), limit_seconds=math.inf, obeys_stop=False
+            )
+            stopping.check()
         time.sleep(_POLL_SECONDS)
+
+
+def _still_there(processes: Sequence[subprocess.Popen[bytes]]) -> str:
+    ranks = [str(rank) for rank, process in enumerate(processes) if process.poll() is None]
+    return f"rank {', '.join(ranks)}, asked to stop; training ranks save first"
 
 
 def _job_status(statuses: Sequence[int]) -> int:

@@ -1,8 +1,8 @@
 """Waits that log their cause, obey a stop and end: the one mechanism for everything that may take longer than 10 s.
 
-`Wait` is for loops that look whether something has happened. `announced` is for a call that blocks by itself and has a
-limit of its own. Both log the cause after 10 s and then once a minute. A `Wait` also ends within a second of a stop
-request, by StoppedEarlyError, and at its time limit, by WaitTimeoutError.
+`Wait` is for loops that look whether something has happened, `finished` for programs. `announced` is for a call that blocks
+by itself and has a limit of its own. All log the cause after 10 s and then once a minute. The first two also end within a
+second of a stop request, by StoppedEarlyError, and at their time limit, by WaitTimeoutError.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from typing import IO
 
 from ldmscale.errors import LdmscaleError, StoppedEarlyError
 
@@ -58,6 +61,11 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         _stoppable.reset(token)
+
+
+def make_stoppable() -> None:
+    """Put the rest of this thread inside `stoppable`; the initializer of a pool of threads."""
+    _stoppable.set(True)
 
 
 def is_stoppable() -> bool:
@@ -124,6 +132,34 @@ class Wait:
 
     def _words(self) -> str:
         return self._cause if isinstance(self._cause, str) else self._cause()
+
+
+def finished(
+    command: Sequence[str], *, cause: str, limit_seconds: float, stdout: int | IO[bytes] = subprocess.PIPE
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program without standard input and wait for its end, as `Wait` does; it is killed where the wait ends early.
+
+    Programs that it started itself are killed, too. Raises OSError where it cannot be started.
+    """
+    wait = Wait(
+        cause,
+        limit_seconds=limit_seconds,
+        remedy="look at what it waits for, and start the same command again",
+    )
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            while True:
+                try:
+                    out, error = process.communicate(timeout=min(_LONGEST_TURN, limit_seconds))
+                    return subprocess.CompletedProcess(command, process.returncode, out or b"", error or b"")
+                except subprocess.TimeoutExpired:
+                    wait.check()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from ldmscale.errors import CheckpointError, DataError
 from ldmscale.storage.atomic import move, sync, write_text
 from ldmscale.storage.digest import FileRecord
 from ldmscale.storage.object_store import Storage
+from ldmscale.waiting import Wait, WaitTimeoutError
 
 log = logging.getLogger(__name__)
 
@@ -355,7 +356,9 @@ def _visible_part(folder: Path, described: FileRecord) -> manifests.Part:
 
     On a network file system another node's files may appear late. Raises CheckpointError if they never do.
     """
-    deadline = time.monotonic() + _VISIBLE_SECONDS
+    wait = Wait(
+        f"the files of other ranks in {folder}", limit_seconds=_VISIBLE_SECONDS, obeys_stop=False
+    )  # a save
     while True:
         try:
             part = manifests.read_part(folder / described.name, described)
@@ -365,9 +368,10 @@ def _visible_part(folder: Path, described: FileRecord) -> manifests.Part:
             fault = f"{part.file.name} has {found} bytes, its rank wrote {part.file.size}"
         except (CheckpointError, OSError) as error:
             fault = str(error)
-        if time.monotonic() > deadline:
+        try:
+            wait.turn(0.2)
+        except WaitTimeoutError:
             raise CheckpointError(
                 f"rank 0 does not see what another rank wrote ({fault}): is {folder.parent} on a file system "
                 "that all nodes share?"
-            )
-        time.sleep(0.2)
+            ) from None

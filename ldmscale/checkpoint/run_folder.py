@@ -22,6 +22,7 @@ from ldmscale.storage.digest import sha256
 from ldmscale.storage.lease import Lease, check_held, take
 from ldmscale.storage.names import WANDB_ID, shown
 from ldmscale.storage.plain_values import Count, bounded, checked, parsed_object
+from ldmscale.waiting import WaitTimeoutError, finished
 
 log = logging.getLogger(__name__)
 
@@ -192,13 +193,12 @@ def git_revision() -> str | None:
     try:
         revision = _git(home, "rev-parse", "HEAD")
         return revision + ("+" if _git(home, "status", "--porcelain", "--", "ldmscale", "conf") else "")
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, WaitTimeoutError):
         return None
 
 
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=20
-    )
-    return done.stdout.strip()
+    done = finished(command, cause=f"git, which looks at {folder}", limit_seconds=20.0)
+    done.check_returncode()
+    return done.stdout.decode("utf-8", "replace").strip()

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from ldmscale.distributed import collectives
 from ldmscale.errors import CheckpointError, DataError, LdmscaleError
+from ldmscale.waiting import Wait
 
 R = TypeVar("R")
 
@@ -99,6 +100,8 @@ def _final(error: BaseException | None) -> bool:
 
 
 T = TypeVar("T")
+_LONGEST_SECONDS = 6 * 3600.0  # for one part of a save or an upload
+_JOIN_SECONDS = 0.5
 
 
 class Background(Generic[T]):
@@ -123,7 +126,16 @@ class Background(Generic[T]):
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        self._thread.join()
+        """Until it is done. Not ended by a stop request: what it saves is what a stop waits for."""
+        wait = Wait(
+            f"the thread that is to {self._thread.name}; is its file system or store slow, or away",
+            limit_seconds=_LONGEST_SECONDS,
+            remedy="look at the file system or store, and start the same command again from the checkpoint before",
+            obeys_stop=False,
+        )
+        while self._thread.is_alive():
+            self._thread.join(_JOIN_SECONDS)
+            wait.check()
 
     @property
     def value(self) -> T:

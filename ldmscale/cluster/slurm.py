@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from ldmscale.cluster.submission import Frozen
 from ldmscale.config import ClusterConfig
 from ldmscale.config.checks.cluster import expanded
 from ldmscale.errors import ConfigError
+from ldmscale.waiting import WaitTimeoutError, finished
 
 _BODY_BEGINS = "set -euo pipefail"
 # Variables of ranks that the shell which submits may hold, and sbatch passes on: each rank would believe to be the same.
@@ -171,17 +171,17 @@ def cancel(jobs: Sequence[str]) -> None:
 
 def _ask(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS, check=False
+        done = finished(
+            command, cause=f"{command[0]}, which asks the controller of Slurm", limit_seconds=_SECONDS
         )
     except FileNotFoundError:
         raise ConfigError(
             f"{command[0]} is not on this machine: submit on a login node of the cluster, or give --dry-run to see "
             "the script"
         ) from None
-    except subprocess.TimeoutExpired:
+    except WaitTimeoutError:
         raise ConfigError(f"{command[0]} gave no answer in {_SECONDS:.0f} s: is the controller up?") from None
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip()
+        said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()
         raise ConfigError(f"{command[0]} refused: {said}")
-    return done.stdout.strip()
+    return done.stdout.decode("utf-8", "replace").strip()

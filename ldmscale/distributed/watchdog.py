@@ -28,6 +28,7 @@ from pydantic import Field
 from ldmscale.distributed.environment import Ranks
 from ldmscale.storage.atomic import write_json
 from ldmscale.storage.plain_values import Count, checked, parsed_object
+from ldmscale.waiting import announced
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,8 @@ class Heartbeat:
         """Say that this rank has ended, and stop watching."""
         self.enter("end", self._step)
         self._ended.set()
-        self._thread.join(_SECONDS_TO_END)  # longer only where the store does not answer
+        with announced("the thread of the heartbeat; does the file system of the run folder answer"):
+            self._thread.join(_SECONDS_TO_END)  # longer only where the store does not answer
 
     def _beat(self) -> None:
         while True:

@@ -16,6 +16,7 @@ from ldmscale.data.shards.selection import Selection
 from ldmscale.distributed.collectives import barrier, from_main_rank
 from ldmscale.distributed.environment import Ranks
 from ldmscale.storage.object_store import Storage
+from ldmscale.waiting import stoppable
 
 Patterns = str | Sequence[str] | Sequence[WeightedShardsConfig]
 
@@ -41,9 +42,10 @@ def open_index(patterns: Patterns, data: DataConfig, ranks: Ranks, shapes: tuple
             open_set=open_latents if data.kind == "latents" else ShardIndex.open,
         )
 
-    from_main_rank(lambda: open_sets(build_missing=True).fingerprint)
-    if ranks.local_rank == 0 and not ranks.is_main:
-        open_sets(build_missing=True)
+    with stoppable():
+        from_main_rank(lambda: open_sets(build_missing=True).fingerprint)
+        if ranks.local_rank == 0 and not ranks.is_main:
+            open_sets(build_missing=True)
     barrier()
     return open_sets(build_missing=False)
 

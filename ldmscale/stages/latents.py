@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +39,7 @@ from ldmscale.models.bottleneck import Posterior
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.storage.lease import LeaseLostError
 from ldmscale.storage.object_store import StoreError
-from ldmscale.waiting import Wait
+from ldmscale.waiting import Wait, make_stoppable
 
 log = logging.getLogger(__name__)
 
@@ -213,9 +214,12 @@ class _Line:
         self._shards: dict[int, _Shard] = {}  # by the claim's number
         self._claimed = 0
         self._encoder = Encoder(work.first_stage, work.batch)
-        self._ahead, self._behind = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(1, "writer")
+        # A stop must not wait for a store that does not answer: what is not finished is dropped.
+        self._ahead, self._behind = (
+            ThreadPoolExecutor(1, name, make_stoppable) for name in ("reader", "writer")
+        )
         self._pending: deque[Future[None]] = deque()
-        self._uploads = ThreadPoolExecutor(1, "uploader") if claims.place.remote else None
+        self._uploads = ThreadPoolExecutor(1, "uploader", make_stoppable) if claims.place.remote else None
         self._uploading: deque[Future[None]] = deque()
         remote = any(not is_local(url) for url in work.reader.index.shards)
         # As in `Loader`: stores have threads of their own, which do not survive a fork. Workers only read: where images
@@ -249,9 +253,17 @@ class _Line:
 
     def run(self) -> int:
         """Makes whatever can be claimed; the number of batches that were."""
+        try:
+            return self._run()
+        except StoppedEarlyError:
+            if not self._stopped():
+                raise
+            return 0
+
+    def _run(self) -> int:
         chunks, done = iter(self._loader), 0
         ahead = self._ahead.submit(_next_or_none, chunks)
-        while (chunk := self._unless_stopped(ahead)) is not None and not self._stopped():
+        while (chunk := ahead.result()) is not None and not self._stopped():
             ahead = self._ahead.submit(_next_or_none, chunks)
             if chunk.unreachable:
                 raise StoreError(chunk.unreachable)
@@ -261,14 +273,6 @@ class _Line:
             _wait(self._pending, 0)
             _wait(self._uploading, 0)
         return done
-
-    def _unless_stopped(self, ahead: Future[Chunk | None]) -> Chunk | None:
-        try:
-            return ahead.result()
-        except StoppedEarlyError:
-            if not self._stopped():
-                raise
-            return None
 
     def spans(self) -> Iterator[Span]:
         """Claims shards as they are asked for."""
@@ -359,8 +363,19 @@ def _next_or_none(chunks: Iterator[Chunk]) -> Chunk | None:
 
 def _wait(pending: deque[Future[None]], most: int) -> None:
     """Until at most so much is left to be done; here the errors of threads come out."""
+    wait = Wait(
+        "the thread that writes shards; does the folder or store of latents.path answer",
+        limit_seconds=math.inf,
+    )
     while len(pending) > most:
-        pending.popleft().result()
+        try:
+            pending[0].result(timeout=_POLL_SECONDS)
+        except FutureTimeoutError:
+            if not pending[0].done():
+                wait.check()
+                continue
+            pending[0].result()  # ended in the meantime, or by an error of this kind
+        pending.popleft()
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ldmscale.errors import ConfigError
+from ldmscale.waiting import Wait
 
 # What fsync of a folder raises on file systems that have no such operation.
+_LONGEST_LOCK_SECONDS = 6 * 3600.0  # what a lock covers, such as a download, takes less
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
@@ -134,10 +136,19 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file `path` during the block. Other processes of this node wait for it."""
+    """Holds the lock file `path` during the block. Other processes of this node wait for it, 6 hours at most.
+
+    The kernel frees it when its holder ends, however that happens.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait = Wait(f"another process of this node, which holds {path}", limit_seconds=_LONGEST_LOCK_SECONDS)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                wait.turn(0.1)
         yield
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from ldmscale.errors import DataError, LdmscaleError
 from ldmscale.storage.atomic import create_file, write_json
 from ldmscale.storage.plain_values import Count, Flag, checked, parsed_object
+from ldmscale.waiting import Wait
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,9 @@ def take(
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_seconds
+    wait = Wait(
+        lambda: _watched(folder, holder, timeout_seconds), limit_seconds=timeout_seconds + wait_seconds + 60.0
+    )
     first: Holder | None = None
     while True:
         holder = newest_holder(folder)
@@ -153,7 +157,12 @@ def take(
         alive = local or (holder.number, holder.beat) != (first.number, first.beat)
         if alive and time.monotonic() >= deadline:
             raise LeaseHeldError(f"{folder} is in use by {holder.told()}")
-        time.sleep(_POLL_SECONDS)
+        wait.turn(_POLL_SECONDS)
+
+
+def _watched(folder: Path, holder: Holder | None, timeout_seconds: float) -> str:
+    by = "another process" if holder is None else holder.told()
+    return f"{folder}, held by {by}; if it shows no life for {timeout_seconds:g} s, it has ended and the folder is free"
 
 
 def take_if_free(

@@ -24,7 +24,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.exceptions import FSTimeoutError
 
-from ldmscale.errors import DataError
+from ldmscale.errors import DataError, StoppedEarlyError
 from ldmscale.storage.atomic import create_file
 from ldmscale.waiting import Wait, WaitTimeoutError, announced, is_stoppable
 
@@ -37,6 +37,7 @@ _CREDENTIALS = (
     "data.storage.endpoint"
 )
 _LOOK_SECONDS = 0.5  # between two looks at the stop request while the store answers
+_STOP_GRACE_SECONDS = 2.0  # a request that ends so soon after a stop request still counts
 _LISTING_TRIES = 3.0  # a listing of a large folder may take as long as so many reads
 
 T = TypeVar("T")
@@ -166,7 +167,12 @@ class Storage:
         """Runs `work` until it succeeds, with waits between, for `patience_seconds` at most."""
         deadline = time.monotonic() + self.patience_seconds
         wait, tries, reason = _FIRST_WAIT, 0, ""
-        waiting = Wait(lambda: f"{what} ({reason})", limit_seconds=math.inf, obeys_stop=is_stoppable())
+        waiting = Wait(
+            lambda: f"{what} ({reason})",
+            limit_seconds=math.inf,  # the deadline ends it
+            obeys_stop=is_stoppable(),
+            grace_seconds=_STOP_GRACE_SECONDS,
+        )
         while True:
             tries += 1
             try:
@@ -179,7 +185,7 @@ class Storage:
                 raise AccessError(f"{what}: the store refuses access ({error}); {_CREDENTIALS}") from error
             except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
                 raise StoreError(f"{what}: {error}; give another path or URL") from error
-            except DataError:
+            except (DataError, StoppedEarlyError):
                 raise
             except Exception as error:  # every backend raises its own kinds
                 failure = error
@@ -211,7 +217,9 @@ class Storage:
                 return getattr(fs, name)(*arguments, **options)
         seconds = self.request_seconds * tries
         answer = asyncio.run_coroutine_threadsafe(getattr(fs, f"_{name}")(*arguments, **options), fs.loop)
-        waiting = Wait(where, limit_seconds=seconds, obeys_stop=is_stoppable())
+        waiting = Wait(
+            where, limit_seconds=seconds, obeys_stop=is_stoppable(), grace_seconds=_STOP_GRACE_SECONDS
+        )
         try:
             while True:
                 try:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ldmscale import redact
 from ldmscale.errors import ConfigError
 from ldmscale.tracking.wandb_environment import Mode, choose_mode
+from ldmscale.waiting import announced
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +86,9 @@ class WandbRun:
         """End the run. A stopped run is marked preempting: W&B then expects it to come back."""
         if status == "stopped":
             self._guarded("mark the run preempting", lambda: self._run.mark_preempting())
-        self._guarded(
-            "finish", lambda: self._run.finish(exit_code={"finished": 0, "stopped": 75, "failed": 1}[status])
-        )
+        exit_code = {"finished": 0, "stopped": 75, "failed": 1}[status]
+        with announced(f"the server of W&B, for {_FINISH_SECONDS:.0f} s at most"):
+            self._guarded("finish", lambda: self._run.finish(exit_code=exit_code))
         self._run = None
 
     def _guarded(self, what: str, action: Callable[[], object]) -> None:
@@ -139,7 +140,7 @@ def start_wandb(
             log.info("W&B is disabled by its own environment (WANDB_MODE or `wandb disabled`)")
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        with _no_answers(), _shown_arguments():
+        with _no_answers(), _shown_arguments(), announced("the server of W&B, for 60 s at most"):
             run = wandb.init(
                 dir=str(folder),
                 mode=chosen,

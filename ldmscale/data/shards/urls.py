@@ -11,7 +11,6 @@ import glob
 import logging
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ from ldmscale.storage.object_store import (
     StoreTimeoutError,
     state_of,
 )
+from ldmscale.waiting import finished, is_stoppable, make_stoppable
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +183,9 @@ def _pipe_copy(url: str) -> Path:
     return cache_folder("pipes") / (sha256(command)[:24] + ".tar")
 
 
+_LONGEST_PIPE_SECONDS = 6 * 3600.0
+
+
 def _run_pipe(url: str, path: Path) -> list[str]:
     log.warning("running the shell command of %s", url)
     command = ["/bin/sh", "-c", url[len("pipe:") :]]
@@ -191,8 +194,8 @@ def _run_pipe(url: str, path: Path) -> list[str]:
         command = [bash, "-o", "pipefail", "-c", url[len("pipe:") :]]
     try:
         with finished_file(path) as temporary, open(temporary, "wb") as stream:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.PIPE, check=False
+            done = finished(
+                command, cause=f"the command of {url}", limit_seconds=_LONGEST_PIPE_SECONDS, stdout=stream
             )
             if done.returncode != 0:
                 last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
@@ -222,7 +225,7 @@ def shard_states(urls: Sequence[str], storage: Storage | None = None) -> list[Sh
             known = listings[url.rsplit("/", 1)[0]].get(shard_name(url))
             return known if known is not None else _remote_state(url, store)
 
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(16, initializer=make_stoppable if is_stoppable() else None) as pool:
             for number, state in zip(remote, pool.map(look_up, remote), strict=True):
                 states[number] = state
     return states

@@ -7,7 +7,6 @@ it.)
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import cache_folder
+from ldmscale.waiting import WaitTimeoutError, finished
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +79,16 @@ def arcade_wheel() -> Path:
             "--disable-pip-version-check",
         ]
         try:
-            done = subprocess.run(
+            done = finished(
                 [*command, ARCADE, "-d", temporary],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=_SECONDS,
-                check=False,
+                cause=f"pip, which fetches {ARCADE}",
+                limit_seconds=_SECONDS,
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except (OSError, WaitTimeoutError) as error:
             raise DataError(f"pip could not fetch {ARCADE} ({type(error).__name__}); {remedy}") from error
         fetched = Path(temporary) / _WHEEL
         if done.returncode != 0 or not zipfile.is_zipfile(fetched):
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
             raise DataError(f"pip could not fetch {ARCADE} ({last}); {remedy}")
         fetched.replace(wheel)
     return wheel
