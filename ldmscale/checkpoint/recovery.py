@@ -7,9 +7,10 @@ from typing import Any
 
 from ldmscale.checkpoint.remote import RemoteCheckpoints
 from ldmscale.checkpoint.run_folder import RunFolder
-from ldmscale.errors import ConfigError
+from ldmscale.errors import ConfigError, StoppedEarlyError
 from ldmscale.storage.names import TOKENIZER_FILE, WANDB_ID, has_form
 from ldmscale.storage.object_store import Storage
+from ldmscale.waiting import stoppable
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,15 @@ def recover(folder: RunFolder, url: str | None, storage: Storage) -> None:
         return
     store = RemoteCheckpoints(url, storage)
     try:
-        steps = store.steps()
-        if not steps:
-            return
-        found = store.manifest(steps[-1]).state.get("run")
-        about: dict[str, Any] = found if isinstance(found, dict) else {}
-        names = store.get_beside(folder.path, _restorable, _LARGEST)
+        with stoppable():
+            steps = store.steps()
+            if not steps:
+                return
+            found = store.manifest(steps[-1]).state.get("run")
+            about: dict[str, Any] = found if isinstance(found, dict) else {}
+            names = store.get_beside(folder.path, _restorable, _LARGEST)
+    except StoppedEarlyError:
+        raise
     except Exception as error:  # each store's library has its own
         raise ConfigError(
             f"checkpoint.url={url} cannot be read ({error!r}), and {folder.path} holds no run: whether a run is to be "

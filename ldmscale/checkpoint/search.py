@@ -13,8 +13,9 @@ from ldmscale.checkpoint.folders import complete_checkpoints, folder_name, step_
 from ldmscale.checkpoint.remote import RemoteCheckpoints
 from ldmscale.checkpoint.shards import Reader
 from ldmscale.distributed import collectives
-from ldmscale.errors import CheckpointError
+from ldmscale.errors import CheckpointError, StoppedEarlyError
 from ldmscale.storage.atomic import move
+from ldmscale.waiting import stoppable
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +58,21 @@ class Search:
 
     def _stored(self) -> list[str]:
         """Checkpoints in the store, oldest first. One that does not answer counts as empty, which is told."""
-        names: list[str] = []
-        if self._remote is not None and self._rank == 0:
+        remote = self._remote
+
+        def names() -> list[str]:
+            if remote is None:
+                return []
             try:
-                names = [folder_name(step) for step in self._remote.steps()]
+                with stoppable():
+                    return [folder_name(step) for step in remote.steps()]
+            except StoppedEarlyError:
+                raise
             except Exception as error:  # each store's library has its own
-                log.error("%s cannot be read (%s): only the disk is looked at", self._remote.url, error)
-        return collectives.broadcast_object(names)
+                log.error("%s cannot be read (%s): only the disk is looked at", remote.url, error)
+                return []
+
+        return collectives.from_main_rank(names)
 
     def _faults(self, folder: Path) -> list[str]:
         """Faults that any rank finds; the hashes of the files are shared out among the ranks."""
@@ -78,16 +87,22 @@ class Search:
         target = self._folder / name
         temporary = self._folder / f"{name}.{self._attempt:05d}.tmp"
         fault: list[str] = []
+        stopped: list[str] = []
         try:
             step = step_of(target)
             assert step is not None
             temporary.mkdir(parents=True, exist_ok=True)
-            if self._rank == 0:
-                remote.get_small(step, temporary)
-            for file in remote.manifest(step).files[self._rank :: self._world_size]:
-                remote.get(step, file.name, file.size, temporary)
+            with stoppable():
+                if self._rank == 0:
+                    remote.get_small(step, temporary)
+                for file in remote.manifest(step).files[self._rank :: self._world_size]:
+                    remote.get(step, file.name, file.size, temporary)
+        except StoppedEarlyError as error:  # no fault of this checkpoint: none before it takes its place
+            stopped = [str(error)]
         except Exception as error:  # each store's library has its own
             fault = [f"{name} cannot be fetched: {error!r}"]
+        if reasons := collectives.gather_lists(stopped):
+            raise StoppedEarlyError(reasons[0])
         if found := collectives.gather_lists(fault):
             return found
 
