@@ -27,6 +27,8 @@ from ldmscale.distributed.environment import Ranks
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.first_stage import LatentScale
 from ldmscale.models.perceptual import LPIPS, VGG16_STAGES
+from ldmscale.setup.autoencoder import draws_for
+from ldmscale.setup.diffusion import draws_of
 from ldmscale.stages.autoencoder import AutoencoderStage, LogVariance
 from ldmscale.stages.codebook import CodebookMonitor
 from ldmscale.stages.diffusion import DiffusionStage
@@ -98,14 +100,15 @@ def diffusion_stage(ranks: PretendedRanks, config: DiffusionJob, precision: str 
     )
 
 
-def diffusion_batch(gpu: PretendedCuda, batch: int, side: int = 32) -> Batch:
-    """A batch of latents and captions as the loader of a GPU run gives it: in page-locked memory."""
-    return {
-        "latent": gpu.pin(torch.randn(batch, 8, side, side).half()),
-        "tokens": gpu.pin(torch.zeros(batch, 77, dtype=torch.int64)),
+def diffusion_batch(gpu: PretendedCuda, config: DiffusionJob, batch: int, side: int = 32) -> Batch:
+    """A batch of latents, captions and draws as the loader of a GPU run gives it: in page-locked memory."""
+    made = {
+        "latent": torch.randn(batch, 8, side, side).half(),
+        "tokens": torch.zeros(batch, 77, dtype=torch.int64),
         "position": torch.arange(batch),
-        "key": ["key"] * batch,
     }
+    made |= draws_of(config, 4, None).of(made)
+    return {name: gpu.pin(tensor) for name, tensor in made.items()} | {"key": ["key"] * batch}
 
 
 def autoencoder_stage(config: AutoencoderJob, perceptual: LPIPS, precision: str = "bf16") -> AutoencoderStage:
@@ -142,12 +145,14 @@ def autoencoder_stage(config: AutoencoderJob, perceptual: LPIPS, precision: str 
     )
 
 
-def autoencoder_batch(gpu: PretendedCuda, batch: int, size: int = 256) -> Batch:
-    return {
-        "image": gpu.pin(torch.zeros(batch, 3, size, size, dtype=torch.uint8)),
+def autoencoder_batch(gpu: PretendedCuda, config: AutoencoderJob, batch: int, size: int = 256) -> Batch:
+    """A batch of images and draws as the loader of a GPU run gives it: in page-locked memory."""
+    made = {
+        "image": torch.zeros(batch, 3, size, size, dtype=torch.uint8),
         "position": torch.arange(batch),
-        "key": ["key"] * batch,
     }
+    made |= draws_for(config).of(made)
+    return {name: gpu.pin(tensor) for name, tensor in made.items()} | {"key": ["key"] * batch}
 
 
 def samplers(gpu: PretendedCuda, stage: DiffusionStage, batch: int = 2, steps: int = 3) -> list[Phase]:
@@ -192,14 +197,15 @@ def measure(
     with PretendedCuda() as gpu:
         if perceptual is not None:
             narrow: Sequence[str] = experiment.SMALL_AUTOENCODER if small else ()
-            trainer = autoencoder_stage(experiment.autoencoder([*narrow, *overrides]), perceptual, precision)
-            return step(gpu, group, trainer, autoencoder_batch(gpu, batch, side or 256))
+            of_images = experiment.autoencoder([*narrow, *overrides])
+            trainer = autoencoder_stage(of_images, perceptual, precision)
+            return step(gpu, group, trainer, autoencoder_batch(gpu, of_images, batch, side or 256))
         narrow = experiment.SMALL if small else ()
         config = experiment.diffusion([*narrow, *overrides], checkpointing=checkpointing)
         stage = diffusion_stage(group, config, precision)
         if what == "samplers":
             return samplers(gpu, stage, batch)
-        return step(gpu, group, stage, diffusion_batch(gpu, batch, side or 32))
+        return step(gpu, group, stage, diffusion_batch(gpu, config, batch, side or 32))
 
 
 def _dtype(precision: str) -> torch.dtype:

@@ -7,7 +7,7 @@ Everywhere x0 and noise are [B,C,H,W] and t is int64 [B]; v = sqrt(alpha_bar) no
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ class NoiseSchedule:
     """`alphas_bar[t]` is the share of the signal's variance that is left at timestep t, float64 [T] on the CPU."""
 
     alphas_bar: Tensor
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def make(
@@ -69,8 +70,15 @@ class NoiseSchedule:
         return bar / (1 - bar)
 
     def _bar(self, t: Tensor) -> Tensor:
-        # The table goes to t's device: asking t back from a GPU would make the host wait for it.
-        return self.alphas_bar.to(t.device, non_blocking=True)[t]
+        # The table goes to t's device, once: asking t back from a GPU would make the host wait for it.
+        return self.on(t.device)[t]
+
+    def on(self, device: torch.device) -> Tensor:
+        """`alphas_bar` on `device`; copied when it is asked for first."""
+        table = self._copies.get(device)
+        if table is None:
+            table = self._copies[device] = self.alphas_bar.to(device)
+        return table
 
 
 def without_terminal_signal(alphas_bar: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def draw_latents(
             generator(seed, step + 1, "sample").standard_normal(tuple(noise.shape[1:]), dtype=np.float32)
             for seed in seeds
         ]
-        return torch.from_numpy(np.stack(drawn)).to(noise.device)
+        return torch.from_numpy(np.stack(drawn)).to(noise.device, non_blocking=True)
 
     ready = guided(denoise, told.scales(options), options.guidance_rescale)
     path = path_of(options.sampler, schedule, options.steps, options.spacing)

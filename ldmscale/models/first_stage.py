@@ -78,6 +78,10 @@ class LatentScale:
         """[B,C,H,W] as the diffusion model makes it -> as the decoder takes it."""
         return latent / self._wide(self.factor, latent) + self._wide(self.shift, latent)
 
+    def to(self, device: torch.device) -> LatentScale:
+        """The same on `device`, so that no batch waits for a copy of it."""
+        return LatentScale(self.shift.to(device, torch.float32), self.factor.to(device, torch.float32))
+
     @staticmethod
     def _wide(values: Tensor, like: Tensor) -> Tensor:
         return values.to(like.device, torch.float32)[:, None, None]

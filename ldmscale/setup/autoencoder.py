@@ -11,6 +11,7 @@ from ldmscale.builders.compile import compile_blocks
 from ldmscale.builders.feature_networks import Distance, build_distance
 from ldmscale.builders.networks import build_autoencoder, build_discriminator
 from ldmscale.config import AutoencoderJob
+from ldmscale.data.loading.draws import BatchDraws
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.preemption import StopFlag
@@ -37,7 +38,10 @@ def train_autoencoder(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> i
         return 0
     run = open_run(config, ranks, stop)
     make_item = _item_maker(config)
-    check_shared_memory(ranks, make_item, batch=config.train.rank_micro_batch, workers=config.data.workers)
+    draws = draws_for(config)
+    check_shared_memory(
+        ranks, make_item, draws, batch=config.train.rank_micro_batch, workers=config.data.workers
+    )
     loss, scale = config.loss, config.loss.discriminator_lr_scale
     options = engine_options(run, config.train, config.optim, config.zero)
     discriminator_options = engine_options(run, config.train, config.optim, config.zero, lr_scale=scale)
@@ -64,7 +68,7 @@ def train_autoencoder(config: AutoencoderJob, ranks: Ranks, stop: StopFlag) -> i
         attention.backend,
     )
 
-    data = training_data(run, config, make_item)
+    data = training_data(run, config, make_item, draws)
     averages = averages_of(generator, config.ema)
     codebook = None
     if (size := config.autoencoder.codebook_size) is not None:
@@ -103,6 +107,13 @@ def _item_maker(config: AutoencoderJob) -> ImageItem:
         shapes=shapes_of(data),
         decoder=data.decoder,
     )
+
+
+def draws_for(config: AutoencoderJob) -> BatchDraws:
+    """The random numbers that a micro-step reads."""
+    network = config.autoencoder
+    normal = ("posterior",) if network.kind == "kl" else ()
+    return BatchDraws(config.seed, network.latent_width, network.factor, normal)
 
 
 def _held_out(config: AutoencoderJob, run: Run, distance: Distance | None) -> HeldOut | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ldmscale.builders.feature_networks import open_features
 from ldmscale.config import DiffusionJob, TrainingJob
 from ldmscale.data.latents.format import LatentManifest, set_of
+from ldmscale.data.loading.draws import BatchDraws
 from ldmscale.data.loading.held_out import fixed_batches, rank_batches
 from ldmscale.data.loading.loader import Batch, MakeItem
 from ldmscale.data.loading.skipped_samples import Ledger
@@ -23,8 +24,8 @@ from ldmscale.stages.validation import FeatureNetwork, GenerationFigures, HeldOu
 from ldmscale.storage.object_store import Storage, StoreError
 
 
-def training_data(run: Run, config: TrainingJob, make_item: MakeItem) -> TrainingData:
-    """The samples that the run trains on."""
+def training_data(run: Run, config: TrainingJob, make_item: MakeItem, draws: BatchDraws) -> TrainingData:
+    """The samples that the run trains on, with the random numbers that their training needs."""
     data = config.data
     return TrainingData(
         run.index,
@@ -38,6 +39,7 @@ def training_data(run: Run, config: TrainingJob, make_item: MakeItem) -> Trainin
         pin_memory=run.device.type == "cuda",
         ledger=Ledger(run.folder.ledger, run.ranks.rank),
         limit=BadDataLimit(data.max_bad_share, data.max_bad_in_a_row),
+        draws=draws,
     )
 
 

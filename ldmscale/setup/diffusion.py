@@ -11,6 +11,8 @@ from ldmscale.builders.compile import compile_blocks
 from ldmscale.builders.costs import training_flops
 from ldmscale.builders.networks import build_denoiser, build_schedule
 from ldmscale.config import DiffusionJob
+from ldmscale.data.latents.format import LatentFormat
+from ldmscale.data.loading.draws import BatchDraws
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.preemption import StopFlag
 from ldmscale.setup.conditions import item_maker, open_condition_readers
@@ -44,7 +46,10 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
     attention = set_attention(run, config.train, diffusion_head_channels(config, options.compute_dtype))
     first_stage, latent_shapes, stored = open_first_stage(config, run)
     make_item = item_maker(config, readers, stored)
-    check_shared_memory(ranks, make_item, batch=config.train.rank_micro_batch, workers=config.data.workers)
+    draws = draws_of(config, latent_shapes[0][0], stored)
+    check_shared_memory(
+        ranks, make_item, draws, batch=config.train.rank_micro_batch, workers=config.data.workers
+    )
     pretrained_text = open_frozen_text(run, config, readers.tokenizer)
 
     # Right before the construction: the initial weights depend on the seed alone.
@@ -82,10 +87,28 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         run,
         config,
         stage,
-        training_data(run, config, make_item),
+        training_data(run, config, make_item, draws),
         learning_rates={"denoiser": rate_curve(config.optim, config.train)},
         stop=stop,
         flops_per_image=flops,
+    )
+
+
+def draws_of(config: DiffusionJob, channels: int, stored: LatentFormat | None) -> BatchDraws:
+    """The random numbers that a micro-step reads, of latents with `channels` channels."""
+    chosen = config.diffusion
+    normal = ["noise"]
+    if (stored.kind == "moments") if stored is not None else (config.autoencoder.kind == "kl"):
+        normal.append("posterior")
+    if chosen.input_perturbation > 0:
+        normal.append("perturbation")
+    return BatchDraws(
+        config.seed,
+        channels,
+        config.autoencoder.factor,
+        normal=tuple(normal),
+        per_channel=("offset",) if chosen.offset_noise > 0 else (),
+        uniform=("timestep", "drop"),
     )
 
 

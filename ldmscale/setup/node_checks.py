@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 
+from ldmscale.data.loading.draws import BatchDraws
 from ldmscale.data.loading.loader import MakeItem
 from ldmscale.data.loading.node_limits import descriptor_faults, shared_memory_faults, socket_faults
 from ldmscale.data.loading.transforms import ImageItem, LatentItem
@@ -27,11 +28,20 @@ def check_processes(ranks: Ranks, workers: int) -> None:
 
 
 def check_shared_memory(
-    ranks: Ranks, make_item: MakeItem, *, batch: int, workers: int, prefetch: int = PREFETCH
+    ranks: Ranks,
+    make_item: MakeItem,
+    draws: BatchDraws | None = None,
+    *,
+    batch: int,
+    workers: int,
+    prefetch: int = PREFETCH,
 ) -> None:
     """ConfigError, on all ranks, where the batches in flight do not fit into the shared memory of a node. Collective."""
     faults = shared_memory_faults(
-        batch * bytes_of_sample(make_item), workers=workers, prefetch=prefetch, local_ranks=ranks.local_size
+        batch * bytes_of_sample(make_item, draws),
+        workers=workers,
+        prefetch=prefetch,
+        local_ranks=ranks.local_size,
     )
     if found := gather_lists(
         [f"{socket.gethostname()}: {fault}" for fault in faults if ranks.local_rank == 0]
@@ -39,12 +49,15 @@ def check_shared_memory(
         raise ConfigError(found)
 
 
-def bytes_of_sample(make_item: MakeItem) -> int:
+def bytes_of_sample(make_item: MakeItem, draws: BatchDraws | None = None) -> int:
     """Bytes of the arrays that a loading process hands over for one sample: images or latents, and what is large beside."""
     if isinstance(make_item, LatentItem):
-        return math.prod(make_item.format.stored_shape) * make_item.format.stored_type.itemsize
+        stored = math.prod(make_item.format.stored_shape) * make_item.format.stored_type.itemsize
+        return stored + (0 if draws is None else draws.bytes_of_sample(math.prod(make_item.format.shape[1:])))
     if not isinstance(make_item, ImageItem):
         return 0
     largest = max(math.prod(make_item.shape(bucket)) for bucket in range(max(1, len(make_item.shapes))))
     given = make_item.embeddings
+    if draws is not None:
+        largest += draws.bytes_of_sample(largest // 3 // draws.factor**2)
     return largest + (0 if given is None else 4 * given.max_tokens * given.width)

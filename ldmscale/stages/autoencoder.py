@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ldmscale.data.loading.draws import Draws
 from ldmscale.distributed import rng as draws
 from ldmscale.distributed.collectives import mean_over_ranks, sum_over_ranks, sums_over_ranks
 from ldmscale.evaluation.held_out import HeldOut
@@ -284,7 +285,11 @@ class AutoencoderStage:
         """uint8 [B,3,H,W] of a batch -> float32 in [-1,1] on the device."""
         images: Tensor = batch["image"]
         pixels = images.to(self.device, non_blocking=True).float() / 127.5 - 1
-        # Convolutions of the first stage are faster so, on GPUs and CPUs; the layout passes on from layer to layer.
+        if (
+            pixels.is_cuda
+        ):  # the first group norm would bring every map back to the layout that CUDA's kernel takes
+            return pixels
+        # Convolutions of CPUs are faster so; the layout passes on from layer to layer.
         return pixels.contiguous(memory_format=torch.channels_last)
 
     def _posterior_noise(self, batch: Batch, images: Tensor) -> Tensor | None:
@@ -293,7 +298,8 @@ class AutoencoderStage:
             return None
         height, width = (side // network.downsampling for side in images.shape[-2:])
         shape = (network.latent_channels, height, width)
-        return draws.normal(self.seed, batch["position"].tolist(), "posterior", shape).to(self.device)
+        drawn = Draws.of(batch, self.seed).normal("posterior", shape)
+        return drawn.to(self.device, non_blocking=True)
 
     def _reconstruction_loss(
         self, images: Tensor, reconstruction: Tensor

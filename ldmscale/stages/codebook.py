@@ -55,7 +55,8 @@ class CodebookMonitor:
         """`size`: rows of the table."""
         self.engine, self.size, self.options, self.seed = engine, size, options, seed
         self.averages = averages
-        self.idle = torch.zeros(size, dtype=torch.int64)  # steps since each row was chosen
+        # Steps since each row was chosen; on the device, as all that follows from it: a step does not wait for it.
+        self.idle = torch.zeros(size, dtype=torch.int64, device=engine.device)
         self._counts = torch.zeros(size, dtype=torch.int64, device=engine.device)
         self._passes = 0
 
@@ -84,36 +85,38 @@ class CodebookMonitor:
 
     def count(self, indices: Tensor, step: int) -> dict[str, Tensor]:
         """Take in the choices [B,h,w] of one pass; at the end of a step its metrics over all ranks. Collective then."""
-        self._counts += torch.bincount(indices.flatten(), minlength=self.size)
+        chosen = indices.flatten()
+        self._counts.scatter_add_(0, chosen, torch.ones_like(chosen))  # bincount would wait for the largest
         self._passes += 1
         if self._passes < self.engine.options.accumulation_steps:
             return {}
-        counts = sum_tensor_over_ranks(self._counts).cpu()
+        counts = sum_tensor_over_ranks(self._counts)
         self._counts.zero_()
         self._passes = 0
         self.idle = torch.where(counts > 0, 0, self.idle + 1)
         shares = counts.double() / counts.sum()
         perplexity = torch.exp(-torch.special.xlogy(shares, shares).sum())
         usage = (self.idle < self.options.usage_window_steps).double().mean()
-        alarm = step + 1 >= self.options.usage_window_steps and float(usage) < self.options.alarm_usage
-        if alarm and (step + 1) % self.options.usage_window_steps == 0:
+        window = self.options.usage_window_steps
+        alarm = (usage < self.options.alarm_usage) & (step + 1 >= window)
+        if (step + 1) % window == 0 and bool(alarm):  # waits, once per window
             log.warning(
                 "the codebook collapses: %.1f%% of its rows were chosen in the last %d steps, perplexity %.1f; "
                 "see docs/autoencoder.md (codebook.start=kmeans, codebook.revive_after_steps)",
-                100 * float(usage), self.options.usage_window_steps, float(perplexity),
+                100 * float(usage), window, float(perplexity),
             )  # fmt: skip
         return {
             "codebook/perplexity": perplexity,
             "codebook/usage": usage,
             "codebook/chosen": (counts > 0).double().mean(),
-            "codebook/alarm": torch.tensor(float(alarm)),
+            "codebook/alarm": alarm.float(),
         }
 
     def state(self) -> dict[str, Any]:
         return {"idle": self.idle.tolist()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.idle = torch.tensor(state["idle"], dtype=torch.int64)
+        self.idle = torch.tensor(state["idle"], dtype=torch.int64, device=self.engine.device)
 
 
 class _Pool:
@@ -152,7 +155,7 @@ def kmeans(pool: _Pool, size: int, rounds: int, seed: int) -> Tensor:
         for block in torch.split(latents, _BLOCK):
             nearest = torch.addmm(centres.square().sum(1), block, centres.t(), alpha=-2.0).argmin(1)
             sums.index_add_(0, nearest, block)
-            counts += torch.bincount(nearest, minlength=size)
+            counts.index_add_(0, nearest, torch.ones(len(nearest), device=counts.device))
         sums, counts = sum_tensor_over_ranks(sums), sum_tensor_over_ranks(counts)
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
     return centres

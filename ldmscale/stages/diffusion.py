@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmscale.data.loading.draws import Draws
 from ldmscale.diffusion import process
 from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.diffusion.sample_latents import SamplerOptions, draw_latents, starting_noise
@@ -75,6 +76,7 @@ class DiffusionStage:
         self.first_stage, self.latent_shapes = first_stage, tuple(latent_shapes)
         self.schedule, self.objective = schedule, objective
         self.seed, self.ranks, self.device = seed, ranks, first_stage.device
+        schedule.on(self.device)  # copied here, and not in the first micro-step
         self._dropout = has_dropout(self._denoiser)
         text_encoder = self._denoiser.reads_text
         self._text_digest = text_encoder.digest() if isinstance(text_encoder, FrozenTextEncoder) else None
@@ -90,27 +92,28 @@ class DiffusionStage:
 
     def micro_step(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Metric]]:
         engine = self.engines["denoiser"]
-        positions = batch["position"].tolist()
+        drawn, objective = Draws.of(batch, self.seed), self.objective
+        positions = drawn.positions
         x0 = self.first_stage.batch_latents(batch, self.seed)  # [B,C,h,w]
-        noisy = add_noise(self.objective, self.schedule, x0, positions, self.seed)
-        uniform, objective = draws.uniform(self.seed, positions, "drop"), self.objective
-        drop = process.drop_mask(uniform, objective.caption_dropout)
+        noisy = add_noise(objective, self.schedule, x0, positions, self.seed, drawn=drawn)
+        uniform = drawn.uniform("drop").to(self.device, non_blocking=True)
         conditions = batch_conditions(batch, self.first_stage).to(self.device)
-        dropped = drop.to(self.device) if self._denoiser.has_null else None
+        dropped = None
+        if self._denoiser.has_null:
+            dropped = process.drop_mask(uniform, objective.caption_dropout)
         drop_spatial = None
         if objective.spatial_dropout:
             rate = objective.caption_dropout if self._denoiser.has_null else 0.0
-            lost = process.spatial_drop_mask(uniform, rate, objective.spatial_dropout)
-            drop_spatial = lost.to(self.device)
+            drop_spatial = process.spatial_drop_mask(uniform, rate, objective.spatial_dropout)
         if self._dropout:
             draws.seed_torch(self.seed, positions[0], "dropout")
         output = engine(noisy.x_t.to(engine.compute_dtype), noisy.t, conditions, dropped, drop_spatial)
         loss, measured = denoising_loss(objective, self.schedule, noisy, output)
         engine.backward(loss)
         if drop_spatial is not None:
-            measured = measured | {"spatial/dropped": lost.float().mean()}
+            measured = measured | {"spatial/dropped": drop_spatial.float().mean()}
         if dropped is not None:  # without a null condition nothing is dropped
-            measured = measured | {"text/dropped": drop.float().mean()}
+            measured = measured | {"text/dropped": dropped.float().mean()}
         return loss.detach(), measured
 
     @torch.no_grad()

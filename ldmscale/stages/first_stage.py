@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmscale.distributed import rng as draws
+from ldmscale.data.loading.draws import Draws
 from ldmscale.models.bottleneck import Posterior
 from ldmscale.models.conditions import Conditions
 from ldmscale.models.first_stage import FirstStageNetwork, LatentScale, digest
@@ -37,7 +37,7 @@ class FirstStage:
         self.autoencoder = (
             None if autoencoder is None else autoencoder.requires_grad_(False).eval().to(device)
         )
-        self.scale, self.device = scale, device
+        self.scale, self.device = scale.to(device), device
         self.digest = None if self.autoencoder is None else digest(self.autoencoder)
 
     @torch.no_grad()
@@ -49,15 +49,21 @@ class FirstStage:
             return encode_in_tiles(self.autoencoder, pixels, self.tile_pixels)
         return self.autoencoder.encode(pixels).moments()
 
-    def latents(self, moments: Tensor, positions: Sequence[int], seed: int) -> Tensor:
-        """Moments of a batch -> scaled latents [B,C,h,w]; the posterior's draw belongs to the sample's position."""
+    def latents(
+        self, moments: Tensor, positions: Sequence[int], seed: int, drawn: Draws | None = None
+    ) -> Tensor:
+        """Moments of a batch -> scaled latents [B,C,h,w]; the posterior's draw belongs to the sample's position.
+
+        `drawn` may hold it.
+        """
         # Cast where they are used: halves travel to the device in half the time.
         moments = moments.to(self.device, non_blocking=True).float()
         channels = len(self.scale.factor)
         if moments.shape[1] == channels:
             return self.scale.scale(moments)
         posterior = Posterior.from_moments(moments)
-        noise = draws.normal(seed, positions, "posterior", posterior.mean.shape[1:]).to(self.device)
+        drawn = drawn or Draws(seed, positions)
+        noise = drawn.normal("posterior", posterior.mean.shape[1:]).to(self.device, non_blocking=True)
         return self.scale.scale(posterior.sample(noise))
 
     @torch.no_grad()
@@ -71,7 +77,8 @@ class FirstStage:
     def batch_latents(self, batch: Mapping[str, Any], seed: int) -> Tensor:
         """Scaled latents of a batch from either kind of shard."""
         moments = batch["latent"] if "latent" in batch else self.moments(batch["image"])
-        return self.latents(moments, batch["position"].tolist(), seed)
+        drawn = Draws.of(batch, seed)
+        return self.latents(moments, drawn.positions, seed, drawn)
 
 
 def batch_conditions(batch: Batch, first_stage: FirstStage) -> Conditions:
@@ -105,5 +112,7 @@ def masked_latents(first_stage: FirstStage, images: Tensor, masks: Tensor) -> Te
     """
     moments = first_stage.moments(images * (1 - masks))
     latents = first_stage.scale.scale(moments[:, : len(first_stage.scale.factor)])  # [B,C,h,w]
-    holes = F.interpolate(masks.to(latents.device, torch.float32), size=latents.shape[-2:])  # [B,1,h,w]
+    holes = F.interpolate(
+        masks.to(latents.device, non_blocking=True).float(), size=latents.shape[-2:]
+    )  # [B,1,h,w]
     return torch.cat([latents, 2 * holes - 1], dim=1)

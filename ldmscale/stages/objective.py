@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from ldmscale.data.loading.draws import Draws
 from ldmscale.diffusion import process
 from ldmscale.diffusion.process import NoiseSchedule
-from ldmscale.distributed import rng as draws
 from ldmscale.tracking.metrics import Metric, PartialMean
 
 
@@ -69,24 +70,32 @@ def add_noise(
     positions: Sequence[int],
     seed: int,
     timesteps: Tensor | None = None,
+    drawn: Draws | None = None,
 ) -> NoisyBatch:
-    """Noise for latents x0 [B,C,h,w]: each draw is a function of (seed, position, purpose).
+    """Noise for latents x0 [B,C,h,w]: each draw is a function of (seed, position, purpose). `drawn` may hold them.
 
     Timesteps are drawn uniformly unless `timesteps`, int64 [B] on the host, gives them (validation does).
     """
+    drawn = drawn or Draws(seed, positions)
     shape = x0.shape[1:]
-    noise = draws.normal(seed, positions, "noise", shape)
+
+    def normal(purpose: str, shape: Sequence[int]) -> Tensor:
+        return drawn.normal(purpose, shape).to(x0.device, non_blocking=True)
+
+    noise = normal("noise", shape)
     if objective.offset_noise > 0:
-        noise += objective.offset_noise * draws.normal(seed, positions, "offset", (shape[0], 1, 1))
+        noise = noise + objective.offset_noise * normal("offset", (shape[0], 1, 1))
     seen = noise
     if objective.input_perturbation > 0:
-        seen = noise + objective.input_perturbation * draws.normal(seed, positions, "perturbation", shape)
+        seen = noise + objective.input_perturbation * normal("perturbation", shape)
     if timesteps is None:
-        drawn = draws.uniform(seed, positions, "timestep")
-        timesteps = process.uniform_timesteps(drawn, schedule.timesteps)
-    t = timesteps.to(x0.device, non_blocking=True)
-    noise = noise.to(x0.device)
-    x_t = process.add_noise(schedule, x0, noise if seen is noise else seen.to(x0.device), t)
+        uniform = drawn.uniform("timestep")
+        timesteps = process.uniform_timesteps(uniform, schedule.timesteps)
+        # Computed on both sides: the numbers that were drawn lie in page-locked memory, and what is made of them does not.
+        t = process.uniform_timesteps(uniform.to(x0.device, non_blocking=True), schedule.timesteps)
+    else:
+        t = timesteps.to(x0.device, non_blocking=True)
+    x_t = process.add_noise(schedule, x0, seen, t)
     return NoisyBatch(x_t, process.target(schedule, objective.prediction, x0, noise, t), t, timesteps)
 
 
@@ -106,9 +115,12 @@ def denoising_loss(
         weight = process.min_snr_weight(schedule, objective.prediction, noisy.t, objective.min_snr_gamma)
         losses = losses * weight
         measured["loss/unweighted"] = unweighted.mean()
-    bins = noisy.t_cpu * objective.loss_bins // schedule.timesteps
-    for k in sorted(set(bins.tolist())):
-        chosen = (bins == k).nonzero().flatten()
-        mean = unweighted[chosen.to(unweighted.device, non_blocking=True)].mean()
-        measured[f"loss/bin_{k + 1}"] = PartialMean(mean, len(chosen))
+    # Sorted on the device, counted on the host: neither waits for the other.
+    sorted_losses = unweighted[
+        torch.argsort(noisy.t * objective.loss_bins // schedule.timesteps, stable=True)
+    ]
+    counts = torch.bincount(noisy.t_cpu * objective.loss_bins // schedule.timesteps).tolist()
+    for k, losses_of_bin in enumerate(torch.split(sorted_losses, counts)):
+        if len(losses_of_bin):
+            measured[f"loss/bin_{k + 1}"] = PartialMean(losses_of_bin.mean(), len(losses_of_bin))
     return losses.mean(), measured

@@ -6,6 +6,7 @@ import torch
 from ldmscale.config import DiffusionJob
 from ldmscale.config.compose import compose_job
 from ldmscale.config.typed import read
+from ldmscale.data.loading.draws import BatchDraws, Draws
 from ldmscale.diffusion import process
 from ldmscale.diffusion.process import NoiseSchedule
 from ldmscale.distributed import rng as draws
@@ -92,3 +93,27 @@ def test_a_terminal_step_that_is_never_trained_is_reported(caplog):
     assert not caplog.records
     warn_of_untrained(configuration("diffusion.zero_terminal_snr=true", "diffusion.weighting=min_snr"))
     assert "never trained" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Objective("eps", "l2", 0.1), Objective("v", "l2", 0.1, offset_noise=0.5, input_perturbation=0.1)],
+)
+def test_noise_that_comes_with_the_batch_is_that_which_is_drawn_here(objective: Objective) -> None:
+    batch: dict[str, torch.Tensor] = {"position": torch.tensor(POSITIONS), "latent": X0}
+    made = BatchDraws(
+        3, X0.shape[1], 1, normal=("noise", "perturbation"), per_channel=("offset",), uniform=("timestep",)
+    )
+    batch |= made.of(batch)
+    kept = {name: tensor.clone() for name, tensor in batch.items()}
+    expected = add_noise(objective, SCHEDULE, X0, POSITIONS, seed=3)
+    found = add_noise(objective, SCHEDULE, X0, POSITIONS, seed=3, drawn=Draws.of(batch, 3))
+    assert torch.equal(found.x_t, expected.x_t) and torch.equal(found.target, expected.target)
+    assert torch.equal(found.t, expected.t) and torch.equal(found.t_cpu, expected.t_cpu)
+    assert all(
+        torch.equal(batch[name], tensor) for name, tensor in kept.items()
+    )  # nothing is written into it
+    # They are read from the batch, not drawn again.
+    batch["draw/noise"] = batch["draw/noise"] + 1
+    other = add_noise(objective, SCHEDULE, X0, POSITIONS, seed=3, drawn=Draws.of(batch, 3))
+    assert not torch.equal(other.x_t, expected.x_t)

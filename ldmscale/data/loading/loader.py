@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldmscale.data.images.buckets import BucketCursor
+from ldmscale.data.loading.draws import BatchDraws
 from ldmscale.data.loading.fetch import Fetcher, Run, Ticket
 from ldmscale.data.loading.latent_batches import SKIPPED, BatchMemory, LatentReader
 from ldmscale.data.loading.skipped_samples import Ledger
@@ -69,6 +70,7 @@ class Loader:
         ledger: takes down samples that cannot be used.
         block_shards: shards whose samples are shuffled together.
         pin_memory: give batches in page-locked memory, for copies to a GPU that do not block.
+        draws: random numbers that are added to every batch.
 
     Raises:
         ConfigError: if the batches do not divide.
@@ -90,6 +92,7 @@ class Loader:
         ledger: Ledger | None = None,
         block_shards: int = 16,
         pin_memory: bool = False,
+        draws: BatchDraws | None = None,
     ) -> None:
         check_batch(rank=rank, world=world, global_batch=global_batch, position=position)
         if rank_micro_batch < 1 or (global_batch // world) % rank_micro_batch:
@@ -117,7 +120,7 @@ class Loader:
                 f"position {position} is not what the buckets have given, {self._done.position}"
             )
         self._handed_out = 0  # micro-batches of the current step
-        self._workers, self._pin_memory = workers, pin_memory
+        self._workers, self._pin_memory, self._draws = workers, pin_memory, draws
         self._iterator: Iterator[Batch] | None = None
 
     @property
@@ -162,7 +165,7 @@ class Loader:
         end(batches, at_once=at_once)
 
     def _start(self) -> Iterator[Batch]:
-        samples = MicroBatches(self._fetcher)
+        samples = MicroBatches(self._fetcher, self._draws)
         if (
             not self._workers
         ):  # torch's loader would do the same, with more ceremony than latents take to read
@@ -230,8 +233,8 @@ class Loader:
 class MicroBatches(Dataset[Batch]):
     """Reads micro-batches: sample by sample, or, of latents that lie on a disk, all samples at once."""
 
-    def __init__(self, fetcher: Fetcher[Item]) -> None:
-        self.fetcher = fetcher
+    def __init__(self, fetcher: Fetcher[Item], draws: BatchDraws | None = None) -> None:
+        self.fetcher, self._draws = fetcher, draws
         self.remote = any(not is_local(url) for url in fetcher.reader.index.shards)
         self._memory = BatchMemory()
         item = fetcher.make_item
@@ -251,19 +254,23 @@ class MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, run: Run) -> Batch:
         try:
-            if self.latents is not None:
-                return self.latents.read(run)
-            if isinstance(self.fetcher.make_item, ImageItem):
-                return self._images(run, self.fetcher.make_item)
-            return _collate(
-                [
-                    self._row(part.ticket(row), None, sample)
-                    for part in run.parts(_READ_AHEAD)
-                    for row, sample in enumerate(self.fetcher.read_ahead(part))
-                ]
-            )
+            batch = self._read(run)
+            return batch if self._draws is None else batch | self._draws.of(batch)
         except DataError as error:  # told as a value: torch would wrap the worker's traceback around it
             return {_FAULT: str(error), _UNREACHABLE: isinstance(error, StoreError)}
+
+    def _read(self, run: Run) -> Batch:
+        if self.latents is not None:
+            return self.latents.read(run)
+        if isinstance(self.fetcher.make_item, ImageItem):
+            return self._images(run, self.fetcher.make_item)
+        return _collate(
+            [
+                self._row(part.ticket(row), None, sample)
+                for part in run.parts(_READ_AHEAD)
+                for row, sample in enumerate(self.fetcher.read_ahead(part))
+            ]
+        )
 
     def _images(self, run: Run, item: ImageItem) -> Batch:
         """Decoded where they stay: of images, copying from one place to another is most of what is not decoding."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ldmscale.data.loading.draws import BatchDraws
 from ldmscale.data.loading.loader import Batch, Loader, MakeItem
 from ldmscale.data.loading.skipped_samples import Ledger
 from ldmscale.data.shards.mixture import Mixture
@@ -49,6 +50,7 @@ class TrainingData:
         seed, global_batch, rank_micro_batch, block_shards, workers, pin_memory: as `Loader`.
         ledger: records the samples that cannot be used.
         limit: how many samples may be unusable.
+        draws: as `Loader`.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class TrainingData:
         pin_memory: bool,
         ledger: Ledger,
         limit: BadDataLimit,
+        draws: BatchDraws | None = None,
     ) -> None:
         self.index, self.make_item, self.limit = index, make_item, limit
         # Names the samples and their order: equal fingerprints give equal batches at equal positions.
@@ -83,6 +86,7 @@ class TrainingData:
             ledger=ledger,
             block_shards=block_shards,
             pin_memory=pin_memory,
+            draws=draws,
         )
         self._loader: Loader | None = None
 

@@ -106,6 +106,9 @@ class ReplicatedEngine:
         self._invalid = False  # the gradients of this window, whatever their norm
         self._closes_next = False  # the window, whatever the counters
         self._flats = [_Flat(group["params"]) for group in groups]
+        self._grad_scale = torch.ones(
+            (), device=device
+        )  # filled on the device: a copy would make the host wait
         with torch.no_grad():
             self._start_equal()
         decayed = [
@@ -185,7 +188,7 @@ class ReplicatedEngine:
         if self._applied:
             # AdamW divides by it on its way: the mean over the ranks and the clipping cost no pass of their own.
             scale = ranks / self._clipping()
-            setattr(self.optimizer, "grad_scale", torch.tensor(scale, device=self._flats[0].gradient.device))  # noqa: B010
+            setattr(self.optimizer, "grad_scale", self._grad_scale.fill_(scale))  # noqa: B010
             self.optimizer.step()
             for flat in self._flats:
                 flat.sync_weights_from_master()
