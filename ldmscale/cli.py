@@ -52,6 +52,7 @@ RESUMES = {
 }
 USAGE = "usage: ldmscale JOB [group=option ...] [key=value ...] [--help | --cfg job | --multirun | --shell-completion ...]"
 FINISHED, FAULTY, FAILED, STOPPED = 0, 2, 1, 75
+_MULTIRUN = ("--multirun", "-m", "hydra.mode=MULTIRUN")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +97,9 @@ def _run(job: str, arguments: list[str]) -> int:
 
 def _status(job: str, arguments: list[str]) -> int:
     """Run one job and turn what a user can mend into its exit status."""
-    from ldmscale.config.compose import config_folder, quiet_hydra, settle_overrides
+    from ldmscale.config.compose import quiet_hydra
+    from ldmscale.config.folders import config_folder
+    from ldmscale.config.overrides import settle_overrides
     from ldmscale.config.secrets import sweep_faults
     from ldmscale.errors import ConfigError, DataError, LdmscaleError, StoppedEarlyError
 
@@ -106,7 +109,8 @@ def _status(job: str, arguments: list[str]) -> int:
         # These read their own command line: a job's name follows, or the file of a resolved configuration.
         if (job == "submit" and arguments[:1] != ["--cfg"]) or arguments[:1] == ["--frozen"]:
             return _job_function(job)(arguments)
-        arguments = settle_overrides(job, arguments)
+        sweep = any(word in _MULTIRUN for word in arguments)
+        arguments = settle_overrides(job, arguments, sweep=sweep)
         if any(argument.startswith("-") for argument in arguments):
             quiet_hydra()
             if faults := sweep_faults(job, arguments):

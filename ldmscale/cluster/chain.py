@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldmscale.config import JOBS
-from ldmscale.config.compose import typed_keys
+from ldmscale.config.overrides import typed_keys
 from ldmscale.errors import ConfigError
 
 STAGES = ("autoencoder", "latents", "diffusion")

@@ -20,7 +20,7 @@ import yaml
 
 from ldmscale import redact
 from ldmscale.checkpoint.run_folder import REVISION, git_revision
-from ldmscale.config.compose import config_folder
+from ldmscale.config.folders import config_folder
 from ldmscale.errors import ConfigError
 from ldmscale.storage.atomic import write_json
 from ldmscale.storage.digest import folder_sha256

@@ -2,10 +2,6 @@
 
 Hydra stops at the first override that it cannot place. To report all mistyped keys together, a failed composition is
 taken apart: each override is tried alone, and the good ones go on to the typed checks.
-
-To Hydra braces, `=`, `#`, a lone quote and more are syntax, so it refuses `data.shards=/data/{00000..00009}.tar`,
-`data.shards=https://host/a.tar?key=1` and `run.dir=runs/a(1)`. A value that it cannot read is quoted here, entry by entry
-in lists and mappings. A value that it can read means what Hydra defines.
 """
 
 from __future__ import annotations
@@ -15,91 +11,31 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields, is_dataclass
-from functools import cache
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from ldmscale import redact
 from ldmscale.config import JOBS
-from ldmscale.config.typed import RETIRED
+from ldmscale.config.folders import (
+    SEARCH_PATH,
+    config_folder,
+    config_folders,
+    groups_of,
+    options,
+    sections_of,
+)
+from ldmscale.config.overrides import settle_overrides, typed_settings
 from ldmscale.errors import ConfigError
 
-_HARMLESS = re.compile(r"[\w./:*+-]*")  # read as they are; spares the parser's time
-
-
-_ENTRY = re.compile(r"\s*([A-Za-z_]\w*)\s*:(.*)", re.DOTALL)
-
-
-_OPEN, _CLOSE = "([{", ")]}"
-
-
-def config_folder() -> Path:
-    """conf/ inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
-
-
-def settle_overrides(job: str, overrides: Sequence[str]) -> list[str]:
-    """What users write, as Hydra takes it.
-
-    `zero=3`: names of a group's files must be strings. `experiment=smoke`: an experiment that several jobs know under
-    one name has a file for each of them, smoke_<job>.yaml. `unet.dropout=0.1`: a key that the typed configuration has
-    may be given although the composed files leave it at its default. `data.filter=a > 1`: a condition is text, though
-    Hydra has meanings of its own for `>` and brackets. `data.shards={000..999}.tar`: so is any other value of a known
-    key that Hydra cannot read (`plain_values`). `text_encoder=null`: Hydra knows a group that is
-    not chosen by `~text_encoder` only.
-    """
-
-    def quote(match: re.Match[str]) -> str:
-        return "zero=" + ",".join(f"'{stage}'" for stage in match[1].split(","))
-
-    def own(match: re.Match[str]) -> str:
-        files = config_folder() / "experiment"
-        name = match[1]
-        return f"experiment={name}_{job}" if (files / f"{name}_{job}.yaml").is_file() else match[0]
-
-    def without(match: re.Match[str]) -> str:
-        return f"~{match[1]}" if (config_folder() / match[1]).is_dir() else match[0]
-
-    def plain_text(match: re.Match[str]) -> str:
-        text = match[1].replace("\\", "\\\\").replace("'", "\\'")
-        return f"data.filter='{text}'"
-
-    overrides = [
-        re.sub(r"^data\.filter=(?!(?:null|'[^']*'|\"[^\"]*\")$)(.+)$", plain_text, override)
-        for override in overrides
-    ]
-    settled = [re.sub(r"^zero=([0-9](?:,[0-9])*)$", quote, override) for override in overrides]
-    settled = [re.sub(r"^experiment=(\w+)$", own, override) for override in settled]
-    settled = [re.sub(r"^(\w+)=null$", without, override) for override in settled]
-    known = {*typed_keys(JOBS[job]), *RETIRED}
-    settled = [
-        plain(override) if override.split("=")[0].lstrip("+") in known else override for override in settled
-    ]
-    return [
-        "++" + override if "." in override.split("=")[0] and override.split("=")[0] in known else override
-        for override in settled
-    ]
-
-
-def typed_keys(kind: Any, path: str = "") -> list[str]:
-    """Dotted names of all settings of a typed configuration, those of sections that may be null among them."""
-    kind = next((part for part in get_args(kind) if is_dataclass(part)), kind)
-    if not is_dataclass(kind):
-        return [path]
-    types = get_type_hints(kind)
-    return [
-        key for f in fields(kind) for key in typed_keys(types[f.name], f"{path}.{f.name}" if path else f.name)
-    ]
+_SHOWN_OPTIONS = 12  # of a group; more are listed by --help
 
 
 def compose_job(job: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -114,18 +50,32 @@ def compose_job(job: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def compose_valid(job: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Compose with those overrides that can be applied; the faults of the others."""
-    overrides = settle_overrides(job, overrides)
+    """Compose with those overrides that can be applied; the faults of the others.
+
+    Raises ConfigError where there is no such experiment: without it, all else would be faulty as well.
+    """
+    words = list(zip(overrides, settle_overrides(job, overrides), strict=True))
+    folders = config_folders(overrides)
+    faults = [
+        fault
+        for word, settled in words
+        if (fault := _experiment_fault(job, word, settled, folders)) is not None
+    ]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder()), version_base="1.3", job_name=job):
         # Where the whole fails, its overrides are tried one by one, to name each that is to blame.
-        with suppress(HydraException, OmegaConfBaseException, ValueError):
-            return _composed(job, overrides), []
-        good, faults = _sorted_out(job, overrides)
+        if not faults:
+            with suppress(HydraException, OmegaConfBaseException, ValueError):
+                return _composed(job, [settled for _, settled in words]), []
+        wrong = bool(faults)
+        rest = [pair for pair in words if not (wrong and _key(pair[0]) == "experiment")]
+        good, more = _sorted_out(job, rest, folders)
+        if wrong:
+            raise ConfigError([*faults, *more])
         try:
-            return _composed(job, good), faults
+            return _composed(job, good), more
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            return {}, [*faults, _first_lines(error)]
+            return {}, [*more, _first_lines(error)]
 
 
 def _composed(job: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -154,37 +104,133 @@ def _environment_read() -> Iterator[dict[str, str]]:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
-def _sorted_out(job: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides that apply beside the accepted choices of groups, and a fault for each of the others."""
-    keys = sorted({*_dotted(_composed(job, [])), *typed_keys(JOBS[job])})
-    groups = sorted(p.name for p in config_folder().iterdir() if p.is_dir())
-    # Choices of groups first: an experiment brings the keys that later overrides change.
-    ordered = sorted(overrides, key=lambda o: o.split("=")[0].lstrip("+~") not in groups)
+def _sorted_out(
+    job: str, words: Sequence[tuple[str, str]], folders: Sequence[Path]
+) -> tuple[list[str], list[str]]:
+    """Overrides that apply beside the accepted choices of groups, and a fault for each of the others.
+
+    `words`: each override as it was written, and as Hydra takes it.
+    """
+    own = groups_of(job)
+    keys = sorted({*_dotted(_composed(job, [])), *typed_settings(job)})
+    # Choices of groups first: an experiment brings the keys that later overrides change. The search path is before all.
+    ordered = sorted(words, key=lambda pair: (_key(pair[0]) != SEARCH_PATH, _key(pair[0]) not in own))
     good: list[str] = []
     faults: list[str] = []
-    for override in ordered:
+    for word, settled in ordered:
         try:
-            _composed(job, [*good, override])
+            _composed(job, [*good, settled])
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            faults.append(_override_fault(override, error, keys, groups))
+            faults.append(_override_fault(job, word, error, keys, folders))
         else:
-            good.append(override)
-    return [o for o in overrides if o in good], faults
+            good.append(settled)
+    return [settled for _, settled in words if settled in good], faults
 
 
-def _override_fault(override: str, error: Exception, keys: Sequence[str], groups: Sequence[str]) -> str:
-    key, _, value = override.lstrip("+~").partition("=")
-    if not _:
-        return f"{override!r} is not an override: write key=value"
-    if key in groups and key not in ("hydra",):
-        names = sorted(p.stem for p in (config_folder() / key).glob("*.yaml"))
-        if value.strip("'\"") not in names:
-            return f"{override}: there is no conf/{key}/{value}.yaml; choose one of {', '.join(names)}"
-    if key not in keys:
-        near = difflib.get_close_matches(key, [*keys, *groups], n=2, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see the keys with --cfg job"
-        return f"{key} is unknown: {hint}"
+def _experiment_fault(job: str, word: str, settled: str, folders: Sequence[Path]) -> str | None:
+    """Why an experiment cannot be chosen; None for any other override, and for one that is."""
+    if _key(word) != "experiment" or "experiment" not in groups_of(job) or settled.startswith("~"):
+        return None
+    name = settled.partition("=")[2].strip("'\"")
+    if name == "null" or name.startswith("["):
+        return None
+    if name not in options("experiment", folders):
+        return (
+            f"{word}: there is no conf/experiment/{name}.yaml; {_choices('experiment', name, job, folders)}"
+        )
+    if (
+        len(found := [str(folder) for folder in folders if (folder / f"experiment/{name}.yaml").is_file()])
+        > 1
+    ):
+        return (
+            f"{word}: it is in {found[0]}, which goes first, and in {found[1]}: give the latter another name"
+        )
+    return None
+
+
+def misplaced_experiment(job: str, overrides: Sequence[str]) -> list[str]:
+    """The fault of an experiment of another job: it may be composed, and sets what the job does not have."""
+    folders = config_folders(overrides)
+    for word, settled in zip(overrides, settle_overrides(job, overrides), strict=True):
+        if _key(word) != "experiment" or "experiment" not in groups_of(job):
+            continue
+        sections = sections_of(settled.partition("=")[2].strip("'\""), folders)
+        if sections - _sections(job) and (
+            others := [name for name in JOBS if not sections - _sections(name)]
+        ):
+            return [
+                f"{word} is an experiment of another job: run `ldmscale {others[0]} {word}`, or see those of {job} with "
+                f"`ldmscale {job} --help`"
+            ]
+    return []
+
+
+def _sections(job: str) -> set[str]:
+    return {*(field.name for field in fields(cast(Any, JOBS[job]))), *groups_of(job)}
+
+
+def _choices(group: str, given: str, job: str, folders: Sequence[Path]) -> str:
+    """The remedy for an option that there is not: those with a similar name, otherwise those that there are."""
+    names = options(group, folders)
+    if group == "experiment":
+        names = [name for name in names if not sections_of(name, folders) - _sections(job)]
+        names = sorted({*names, *(name.removesuffix(f"_{job}") for name in names)})
+    if near := difflib.get_close_matches(given, names, n=3, cutoff=0.7):
+        return f"did you mean {' or '.join(near)}?"
+    if len(names) <= _SHOWN_OPTIONS:
+        return f"choose one of {', '.join(names)}"
+    return f"choose one of {', '.join(names[:_SHOWN_OPTIONS])} and {len(names) - _SHOWN_OPTIONS} more (see --help)"
+
+
+def _override_fault(
+    job: str, override: str, error: Exception, keys: Sequence[str], folders: Sequence[Path]
+) -> str:
+    key, equals, value = override.lstrip("+~").partition("=")
+    if not equals and not override.startswith("~"):
+        return f"{override!r} is not an override: write {key or 'key'}=VALUE, without spaces around ="
+    own = groups_of(job)
+    if key in own and (name := value.strip("'\"")) not in options(key, folders):
+        if "," in name:
+            return f"{override}: several options are a sweep: add --multirun, or choose one"
+        return f"{override}: there is no conf/{key}/{name}.yaml; {_choices(key, name, job, folders)}"
+    if key not in keys and key not in own and not key.startswith("hydra."):
+        return _unknown(job, key, [*keys, *own])
+    if "Sweep parameters" in str(error) or "Ambiguous value" in str(error):
+        return (
+            f"{override.lstrip('+')}: several values are a sweep: add --multirun; "
+            f"a list is {key}=[A,B], and one text with commas is quoted: \"{key}='{value}'\""
+        )
+    if "${" in value and (fault := _interpolation_fault(override.lstrip("+"), error)):
+        return fault
     return f"{override.lstrip('+')}: {_first_lines(error)}"
+
+
+def _unknown(job: str, key: str, known: Sequence[str]) -> str:
+    """The fault of a key or group that the job does not have."""
+    owners = [other for other in JOBS if key in typed_settings(other) or key in groups_of(other)]
+    if owners:
+        return f"{key} is no setting of {job} (of {', '.join(owners)}): remove it, or see `ldmscale {job} --cfg job`"
+    near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"see the keys with `ldmscale {job} --cfg job`"
+    return f"{key} is unknown: {hint}"
+
+
+def _interpolation_fault(override: str, error: Exception) -> str | None:
+    """What to write in place of `${NAME}`, where NAME is neither a setting nor a resolver."""
+    names = re.findall(r"\$\{([^{}]*)\}", override)
+    if not names or isinstance(error, GrammarParseError):
+        return None
+    bad = next((name for name in names if f"'{name}'" in str(error)), names[0])
+    variable = bad if re.fullmatch(r"[A-Za-z_]\w*", bad) else "NAME"
+    return (
+        f"{override}: ${{{bad}}} is no setting and no resolver ({_first_lines(error)}); for an environment variable leave "
+        f"the single quotes away, so that the shell puts it in, or write ${{oc.env:{variable}}}; "
+        f"\\${{{bad}}} is the text as it stands"
+    )
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
 
 
 def _dotted(values: Any, path: str = "") -> list[str]:
@@ -199,62 +245,9 @@ def _dotted(values: Any, path: str = "") -> list[str]:
 
 
 def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).strip().split("\n")[:2])
+    return " ".join(" ".join(str(error).strip().split("\n")[:2]).split())
 
 
 def quiet_hydra() -> None:
     """Let Hydra raise instead of printing and leaving with status 1: the command line tells faults its own way."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-
-
-def plain(override: str) -> str:
-    """An override `key=value` as Hydra takes it: its value quoted where Hydra could not read it."""
-    key, equals, value = override.partition("=")
-    return f"{key}={_taken(value)}" if equals else override
-
-
-def _taken(value: str) -> str:
-    if _readable(value):
-        return value
-    text = value.strip()
-    if text[:1] == "[" and text[-1:] == "]":
-        return f"[{','.join(_taken(part.strip()) for part in _parts(text[1:-1]))}]"
-    if text[:1] == "{" and text[-1:] == "}":
-        entries = [_ENTRY.fullmatch(part) for part in _parts(text[1:-1])]
-        found = [f"{entry[1]}: {_taken(entry[2].strip())}" for entry in entries if entry]
-        if len(found) == len(entries):
-            return "{" + ", ".join(found) + "}"
-    # A backslash is itself, but before a quote.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
-
-
-def _parts(text: str) -> list[str]:
-    """Text cut at the commas that stand in no bracket and in no quotes."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"" and not parts[-1].strip():
-            quote = letter
-        elif letter in _OPEN + _CLOSE:
-            depth += 1 if letter in _OPEN else -1
-        elif letter == "," and depth == 0:
-            parts.append("")
-            continue
-        parts[-1] += letter
-    return parts
-
-
-def _readable(value: str) -> bool:
-    if _HARMLESS.fullmatch(value):
-        return True
-    try:
-        _parser().parse_override(f"x={value}")
-    except HydraException:
-        return False
-    return True
-
-
-@cache
-def _parser() -> OverridesParser:
-    return OverridesParser.create()

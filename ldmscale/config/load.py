@@ -12,7 +12,7 @@ import yaml
 from ldmscale import redact
 from ldmscale.config import JOBS, AutoencoderJob, DiffusionJob, Job, WandbSyncJob
 from ldmscale.config.checks import check
-from ldmscale.config.compose import compose_valid
+from ldmscale.config.compose import compose_valid, misplaced_experiment
 from ldmscale.config.inherit import inherited
 from ldmscale.config.typed import read
 from ldmscale.distributed.environment import Ranks, read_ranks
@@ -43,6 +43,8 @@ def resolved(kind: type[_J], overrides: Sequence[str], world_size: int, *, here:
         return _thawed(kind, overrides, world_size, here)
     job = next(name for name, type_ in JOBS.items() if type_ is kind)
     values, faults = compose_valid(job, overrides)
+    if misplaced := misplaced_experiment(job, overrides):
+        raise ConfigError([*misplaced, *faults])  # all else would be faulty as well
     redact.register(values)
     try:
         config = inherited(read(kind, values))

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldmscale import redact
-from ldmscale.config.compose import config_folder
+from ldmscale.config.folders import config_folder
 
 _SHOWING = (
     "--help",

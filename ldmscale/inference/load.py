@@ -22,7 +22,8 @@ from ldmscale.checkpoint.manager import newest_checkpoint
 from ldmscale.checkpoint.run_folder import RunFolder, is_foreign
 from ldmscale.checkpoint.shards import Reader, state_of
 from ldmscale.config import AutoencoderJob, DiffusionJob, FrozenTextConfig, TextEncoderConfig
-from ldmscale.config.compose import compose_job, config_folder
+from ldmscale.config.compose import compose_job
+from ldmscale.config.folders import config_folder
 from ldmscale.config.typed import read
 from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.conditions.boxes import LayoutTokens

@@ -21,7 +21,7 @@ from ldmscale.config import (
     SpatialConfig,
     TextEncoderConfig,
 )
-from ldmscale.config.compose import config_folder
+from ldmscale.config.folders import config_folder
 from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.interop import compvis

@@ -16,6 +16,7 @@ from typing import Any
 
 from ldmscale import redact
 from ldmscale.config import QuickstartJob
+from ldmscale.config.overrides import setting
 from ldmscale.config.typed import differences, plain
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.sources.prepare import prepare
@@ -178,16 +179,9 @@ def _ranks(wanted: int) -> int:
     return fitting
 
 
-def _settings(values: dict[str, object]) -> list[str]:
+def _settings(values: dict[str, int | str | Path]) -> list[str]:
     """Overrides with values quoted for Hydra's grammar, whatever a path contains."""
-
-    def quoted(value: object) -> str:
-        if isinstance(value, int):
-            return str(value)
-        text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{text}'"
-
-    return [f"{key}={quoted(value)}" for key, value in values.items()]
+    return [setting(key, value) for key, value in values.items()]
 
 
 def _tell(summary: dict[str, Any], folder: Path) -> None:

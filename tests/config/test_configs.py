@@ -6,7 +6,8 @@ import pytest
 
 from ldmscale.config import JOBS
 from ldmscale.config.checks import check
-from ldmscale.config.compose import compose_job, config_folder
+from ldmscale.config.compose import compose_job
+from ldmscale.config.folders import config_folder
 from ldmscale.config.typed import read
 from ldmscale.errors import ConfigError
 

@@ -8,7 +8,8 @@ import pytest
 
 from ldmscale.cluster.chain import stages_of
 from ldmscale.config import JOBS
-from ldmscale.config.compose import compose_valid, config_folder
+from ldmscale.config.compose import compose_valid
+from ldmscale.config.folders import config_folder
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FILES = [CHECKOUT / "README.md", CHECKOUT / "slurm" / "README.md", *sorted((CHECKOUT / "docs").glob("*.md")),

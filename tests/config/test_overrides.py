@@ -2,7 +2,8 @@
 
 import pytest
 
-from ldmscale.config.compose import compose_job, plain
+from ldmscale.config.compose import compose_job
+from ldmscale.config.overrides import plain
 
 PATTERNS = [
     "/data/{00000..00009}.tar",

@@ -10,7 +10,7 @@ import yaml
 
 from ldmscale.builders.networks import build_autoencoder, build_text_encoder, build_unet
 from ldmscale.config import AutoencoderConfig, ImportedUNetConfig, TextEncoderConfig
-from ldmscale.config.compose import config_folder
+from ldmscale.config.folders import config_folder
 from ldmscale.interop import compvis_names as names_there
 from ldmscale.interop import compvis_shapes as shapes_there
 from ldmscale.interop import diffusers_config

@@ -32,7 +32,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
         return done.stdout
 
     where = run(
-        sys.executable, "-c", "from ldmscale.config.compose import config_folder; print(config_folder())"
+        sys.executable, "-c", "from ldmscale.config.folders import config_folder; print(config_folder())"
     )
     assert Path(where.strip()) == site / "ldmscale" / "conf"
     assert "unet:" in run(sys.executable, "-m", "ldmscale", "diffusion", "--cfg", "job")

@@ -32,7 +32,7 @@ from ldmscale.config.checks.cluster import check_cluster, check_doctor, check_re
 from ldmscale.config.checks.data import (
     check_fixed_view,
     check_image_size,
-    check_local,
+    check_run,
     check_shards,
     check_source,
     check_writable,
@@ -70,7 +70,7 @@ def check(config: Job, world_size: int) -> list[str]:
                 config.train, config.zero, {"autoencoder.checkpointing": config.autoencoder.checkpointing}
             ),
             *check_averages(config.ema),
-            *check_local("run.dir", config.run.dir),
+            *check_run(config.run),
             *check_warm_start(config),
             *check_autoencoder(config.autoencoder),
             *check_loss(config),
@@ -86,7 +86,7 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_zero(config.zero),
             *check_compile(config.train, config.zero, _checkpointing(config)),
             *check_averages(config.ema),
-            *check_local("run.dir", config.run.dir),
+            *check_run(config.run),
             *check_warm_start(config),
             *check_unet(config.unet),
             *check_conditions(config),

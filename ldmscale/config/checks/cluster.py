@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmscale.config import ClusterConfig, DoctorJob, WandbSyncJob
-from ldmscale.config.compose import config_folder
+from ldmscale.config.folders import config_folder
 
 # sbatch's notations of a duration: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 _DURATION = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")

@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from ldmscale.config import AutoencoderConfig, DataConfig, QuickstartJob
+from ldmscale.config import AutoencoderConfig, DataConfig, QuickstartJob, RunConfig
 from ldmscale.config.schema.data import WeightedShardsConfig
 from ldmscale.data.images.buckets import bucket_shapes
 from ldmscale.data.shards.filter import Condition
@@ -137,6 +137,17 @@ def check_local(key: str, path: str) -> list[str]:
     return check_folder(key, path)
 
 
+def check_run(run: RunConfig) -> list[str]:
+    """Faults of the run folder, and of a name that it is derived from."""
+    parts = run.name.split("/")
+    if any(part in ("", ".", "..") or not part.isprintable() or len(part.encode()) > 255 for part in parts):
+        return [
+            f"run.name={run.name!r} is no name of a folder: expected printable text without empty, '.' and '..' parts, of 255 "
+            "bytes at most; give another run.name"
+        ]
+    return check_local("run.dir", run.dir)
+
+
 def check_folder(key: str, path: str | Path) -> list[str]:
     """A folder that will be made or written: of what is there already, the last part must be a folder that lets us."""
     place = os.path.abspath(path)
@@ -162,7 +173,7 @@ def check_writable(key: str, path: str) -> list[str]:
 
 
 def check_source(config: QuickstartJob) -> list[str]:
-    faults = check_local("run.dir", config.run.dir)
+    faults = check_run(config.run)
     if config.data.root is not None and not Path(config.data.root).exists():
         faults.append(f"data.root={config.data.root}: there is nothing there; give a folder of images")
     if config.data.source == "folder" and config.data.root is None:
