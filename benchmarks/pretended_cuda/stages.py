@@ -163,7 +163,7 @@ def samplers(gpu: PretendedCuda, stage: DiffusionStage, batch: int = 2, steps: i
     network.eval()
     for sampler in SAMPLERS:
         conditions = Conditions(token_ids=torch.zeros(batch, 77, dtype=torch.int64, device=CUDA))
-        noise = torch.randn(batch, *stage.latent_shape, device=CUDA)
+        noise = torch.randn(batch, *stage.latent_shapes[0], device=CUDA)
         options = SamplerOptions(steps=steps, sampler=sampler, guidance_rescale=0.7)
         gpu.counters.reset()
         draw_latents(network, conditions, noise, stage.schedule, options, engine.compute_dtype, range(batch))
