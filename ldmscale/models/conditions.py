@@ -26,6 +26,7 @@ class Conditions(NamedTuple):
     embeddings: Tensor | None = None  # [B, L, D], a context that was computed elsewhere
     # [B, K, h, w] channels to join; for a spatial rescaler a larger map, [B, K, H, W] or int64 classes [B, H, W]
     spatial: Tensor | None = None
+    text: Tensor | None = None  # [B, L, D], what a frozen text encoder makes of token_ids, in place of them
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Conditions:
         """Each part that is there after `change`: a move to a device, a choice of rows."""

@@ -67,6 +67,7 @@ class Denoiser(nn.Module):
         self.text_encoder = None if isinstance(text_encoder, FrozenTextEncoder) else text_encoder
         # In a tuple, where torch does not look for networks.
         self._frozen_text = (text_encoder,) if isinstance(text_encoder, FrozenTextEncoder) else ()
+        self._null_text: Tensor | None = None
         self.class_embedder = class_embedder
         self.embeddings = embeddings
         self.spatial_rescaler = spatial_rescaler
@@ -146,12 +147,27 @@ class Denoiser(nn.Module):
             return None
         if drop is not None and not self.has_null:
             raise ValueError("this model has no null condition that could replace a dropped one")
+        if conditions.text is not None:
+            return self._encoded_text(conditions.text, drop)
         given = conditions.token_ids if self.reads_text is not None else conditions.labels
         given = conditions.embeddings if self.embeddings is not None else given
         assert given is not None
         if drop is not None and self.null_context is None:
             given = torch.where(_for_rows(drop, given), self._null_input(given), given)
         context: Tensor = reader(given)  # [B, L, D]
+        return self._with_null_context(context, drop)
+
+    def _encoded_text(self, context: Tensor, drop: Tensor | None) -> Tensor:
+        """Outputs of the frozen text encoder that were stored, with those of the null condition where it replaces them."""
+        encoder, context = self.reads_text, context.float()
+        if drop is not None and self.null_context is None:
+            assert encoder is not None and self.null_token_ids is not None
+            if self._null_text is None:  # made once: the encoder is not trained
+                self._null_text = encoder(self.null_token_ids[None].to(context.device))  # [1, L, D]
+            context = torch.where(_for_rows(drop, context), self._null_text.to(context.device), context)
+        return self._with_null_context(context, drop)
+
+    def _with_null_context(self, context: Tensor, drop: Tensor | None) -> Tensor:
         if drop is None or self.null_context is None:
             return context
         null = self.null_context()[: context.shape[1]].to(context.dtype)  # [L, D]
@@ -183,7 +199,13 @@ class Denoiser(nn.Module):
     def _check_given(self, conditions: Conditions) -> None:
         channels = self.unet.in_channels - self.unet.out_channels
         reads = (self.reads_text, self.class_embedder, self.embeddings, channels or None)
-        for name, part, reader in zip(Conditions._fields, conditions, reads, strict=True):
+        if conditions.text is not None:
+            if not self._frozen_text:
+                raise ValueError(
+                    "this denoiser has no frozen text encoder and was called with outputs of one"
+                )
+            conditions = conditions._replace(token_ids=conditions.text)  # in their place
+        for name, part, reader in zip(Conditions._fields[:-1], conditions[:-1], reads, strict=True):
             if (part is None) != (reader is None):
                 raise ValueError(
                     f"this denoiser reads {'no ' if reader is None else ''}{name} and was called "

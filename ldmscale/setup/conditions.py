@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldmscale.config import DiffusionJob, TextEncoderConfig
+from ldmscale.config import DiffusionJob, FrozenTextConfig, TextEncoderConfig
 from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.conditions.boxes import LayoutTokens
 from ldmscale.data.conditions.segmentation import ClassMaps
@@ -57,10 +57,12 @@ def item_maker(
     data = config.data
     caption_source = None if readers.tokenizer is None else data.caption
     if stored is not None:
+        text = stored.text if data.stored_text and isinstance(config.text_encoder, FrozenTextConfig) else None
         return LatentItem(
             stored,
             caption_source=caption_source,
-            tokenizer=readers.tokenizer,
+            tokenizer=readers.tokenizer if text is None else None,
+            text=text,
             labels=readers.classes,
             flip=data.flip,
             seed=config.seed,

@@ -13,6 +13,8 @@ from ldmscale.builders.networks import build_denoiser, build_schedule
 from ldmscale.config import DiffusionJob
 from ldmscale.data.latents.format import LatentFormat
 from ldmscale.data.loading.draws import BatchDraws
+from ldmscale.data.loading.transforms import LatentItem
+from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.preemption import StopFlag
 from ldmscale.setup.conditions import item_maker, open_condition_readers
@@ -23,7 +25,7 @@ from ldmscale.setup.foreign_models import check_stated_warm_start, with_stated_f
 from ldmscale.setup.node_checks import check_shared_memory
 from ldmscale.setup.previews import open_preview
 from ldmscale.setup.run import already_finished, open_run
-from ldmscale.setup.text import open_frozen_text
+from ldmscale.setup.text import check_stored_text, open_frozen_text
 from ldmscale.setup.trainer import train
 from ldmscale.stages.diffusion import DiffusionStage
 from ldmscale.train.engine.engine import Engine, sharded_construction
@@ -51,6 +53,12 @@ def train_diffusion(config: DiffusionJob, ranks: Ranks, stop: StopFlag) -> int:
         ranks, make_item, draws, batch=config.train.rank_micro_batch, workers=config.data.workers
     )
     pretrained_text = open_frozen_text(run, config, readers.tokenizer)
+    if isinstance(make_item, LatentItem) and make_item.text is not None:
+        assert pretrained_text is not None and isinstance(readers.tokenizer, EncoderTokenizer)
+        check_stored_text(config, make_item.text, pretrained_text, readers.tokenizer)
+        log.info(
+            "text encodings are read with the latents: the text encoder runs for previews and the null condition alone"
+        )
 
     # Right before the construction: the initial weights depend on the seed alone.
     torch.manual_seed(config.seed)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from ldmscale.checkpoint.run_folder import is_foreign, latents_folder
-from ldmscale.config import LatentsJob
+from ldmscale.config import FrozenTextConfig, LatentsJob
 from ldmscale.config.inherit import size_warning
-from ldmscale.data.latents.format import LatentFormat, LatentManifest
+from ldmscale.data.latents.format import LatentFormat, LatentManifest, TextFormat
 from ldmscale.data.latents.store import LatentPlace, LatentStore, place_of
 from ldmscale.data.latents.work_queue import Claims
 from ldmscale.data.latents.writer import finish_set, is_finished, written_version
@@ -21,6 +21,7 @@ from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.shards.urls import shard_name, shard_states
 from ldmscale.data.tokenizers.bert import Tokenizer
+from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
 from ldmscale.distributed.environment import Ranks, part
 from ldmscale.distributed.preemption import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.process_group import close_world, open_world
@@ -28,8 +29,10 @@ from ldmscale.errors import ConfigError, DataError
 from ldmscale.inference.load import load
 from ldmscale.models.autoencoder import KLAutoencoder
 from ldmscale.models.first_stage import LatentScale, digest
+from ldmscale.models.text_encoder import FrozenTextEncoder
 from ldmscale.setup.index import open_index, selection_of, shapes_of, storage_of
 from ldmscale.setup.node_checks import check_processes, check_shared_memory
+from ldmscale.setup.text import open_caption_encoder
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latents import PREFETCH_CHUNKS, LatentsWork, make_shards
 from ldmscale.storage.object_store import AbsentError, ShardState, Storage, StoreError
@@ -58,6 +61,11 @@ def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
     part(ranks.rank)  # from here on ranks are independent, like those of other launches
     tokenizer = None if chosen.tokenizer is None else Tokenizer.load(chosen.tokenizer, chosen.max_tokens)
     first_stage, stored = open_encoder(config, world.device, data.image_size, tokenizer)
+    text = None
+    if chosen.text:
+        assert isinstance(config.text_encoder, FrozenTextConfig)
+        text = open_caption_encoder(config.text_encoder, world.device)
+        stored = replace(stored, text=text_format(*text, stored.dtype))
     stored = replace(stored, version=stored_version(place, stored))
     sources = describe_sources(config, index)
     names = [f"{number:05d}.tar" for number in range(len(index.shards))]
@@ -77,6 +85,7 @@ def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
         format=stored,
         sources=sources,
         ledger=Ledger(folder / "data_ledger.jsonl", ranks.rank),
+        text=text,
         batch=chosen.rank_batch,
         workers=data.workers,
         max_bad_share=data.max_bad_share,
@@ -144,6 +153,11 @@ def stored_version(place: LatentPlace, wanted: LatentFormat) -> int:
             "encoder: give another folder"
         )
     return found or wanted.version
+
+
+def text_format(encoder: FrozenTextEncoder, tokenizer: EncoderTokenizer, dtype: str) -> TextFormat:
+    """How the encoder's outputs are stored."""
+    return TextFormat(encoder.digest(), tokenizer.fingerprint, tokenizer.max_tokens, encoder.width, dtype)
 
 
 def open_encoder(

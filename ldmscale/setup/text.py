@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from ldmscale.builders.networks import open_text_encoder
 from ldmscale.config import DiffusionJob, FrozenTextConfig, TextEncoderConfig
 from ldmscale.data.conditions.annotations import caption_of
+from ldmscale.data.latents.format import TextFormat
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.tokenizers.bert import Tokenizer, train_wordpiece
@@ -82,6 +84,45 @@ def open_frozen_text(
         "frozen %s encoder %s of %s parameters, %s, %s", text.kind, text.path, f"{count:,}", text.dtype, found
     )
     return encoder.to(run.device)
+
+
+def open_caption_encoder(
+    text: FrozenTextConfig, device: torch.device
+) -> tuple[FrozenTextEncoder, EncoderTokenizer]:
+    """The frozen text encoder on a device, and its tokenizer, outside of any run."""
+    with tempfile.TemporaryDirectory() as folder:
+        keep(text.path, Path(folder) / "tokenizer")
+        tokenizer = EncoderTokenizer.load(Path(folder) / "tokenizer", text.max_tokens)
+    return open_text_encoder(text).to(device), tokenizer
+
+
+def check_stored_text(
+    config: DiffusionJob, form: TextFormat, encoder: FrozenTextEncoder, tokenizer: EncoderTokenizer
+) -> None:
+    """Compares the text encodings that are stored with the latents with what the run's encoder would make.
+
+    Raises:
+        DataError: if they are of another encoder, another tokenizer, or another caption.
+    """
+    otherwise = "or data.stored_text=false, which runs the encoder"
+    faults = [
+        f"the text encodings of the latents were made with {name} {there}, this run has {here}: give the text_encoder= that "
+        f"made them, {otherwise}"
+        for name, there, here in (
+            ("the text encoder", form.encoder, encoder.digest()),
+            ("max_tokens", form.max_tokens, tokenizer.max_tokens),
+            ("width", form.width, encoder.width),
+            ("the tokenizer", form.tokenizer, tokenizer.fingerprint),
+        )
+        if there != here
+    ]
+    if config.data.caption != "txt":
+        faults.append(
+            f"data.caption={config.data.caption}, but the stored text encodings are of the caption that the latents were made "
+            f"with: give data.caption=txt, {otherwise}"
+        )
+    if faults:
+        raise DataError(faults)
 
 
 def _captions(run: Run, source: str) -> Iterator[str]:

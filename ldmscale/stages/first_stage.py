@@ -84,17 +84,19 @@ class FirstStage:
 def batch_conditions(batch: Batch, first_stage: FirstStage) -> Conditions:
     """What the readers put into a batch; nothing for a model without conditions.
 
-    "tokens" int64 [B,L], "label" int64 [B], "embeddings" float32 [B,L,D], "spatial" (a small image float32 [B,3,h,w], or
+    "tokens" int64 [B,L] or in their place "text" [B,L,D],
+    "label" int64 [B], "embeddings" float32 [B,L,D], "spatial" (a small image float32 [B,3,h,w], or
     a map int64 [B,H,W]), or "mask" uint8 [B,1,H,W], of which `masked_latents` is made with the images.
     """
     spatial = batch.get("spatial")
     if "mask" in batch:
         spatial = masked_latents(first_stage, batch["image"], batch["mask"])
     return Conditions(
-        token_ids=batch.get("tokens"),
+        token_ids=None if "text" in batch else batch.get("tokens"),
         labels=batch.get("label"),
         embeddings=batch.get("embeddings"),
         spatial=spatial,
+        text=batch.get("text"),
     )
 
 

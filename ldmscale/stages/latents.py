@@ -33,9 +33,11 @@ from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.loading.workers import TURN_SECONDS, end, next_of, start_of_workers
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.shards.urls import is_local
+from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
 from ldmscale.distributed import rng as draws
 from ldmscale.errors import DataError, StoppedEarlyError
 from ldmscale.models.bottleneck import Posterior
+from ldmscale.models.text_encoder import FrozenTextEncoder
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.storage.lease import LeaseLostError
 from ldmscale.storage.object_store import StoreError
@@ -76,6 +78,14 @@ class Encoder:
         full = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else images
         return self.first_stage.moments(full)[: len(images)]
 
+    def text(self, encoder: FrozenTextEncoder, ids: Tensor) -> Tensor:
+        """int64 [b,L] -> float32 [b,L,D], likewise."""
+        if self._threads is not None:
+            return torch.cat(list(self._threads.map(encoder, torch.split(ids, 1))))
+        full = functional.pad(ids, (0, 0, 0, self.batch - len(ids)))
+        encoded: Tensor = encoder(full.to(self.first_stage.device))
+        return encoded[: len(ids)]
+
     def close(self) -> None:
         if self._threads is not None:
             self._threads.shutdown()
@@ -92,6 +102,7 @@ class LatentsWork:
         format: of the set.
         sources: what each shard is made of.
         ledger: takes down what cannot be used.
+        text: the frozen text encoder whose outputs are stored, and its tokenizer; None: none are.
         batch: images encoded at a time.
         workers: processes that read; 0: a thread.
         max_bad_share: of a shard's samples.
@@ -103,6 +114,7 @@ class LatentsWork:
     format: LatentFormat
     sources: Sequence[Source]
     ledger: Ledger
+    text: tuple[FrozenTextEncoder, EncoderTokenizer] | None = None
     batch: int = 16
     workers: int = 0
     max_bad_share: float = 1.0
@@ -118,10 +130,11 @@ class _Shard:
     files: ExitStack = field(default_factory=ExitStack)
     writer: LatentShardWriter | None = None
 
-    def write(self, chunk: Chunk, moments: Sequence[Tensor]) -> None:
-        """Adds a chunk. `moments`: of the images, and of the mirrored ones."""
+    def write(self, chunk: Chunk, moments: Sequence[Tensor], text: Tensor | None) -> None:
+        """Adds a chunk. `moments`: of the images, and of the mirrored ones. `text`: of the captions."""
         try:
-            self._write(chunk, [each.cpu().numpy() for each in moments])
+            of_captions = None if text is None else text.cpu().numpy()
+            self._write(chunk, [each.cpu().numpy() for each in moments], of_captions)
         except BaseException:
             self.lost = True  # what is half written must not appear
             raise
@@ -137,7 +150,7 @@ class _Shard:
             log.info("shard %s: %d samples", self.claim.name, self.writer.samples)
         self.claim.lease.release()
 
-    def _write(self, chunk: Chunk, moments: Sequence[np.ndarray]) -> None:
+    def _write(self, chunk: Chunk, moments: Sequence[np.ndarray], text: np.ndarray | None) -> None:
         number, work = self.claim.number, self.work
         if self.writer is None:
             self.writer = LatentShardWriter(
@@ -152,7 +165,8 @@ class _Shard:
                 self.writer.write(
                     row.key, views[0], row.caption, row.metadata,
                     flipped=views[1] if len(views) > 1 else None, tokens=row.tokens, bucket=chunk.span.bucket,
-                    view=row.view, captions=row.captions,
+                    view=row.view, captions=row.captions, text_tokens=row.text_tokens,
+                    text=None if text is None else text[place],
                 )  # fmt: skip
             except DataError as error:
                 refused.append((row.key, str(error)))
@@ -226,7 +240,7 @@ class _Line:
         # are local they ask no store, wherever latents go.
         context = None if not work.workers else "forkserver" if remote else "fork"
         self._loader: DataLoader[Chunk] = DataLoader(
-            ChunkReader(work.reader, work.item),
+            ChunkReader(work.reader, work.item, None if work.text is None else work.text[1]),
             batch_size=None,
             sampler=_Spans(self),
             num_workers=work.workers,
@@ -305,12 +319,15 @@ class _Line:
         if shard is None:
             return  # lost, and what was read ahead of it is of no use
         if not shard.lost:
-            moments = []
+            moments, text = [], None
+            if chunk.rows and self._work.text is not None:
+                ids = np.stack([row.text_ids for row in chunk.rows if row.text_ids is not None])
+                text = self._encoder.text(self._work.text[0], torch.from_numpy(ids))
             if chunk.images is not None:
                 moments = [self._stored(chunk, chunk.images)]
                 if self._work.format.flips:
                     moments.append(self._stored(chunk, chunk.images.flip(-1)))
-            self._pending.append(self._behind.submit(shard.write, chunk, moments))
+            self._pending.append(self._behind.submit(shard.write, chunk, moments, text))
             _wait(self._pending, _BEHIND)
         if shard.lost or chunk.span.last:
             self._pending.append(self._behind.submit(self._end, chunk.span.claim))

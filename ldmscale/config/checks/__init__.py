@@ -52,6 +52,7 @@ from ldmscale.config.checks.stages import (
     check_objective,
     check_preview,
     check_same_autoencoder,
+    check_stored_text,
     check_zero,
 )
 from ldmscale.config.checks.warm_start import check_warm_start
@@ -107,6 +108,8 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_shards(config.data, needs="images", sized=False),
             *(check_first_stage(config.first_stage.path) or check_inherited_size(config)),
             *check_fixed_view(config.data),
+            *check_text_encoder(config.text_encoder),
+            *check_stored_text(config),
             *check_writable("latents.path", config.latents.path),
         ]
     if isinstance(config, SampleJob):

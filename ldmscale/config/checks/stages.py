@@ -11,6 +11,8 @@ from ldmscale.config import (
     DiffusionJob,
     EmaConfig,
     FirstStageConfig,
+    FrozenTextConfig,
+    LatentsJob,
     PreviewConfig,
     TrainConfig,
     ZeroConfig,
@@ -172,6 +174,20 @@ def check_latents(config: DiffusionJob) -> list[str]:
             "data.crop=random: latents are one crop of an image; give data.crop=center, or data=shards to encode online"
         )
     return faults
+
+
+def check_stored_text(config: LatentsJob) -> list[str]:
+    text = config.text_encoder
+    if config.latents.text and not isinstance(text, FrozenTextConfig):
+        found = "is not set" if text is None else "is one that is trained, whose outputs change"
+        return [
+            f"latents.text=true, but text_encoder {found}: give a frozen one, such as text_encoder=clip_l, or latents.text=false"
+        ]
+    if text is not None and not config.latents.text:
+        return [
+            "text_encoder is set, but latents.text=false stores none of its outputs: give latents.text=true"
+        ]
+    return []
 
 
 def check_first_stage(path: str | None) -> list[str]:

@@ -39,6 +39,8 @@ class DataConfig:
     # brace pattern, glob, URL, a list of them, or a mixture: a list of {shards: ..., weight: ...}
     shards: str | tuple[str, ...] | tuple[WeightedShardsConfig, ...]
     kind: Literal["images", "latents"] = "images"  # what the tars hold
+    # of latents that have them: read the frozen text encoder's stored outputs in place of running it
+    stored_text: bool = True
     # never trained on: pictures while training are of these
     heldout_shards: str | tuple[str, ...] | None = None
     # pixels of the square that the short side is resized to; null: of latents and evaluate, that of the model that they read
@@ -97,6 +99,8 @@ class LatentsConfig:
     flips: bool = False  # the mirrored images' latents, too, so that training may flip
     tokenizer: str | None = None  # its folder or name: token ids are stored, too
     max_tokens: Positive = 77  # of a caption, with the tokenizer
+    # What the frozen text_encoder makes of the captions, so that training need not run it: 2 x max_tokens x width bytes a sample
+    text: bool = False
     rank_batch: Positive = 16  # images encoded at a time
     claim_timeout_seconds: PositiveNumber = (
         120.0  # a claim of another host without a sign of life for so long is void

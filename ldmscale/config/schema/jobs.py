@@ -92,6 +92,8 @@ class LatentsJob:
     data: DataConfig
     first_stage: EncoderConfig
     latents: LatentsConfig
+    # Frozen; read with latents.text=true.
+    text_encoder: Annotated[TextEncoderConfig | FrozenTextConfig, Field(discriminator="kind")] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -46,11 +46,13 @@ class TextFormat:
 
     Attributes:
         encoder: digest of its weights.
+        tokenizer: fingerprint of its tokenizer.
         max_tokens, width: of `text.npy`, [max_tokens, width].
         dtype: as `LatentFormat.dtype`.
     """
 
     encoder: str
+    tokenizer: str
     max_tokens: int
     width: int
     dtype: str
@@ -59,6 +61,11 @@ class TextFormat:
     def stored_type(self) -> np.dtype[Any]:
         """Of `text.npy`: uint16 for bfloat16."""
         return _stored_type(self.dtype)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the values of `text.npy`."""
+        return self.max_tokens * self.width * self.stored_type.itemsize
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,7 @@ class _Text(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     encoder: str
+    tokenizer: str
     max_tokens: Count
     width: Count
     dtype: Literal[DTYPES]  # type: ignore[valid-type]
@@ -328,6 +336,25 @@ def from_stored(stored: np.ndarray) -> np.ndarray:
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)
+
+
+def read_text(members: Mapping[str, bytes], form: TextFormat) -> np.ndarray:
+    """Returns the stored text encoding of a sample, [max_tokens, width], as `read_latent` returns latents.
+
+    Raises DataError if it is missing, damaged, or of another shape or dtype.
+    """
+    if TEXT not in members:
+        raise DataError(f"has no {TEXT} (members: {', '.join(sorted(members)) or 'none'})")
+    try:
+        array = decode_array(members[TEXT])
+    except DataError as error:
+        raise DataError(f"its {TEXT} is no array of finite floats") from error
+    if array.shape != (form.max_tokens, form.width) or array.dtype != form.stored_type:
+        raise DataError(
+            f"its {TEXT} is {array.dtype} of shape {array.shape}, the set's are {form.stored_type} of shape "
+            f"{(form.max_tokens, form.width)}"
+        )
+    return from_stored(array) if array.dtype == np.uint16 else array
 
 
 def read_latent(

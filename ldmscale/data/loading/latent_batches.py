@@ -48,7 +48,7 @@ class LatentReader:
     def __init__(self, fetcher: Fetcher[Any], item: LatentItem) -> None:
         self.fetcher, self.item = fetcher, item
         self.careful = 0  # samples that did not go by the batch
-        self._memory = BatchMemory()
+        self._memory, self._memory_of_texts = BatchMemory(), BatchMemory()
         self._names = ["key"]
         if item.caption_source is not None:
             self._names.append("caption")
@@ -74,7 +74,8 @@ class LatentReader:
         shape = form.stored_shape_of(run.bucket)
         latents = self._memory.take((run.samples, *shape), form.stored_type)
         columns: dict[str, list[Any]] = {name: [None] * run.samples for name in self._names}
-        good = self._by_batch(run, latents, columns)
+        texts = self._texts(run.samples)
+        good = self._by_batch(run, latents, texts, columns)
         skipped = torch.zeros(run.samples, dtype=torch.int64)
         upcast: list[tuple[int, np.ndarray]] = []
         for row in np.flatnonzero(~good).tolist():
@@ -83,6 +84,10 @@ class LatentReader:
             skipped[row] = fetched.skipped
             for name in self._names:
                 columns[name][row] = fetched.key if name == "key" else fetched.item[name]
+            if texts is not None and self.item.text is not None:
+                texts[row] = to_stored(
+                    fetched.item["text"], self.item.text.dtype
+                )  # exact: it was read of these bits
             latent = fetched.item["latent"]
             if form.dtype == "bfloat16":
                 latents[row] = to_stored(latent, "bfloat16")  # exact: it was read of these bits
@@ -101,6 +106,9 @@ class LatentReader:
             SKIPPED: skipped,
             **columns,
         }
+        if texts is not None:
+            encoded = torch.from_numpy(texts)
+            batch["text"] = encoded.view(torch.bfloat16) if texts.dtype == np.uint16 else encoded
         if "caption" in columns and self.item.tokenizer is not None:
             batch["tokens"] = torch.from_numpy(self.item.tokenizer.encode(columns["caption"]))
         if "tokens" in columns:
@@ -109,8 +117,17 @@ class LatentReader:
             batch["label"] = torch.tensor(columns["label"], dtype=torch.int64)
         return batch
 
-    def _by_batch(self, run: Run, latents: np.ndarray, columns: dict[str, list[Any]]) -> np.ndarray:
-        """Fills in rows of both; says which, bool [b]. The others must be read with care."""
+    def _texts(self, samples: int) -> np.ndarray | None:
+        """Room for the text encodings, where the item reads them."""
+        form = self.item.text
+        if form is None:
+            return None
+        return self._memory_of_texts.take((samples, form.max_tokens, form.width), form.stored_type)
+
+    def _by_batch(
+        self, run: Run, latents: np.ndarray, texts: np.ndarray | None, columns: dict[str, list[Any]]
+    ) -> np.ndarray:
+        """Fills in rows of all; says which, bool [b]. The others must be read with care."""
         count = run.samples
         shards, indices = self.fetcher.sequence.places(run.bucket, run.number, count)
         offsets, sizes = self.fetcher.reader.index.spans(shards, indices)
@@ -133,9 +150,13 @@ class LatentReader:
             return np.zeros(count, dtype=bool)
         good &= found.good
         if begins is None:
-            self._copy(layout, latents, chosen, found.at, good)
+            self._copy(latents, chosen, found.at, good)
         if not _all_finite(latents):
             good &= [_all_finite(latent) for latent in latents]
+        if texts is not None and layout.text is not None:
+            self._copy(texts, np.full(count, layout.text), found.at, good)
+            if not _all_finite(texts):
+                good &= [_all_finite(text) for text in texts]
         columns["key"] = found.key_texts()
         if len(columns) > 1:
             self._tell(layout, found, columns, good, run)
@@ -199,13 +220,11 @@ class LatentReader:
         except (OSError, DataError):
             return -1
 
-    def _copy(
-        self, layout: Layout, latents: np.ndarray, chosen: np.ndarray, at: np.ndarray, good: np.ndarray
-    ) -> None:
-        """Copies the values out of the buffer, and clears `good` of rows that have none."""
-        count, nbytes = len(chosen), layout.array_bytes
+    def _copy(self, values: np.ndarray, chosen: np.ndarray, at: np.ndarray, good: np.ndarray) -> None:
+        """Copies the values of chosen members out of the buffer, and clears `good` of rows that have none."""
+        count, nbytes = len(chosen), values[0].nbytes
         good &= chosen >= 0
-        out = latents.reshape(count, -1).view(np.uint8)
+        out = values.reshape(count, -1).view(np.uint8)
         starts = (at[np.arange(count), chosen] + 1) * BLOCK + NPY_HEAD
         first = int(starts[0])
         if good.all() and (starts == first).all():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldmscale.data.images.decode import LATENT, decode_array
-from ldmscale.data.latents.format import FLIPPED
+from ldmscale.data.latents.format import FLIPPED, TEXT, read_text
 from ldmscale.data.loading.transforms import LatentItem
 from ldmscale.data.shards.tar import BLOCK, TarFault, members, split_name
 from ldmscale.errors import DataError
@@ -50,6 +50,8 @@ class Layout:
         texts: extensions and numbers of those that the item looks at.
         npy_head: the 128 bytes that each array begins with.
         array_bytes: of the values behind it.
+        text: number of the member that holds the text encoding; None where the item reads none.
+        text_head, text_bytes: of it, likewise.
     """
 
     at: np.ndarray
@@ -61,6 +63,9 @@ class Layout:
     texts: tuple[tuple[str, int], ...]
     npy_head: np.ndarray
     array_bytes: int
+    text: int | None
+    text_head: np.ndarray
+    text_bytes: int
 
     @property
     def arrays_first(self) -> bool:
@@ -103,7 +108,8 @@ def layout_of(data: bytes, item: LatentItem, bucket: int = 0) -> Layout | None:
     names: list[str] = []
     headers: list[np.ndarray] = []
     arrays: dict[str, int] = {}
-    head = b""
+    head = text_head = b""
+    text_form = item.text
     stored, shape = item.format.stored_type, item.format.stored_shape_of(bucket)
     for member in found:
         named = split_name(member.name)
@@ -120,9 +126,17 @@ def layout_of(data: bytes, item: LatentItem, bucket: int = 0) -> Layout | None:
             if member.size != NPY_HEAD + array.nbytes or (head and head != value[:NPY_HEAD]):
                 return None
             arrays[extension], head = len(names), value[:NPY_HEAD]
+        if extension == TEXT and text_form is not None:
+            try:
+                read_text({TEXT: value}, text_form)
+            except DataError:
+                return None
+            if member.size != NPY_HEAD + text_form.stored_bytes:
+                return None
+            text_head = value[:NPY_HEAD]
         headers.append(np.frombuffer(data, np.uint8, BLOCK, member.start))
         names.append(extension)
-    if not arrays or len(set(names)) < len(names):
+    if not arrays or len(set(names)) < len(names) or (text_form is not None and TEXT not in names):
         return None
     extensions = [f".{name}".encode() for name in names]
     endings = np.zeros((_LONGEST_NAME, len(extensions), 2 * _LONGEST_NAME), dtype=np.uint8)
@@ -147,6 +161,9 @@ def layout_of(data: bytes, item: LatentItem, bucket: int = 0) -> Layout | None:
         texts=tuple((name, k) for k, name in enumerate(names) if name in item.told_members),
         npy_head=np.frombuffer(head, np.uint8),
         array_bytes=int(np.prod(shape)) * stored.itemsize,
+        text=None if text_form is None else names.index(TEXT),
+        text_head=np.frombuffer(text_head, np.uint8),
+        text_bytes=0 if text_form is None else text_form.stored_bytes,
     )
 
 
@@ -190,10 +207,13 @@ def _checked(
     ends = at + 1 - (-sizes // BLOCK)
     good = (ends[:, :-1] == at[:, 1:]).all(axis=1)
     good &= ends[:, -1] * BLOCK == spans
-    for member in layout.arrays.values():
+    arrays = [(member, layout.npy_head, layout.array_bytes) for member in layout.arrays.values()]
+    if layout.text is not None:
+        arrays.append((layout.text, layout.text_head, layout.text_bytes))
+    for member, head, nbytes in arrays:
         begin = np.minimum(at[:, member] + 1, blocks.shape[1] - 1)
-        good &= (blocks[lines, begin, :NPY_HEAD] == layout.npy_head).all(axis=1)
-        good &= sizes[:, member] == NPY_HEAD + layout.array_bytes
+        good &= (blocks[lines, begin, :NPY_HEAD] == head).all(axis=1)
+        good &= sizes[:, member] == NPY_HEAD + nbytes
     differ = headers.view(np.uint64) ^ layout.headers
     differ &= _SHARED
     if differ.max():  # looks faster than any()

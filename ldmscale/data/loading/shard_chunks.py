@@ -17,6 +17,7 @@ from ldmscale.data.images.decode import image_header, image_member, view_of
 from ldmscale.data.latents.sample_record import SampleView
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.shards.reader import Sample, SampleReader
+from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
 from ldmscale.errors import DataError
 from ldmscale.storage.object_store import StoreError
 
@@ -40,6 +41,8 @@ class Row(NamedTuple):
     tokens: np.ndarray | None
     view: SampleView
     captions: dict[str, str]  # of the text members
+    text_ids: np.ndarray | None = None  # int64 [L], for the frozen text encoder
+    text_tokens: int | None = None  # of them without the padding
 
 
 @dataclass
@@ -56,8 +59,10 @@ class Chunk:
 class ChunkReader(Dataset[Chunk]):
     """Reads and decodes spans; goes to the workers."""
 
-    def __init__(self, reader: SampleReader, item: ImageItem) -> None:
-        self.reader, self.item = reader, item
+    def __init__(
+        self, reader: SampleReader, item: ImageItem, text_tokenizer: EncoderTokenizer | None = None
+    ) -> None:
+        self.reader, self.item, self.text_tokenizer = reader, item, text_tokenizer
 
     def __getitem__(self, span: Span) -> Chunk:
         chunk = Chunk(span, None, [], [])
@@ -87,6 +92,13 @@ class ChunkReader(Dataset[Chunk]):
                     _captions(sample),
                 )
             )
+        if self.text_tokenizer is not None and chunk.rows:
+            captions = [row.caption for row in chunk.rows]
+            ids, lengths = self.text_tokenizer.encode(captions), self.text_tokenizer.lengths(captions)
+            chunk.rows = [
+                row._replace(text_ids=of_row, text_tokens=length)
+                for row, of_row, length in zip(chunk.rows, ids, lengths, strict=True)
+            ]
         if images:
             chunk.images = torch.from_numpy(np.stack(images))
         return chunk

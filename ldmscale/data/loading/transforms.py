@@ -13,7 +13,7 @@ from ldmscale.data.conditions.segmentation import ClassMaps
 from ldmscale.data.conditions.spatial import Holes, SmallImages
 from ldmscale.data.images.buckets import Shape
 from ldmscale.data.images.decode import LATENT, MAX_PIXELS, decode_image, image_header, image_member, view_of
-from ldmscale.data.latents.format import FLIPPED, LatentFormat, read_latent
+from ldmscale.data.latents.format import FLIPPED, LatentFormat, TextFormat, read_latent, read_text
 from ldmscale.data.shards.reader import Sample
 from ldmscale.data.tokenizers.bert import Tokenizer
 from ldmscale.data.tokenizers.pretrained import EncoderTokenizer
@@ -115,6 +115,7 @@ class LatentItem:
         flip: take the mirrored image's latent of every second sample, as `ImageItem` would mirror it.
         seed: the run's seed; with the position it says of which.
         layout: adds "tokens", the boxes of the part of the image that the latent is of.
+        text: adds "text" [max_tokens, width] in the stored dtype, what a frozen text encoder made of the caption.
     """
 
     format: LatentFormat
@@ -125,6 +126,7 @@ class LatentItem:
     flip: bool = False
     seed: int = 0
     layout: LayoutTokens | None = None
+    text: TextFormat | None = None
 
     def __call__(self, sample: Sample, position: int) -> dict[str, np.ndarray | str | int]:
         """Makes the item.
@@ -135,6 +137,8 @@ class LatentItem:
         item = self.told(sample.members, position, sample.bucket)
         if self.tokenizer is not None and "caption" in item:
             item["tokens"] = self.tokenizer.encode([str(item["caption"])])[0]
+        if self.text is not None:
+            item["text"] = read_text(sample.members, self.text)
         name = self.member(position)
         item["latent"] = read_latent(sample.members, self.format, name, sample.bucket)
         return item

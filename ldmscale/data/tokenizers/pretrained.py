@@ -77,6 +77,10 @@ class EncoderTokenizer:
         """Returns token ids int64 [B, max_tokens], long captions cut."""
         return encode(self._backend, captions, self.max_tokens)
 
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """How many ids of each caption's row are no padding."""
+        return [sum(row.attention_mask) for row in self._backend.encode_batch(list(captions))]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of one row of ids, special tokens left out."""
         return decode(self._backend, ids)

@@ -16,7 +16,7 @@ import webdataset
 
 from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.data.conditions.boxes import LayoutTokens
-from ldmscale.data.latents.format import LatentFormat
+from ldmscale.data.latents.format import LatentFormat, TextFormat
 from ldmscale.data.latents.writer import LatentShardWriter
 from ldmscale.data.loading.fetch import Fetcher, Run
 from ldmscale.data.loading.latent_batches import LatentReader
@@ -45,7 +45,8 @@ def write(folder: Path, format: LatentFormat = FORMAT, boxes: bool = False) -> l
                     box = [0.1, 0.2, 0.31 + number % 8 / 10, 0.7]
                     metadata |= {"boxes": [{"class": 1, "box": box}], "width": 80 + number, "height": 64}
                 key = f"{'folder/' if number % 7 == 0 else ''}{shard}{number:04d}"
-                writer.write(key, draws.standard_normal(format.stored_shape), caption, metadata)
+                text = None if format.text is None else draws.standard_normal((3, 5))
+                writer.write(key, draws.standard_normal(format.stored_shape), caption, metadata, text=text)
         paths.append(str(folder / f"{shard:05d}.tar"))
     return paths
 
@@ -70,6 +71,10 @@ def assert_equal(batches: list[dict[str, Any]], wanted: list[Any], folder: Path)
         assert batch["caption"][row] == each.item["caption"]
         found, wanted_latent = batch["latent"][row], torch.from_numpy(np.array(each.item["latent"]))
         assert torch.equal(found.to(wanted_latent.dtype), wanted_latent)
+        if "text" in batch:
+            assert torch.equal(
+                batch["text"][row].float(), torch.from_numpy(np.array(each.item["text"], dtype=np.float32))
+            )
         if "tokens" in batch:
             assert np.array_equal(batch["tokens"][row].numpy(), each.item["tokens"])
     told = [
@@ -95,6 +100,26 @@ def test_whole_shards_are_read_by_the_batch(tmp_path: Path, format: LatentFormat
     assert reader.careful == 0 and batches[0]["latent"].dtype == getattr(torch, format.dtype)
     assert_equal(batches, wanted, tmp_path)
     assert read_ledger(tmp_path / "batch.jsonl") == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_stored_text_is_read_by_the_batch_and_its_damage_noticed(tmp_path: Path, dtype: str) -> None:
+    form = TextFormat("e" * 16, "t" * 16, 3, 5, dtype)
+    paths = write(tmp_path, replace(FORMAT, text=form))
+    item = LatentItem(replace(FORMAT, text=form), text=form)
+    reader, batches, wanted = both(paths, item, tmp_path)
+    assert reader.careful == 0 and batches[0]["text"].dtype == getattr(torch, dtype)
+    assert batches[0]["text"].shape == (10, 3, 5)
+    assert_equal(batches, wanted, tmp_path)
+    data, status = bytearray(Path(paths[1]).read_bytes()), os.stat(paths[1])
+    start = data.index(b"10003.text.npy\0") // 512 * 512 + 512 + 128
+    data[start : start + 4] = b"\xff\xff\xff\xff"  # not a number, in each of them
+    Path(paths[1]).write_bytes(bytes(data))
+    os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    reader, batches, wanted = both(paths, item, tmp_path)
+    assert_equal(batches, wanted, tmp_path)
+    (reason,) = {entry["reason"] for entry in read_ledger(tmp_path / "batch.jsonl")}
+    assert reason == "its text.npy is no array of finite floats" and reader.careful == 2
 
 
 def test_boxes_are_read_by_the_batch_in_the_view_of_their_latent(tmp_path: Path) -> None:
