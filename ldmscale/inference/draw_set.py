@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ldmscale.config import SampleConfig
+from ldmscale.data.images.buckets import nearest_ratio
 from ldmscale.diffusion.timesteps import path_of
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import ConfigError
@@ -111,6 +113,28 @@ def draw_images(
             said = now
     if display is not None:
         display.close()
+
+
+def with_trained_shape(config: SampleConfig, parts: Parts) -> SampleConfig:
+    """The configuration with the height and width that `aspect_ratio` stands for.
+
+    Raises ConfigError where the model was trained at one shape.
+    """
+    if config.aspect_ratio is None:
+        return config
+    assert parts.autoencoder is not None
+    if not parts.latent_shapes:
+        raise ConfigError(
+            f"sample.aspect_ratio={config.aspect_ratio:g}, but the model was trained without aspect-ratio buckets: give "
+            "sample.height and sample.width"
+        )
+    factor: int = parts.autoencoder.downsampling
+    sizes = [(width * factor, height * factor) for _, height, width in parts.latent_shapes]
+    wide, high = sizes[nearest_ratio(config.aspect_ratio, sizes)]
+    log.info(
+        "images of %dx%d pixels, the trained shape nearest to the ratio %g", wide, high, config.aspect_ratio
+    )
+    return replace(config, width=wide, height=high, aspect_ratio=None)
 
 
 def warn_of_late_start(parts: Parts, config: SampleConfig) -> None:

@@ -170,6 +170,7 @@ def _load_diffusion(
         denoiser=denoiser,
         scale=LatentScale.from_plain(stage["latent_scale"]),
         latent_shape=(channels, height, width),
+        latent_shapes=tuple((c, h, w) for c, h, w in stage.get("latent_shapes", ())),
         prediction=config.diffusion.prediction,
         spatial=None if config.spatial is None else config.spatial.kind,
         spatial_dropout=config.diffusion.spatial_dropout,

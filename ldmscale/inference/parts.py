@@ -35,6 +35,8 @@ class Parts:
     )
     scale: LatentScale | None = None  # between the autoencoder's latents and those that the U-Net sees
     latent_shape: tuple[int, int, int] | None = None  # [C,h,w] that the model was trained at
+    # Of each aspect-ratio bucket that it was trained with, `latent_shape` first; empty: without buckets
+    latent_shapes: tuple[tuple[int, int, int], ...] = ()
     prediction: str = "eps"
     spatial: str | None = None  # what is joined to the latent: "map", "image" or "masked"
     spatial_dropout: float | None = None  # how often the model was trained without it; None: not known

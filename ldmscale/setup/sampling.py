@@ -16,7 +16,13 @@ from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.process_group import close_world, open_world
 from ldmscale.errors import ConfigError, DataError, LdmscaleError
 from ldmscale.inference.condition_files import conditions_digest
-from ldmscale.inference.draw_set import draw_images, prepare_set, warn_of_late_start, warn_of_no_guidance
+from ldmscale.inference.draw_set import (
+    draw_images,
+    prepare_set,
+    warn_of_late_start,
+    warn_of_no_guidance,
+    with_trained_shape,
+)
 from ldmscale.inference.image_set import SampleFolder, file_digest, listing_digest
 from ldmscale.inference.load import load
 from ldmscale.inference.sample import missing_parts
@@ -49,6 +55,7 @@ def sample_set(config: SampleConfig, ranks: Ranks) -> None:
                     part.to(world.device)
             if faults := missing_parts(parts, prompted=parts.layout is None):
                 raise ConfigError(faults)
+            config = with_trained_shape(config, parts)
             warn_of_late_start(parts, config)
             warn_of_no_guidance(parts, config)
             mine = [wanted[number] for number in missing[ranks.rank :: ranks.size]]
@@ -88,6 +95,8 @@ def parameters(config: SampleConfig) -> dict[str, str]:
                  "height", "width", "strength", "images_per_prompt", "first_seed", "distinct_seeds"):  # fmt: skip
         value = getattr(config, name)
         found[name] = "" if value is None else str(value)
+    if config.aspect_ratio is not None:
+        found["aspect_ratio"] = str(config.aspect_ratio)
     if config.spatial_guidance != 1:
         found["spatial_guidance"] = str(config.spatial_guidance)
     for name in ("image", "mask"):

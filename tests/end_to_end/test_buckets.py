@@ -220,3 +220,15 @@ def test_the_autoencoder_is_evaluated_in_the_shapes(place: Any) -> None:
               "evaluate.rank_batch=4", "evaluate.perceptual=none", "evaluate.features=none")  # fmt: skip
     one = json.loads((place.folder / "one.json").read_text())
     assert one["metrics"] == pytest.approx(found["metrics"], rel=1e-6)
+
+
+def test_sample_draws_the_trained_shape_nearest_to_a_ratio(place: Any, straight: dict[int, str]) -> None:
+    sample = ["sample", "sample.model=straight", "sample.prompts=[a wide 3]", "sample.steps=2"]
+    for ratio, size in (("1.4", (40, 24)), ("0.5", (24, 40)), ("1.1", (32, 32))):
+        place.run(*sample, f"sample.aspect_ratio={ratio}", f"sample.out=drawn_{ratio}")
+        (image,) = (place.folder / f"drawn_{ratio}").glob("0*.png")
+        assert Image.open(image).size == size
+    place.host.folder = place.folder
+    wrong = [*sample, "sample.aspect_ratio=1.4", "sample.height=32", "sample.out=wrong"]
+    assert place.host.run(wrong, place.folder / "keys.jsonl") == 2
+    assert "sample.aspect_ratio=1.4 and sample.height both give the shape" in place.log

@@ -19,7 +19,7 @@ def check_sample(sample: SampleConfig) -> list[str]:
     # A checkpoint of a run will do, too.
     run = given.parent.parent if given.name.startswith("step_") and (given / "COMPLETE").is_file() else given
     faults = check_model(str(run), "sample.model")
-    faults += [*_check_guidance(sample), *_check_pictures(sample)]
+    faults += [*_check_guidance(sample), *_check_pictures(sample), *_check_aspect_ratio(sample)]
     if sample.prompts is None and sample.condition is None:
         faults.append(
             "sample.prompts is not set: give 'sample.prompts=[a red dragon]', a file, or - for standard input"
@@ -199,6 +199,15 @@ def _check_path(sample: SampleConfig, model: dict[str, Any]) -> list[str]:
                 "(diffusion.zero_terminal_snr); give sample.spacing=trailing"
             )
     return faults
+
+
+def _check_aspect_ratio(sample: SampleConfig) -> list[str]:
+    given = [name for name in ("height", "width", "image", "condition") if getattr(sample, name) is not None]
+    if sample.aspect_ratio is None or not given:
+        return []
+    return [
+        f"sample.aspect_ratio={sample.aspect_ratio:g} and sample.{given[0]} both give the shape of the images: remove one"
+    ]
 
 
 def _check_size(sample: SampleConfig, model: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ldmscale.config.schema import STRICT, NotNegative, Positive, Prompt, Share
+from ldmscale.config.schema import STRICT, NotNegative, Positive, PositiveNumber, Prompt, Share
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -34,6 +34,8 @@ class SampleConfig:
     negative_prompts: Prompt | tuple[Prompt, ...] | None = None
     height: Positive | None = None  # of the images in pixels; null: as trained
     width: Positive | None = None
+    # Width over height: the nearest of the shapes that a model with aspect-ratio buckets was trained with, in place of both
+    aspect_ratio: PositiveNumber | None = None
     image: str | None = None  # a file to start from (image-to-image), or to keep in part
     strength: float | None = None  # share of the steps that change `image`; null: 0.75, and 1 with a mask
     mask: str | None = None  # a file, white where `image` is drawn anew (inpainting)

@@ -48,9 +48,14 @@ def bucket_shapes(image_size: int, step: int, max_ratio: float) -> tuple[Shape, 
 
 def bucket_of(width: int, height: int, shapes: Sequence[Shape]) -> int:
     """The bucket whose aspect ratio is nearest, so that the crop takes least away."""
-    ratio = math.log(width / height)
+    return nearest_ratio(width / height, shapes)
+
+
+def nearest_ratio(ratio: float, shapes: Sequence[Shape]) -> int:
+    """The number of the shape whose width over height is nearest to `ratio`, by their logarithms; the first of equals."""
+    wanted = math.log(ratio)
     return min(
-        range(len(shapes)), key=lambda number: abs(math.log(shapes[number][0] / shapes[number][1]) - ratio)
+        range(len(shapes)), key=lambda number: abs(math.log(shapes[number][0] / shapes[number][1]) - wanted)
     )
 
 
