@@ -55,7 +55,6 @@ CALLS = {
     ("data/loading/fetch.py", "each.result"): INNER,
     ("data/loading/loader.py", "DataLoader"): WAIT,
     ("data/loading/workers.py", "time.sleep"): SHORT,
-    ("data/shards/urls.py", "pool.map"): INNER,
     ("distributed/collectives.py", "dist.all_gather_object"): ANNOUNCED,
     ("distributed/collectives.py", "dist.all_reduce"): ANNOUNCED,
     ("distributed/collectives.py", "dist.barrier"): ANNOUNCED,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -94,3 +95,27 @@ def test_ranks_that_wait_for_an_interrupted_one_end_too(host: Host, tmp_path: Pa
 
 def threads(pid: int) -> list[str]:
     return [(task / "comm").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+
+
+@pytest.mark.parametrize("job", ["index", "doctor", "latents"])
+def test_a_job_that_waits_for_a_store_ends_at_once(host: Host, tmp_path: Path, job: str) -> None:
+    """The server accepts the request and never answers."""
+    (tmp_path / "ae" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "ae" / "checkpoints" / "step_00000001" / "COMPLETE").touch()
+    (tmp_path / "ae" / "config.yaml").write_text("{job: autoencoder, data: {image_size: 32}}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.tar"
+        words = {
+            "index": [f"data.shards={url}"],
+            "doctor": [f"doctor.shards={url}", "doctor.measure_mib=1"],
+            "latents": [f"data.shards={url}", "first_stage.path=ae", "latents.path=lat"],
+        }
+        (rank,) = host.start([job, *words[job]], tmp_path / "keys", ranks=1)["ranks"]
+        server.settimeout(60)
+        connection, _ = server.accept()
+        began = time.monotonic()
+        os.kill(rank, signal.SIGTERM)
+        assert host.ended() == 75, host.log
+        assert time.monotonic() - began < 8, host.log
+        connection.close()
+    assert RESUMES[job] in host.log and "Traceback" not in host.log

@@ -11,13 +11,14 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 import braceexpand
 
-from ldmscale.errors import DataError
+from ldmscale.errors import DataError, StoppedEarlyError
 from ldmscale.storage.atomic import cache_folder, finished_file, locked
 from ldmscale.storage.digest import sha256
 from ldmscale.storage.object_store import (
@@ -28,11 +29,12 @@ from ldmscale.storage.object_store import (
     StoreTimeoutError,
     state_of,
 )
-from ldmscale.waiting import finished, is_stoppable, make_stoppable
+from ldmscale.waiting import finished, is_stoppable, make_stoppable, stop_reason
 
 log = logging.getLogger(__name__)
 
 _LISTED_FAULTS = 20
+_LOOK_FOR_STOP_SECONDS = 0.5
 
 
 def expand(
@@ -225,10 +227,58 @@ def shard_states(urls: Sequence[str], storage: Storage | None = None) -> list[Sh
             known = listings[url.rsplit("/", 1)[0]].get(shard_name(url))
             return known if known is not None else _remote_state(url, store)
 
-        with ThreadPoolExecutor(16, initializer=make_stoppable if is_stoppable() else None) as pool:
-            for number, state in zip(remote, pool.map(look_up, remote), strict=True):
-                states[number] = state
+        for number, state in _in_threads(look_up, remote):
+            states[number] = state
     return states
+
+
+def _in_threads(
+    work: Callable[[int], ShardState | str], numbers: Sequence[int]
+) -> Iterator[tuple[int, ShardState | str]]:
+    """Numbers and what `work` returns for them, as they come, from 16 threads.
+
+    Raises the first error of a thread, and StoppedEarlyError after a stop request. The threads do not keep a process alive that
+    is to end: each may wait for its store for as long as `data.storage.patience_seconds`.
+    """
+    tasks: SimpleQueue[int] = SimpleQueue()
+    found: SimpleQueue[tuple[int, ShardState | str | BaseException]] = SimpleQueue()
+    for number in numbers:
+        tasks.put(number)
+    stops = is_stoppable()
+
+    def run() -> None:
+        if stops:
+            make_stoppable()
+        while True:
+            try:
+                number = tasks.get_nowait()
+            except Empty:
+                return
+            try:
+                found.put((number, work(number)))
+            except BaseException as error:  # raised where the result is taken
+                found.put((number, error))
+
+    for _ in range(min(16, len(numbers))):
+        Thread(target=run, name="shards", daemon=True).start()
+    for _ in numbers:
+        number, result = _next(found)
+        if isinstance(result, BaseException):
+            raise result
+        yield number, result
+
+
+def _next(
+    found: SimpleQueue[tuple[int, ShardState | str | BaseException]],
+) -> tuple[int, ShardState | str | BaseException]:
+    while True:
+        try:
+            return found.get(timeout=_LOOK_FOR_STOP_SECONDS)
+        except Empty:
+            if (reason := stop_reason()) is not None:
+                raise StoppedEarlyError(
+                    f"stopped by {reason} while shards were looked up", shared=False
+                ) from None
 
 
 def _local_state(url: str) -> ShardState | str:
