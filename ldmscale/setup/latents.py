@@ -118,7 +118,8 @@ def _log_finished(manifest: LatentManifest, place: LatentPlace, image_size: int 
     log.info(
         "%d latents of %s, images at %d px, in %s (%d samples could not be used); scale factor %.5f",
         manifest.samples,
-        "x".join(map(str, manifest.format.shape)),
+        "x".join(map(str, manifest.format.shape))
+        + (f" and {manifest.format.buckets - 1} other shapes" if manifest.format.buckets > 1 else ""),
         image_size,
         place,
         manifest.skipped,

@@ -52,8 +52,11 @@ def check_shared_memory(
 def bytes_of_sample(make_item: MakeItem, draws: BatchDraws | None = None) -> int:
     """Bytes of the arrays that a loading process hands over for one sample: images or latents, and what is large beside."""
     if isinstance(make_item, LatentItem):
-        stored = math.prod(make_item.format.stored_shape) * make_item.format.stored_type.itemsize
-        return stored + (0 if draws is None else draws.bytes_of_sample(math.prod(make_item.format.shape[1:])))
+        form, text = make_item.format, make_item.text
+        values = max(math.prod(form.stored_shape_of(bucket)) for bucket in range(form.buckets))
+        places = max(math.prod(form.shape_of(bucket)[1:]) for bucket in range(form.buckets))
+        stored = values * form.stored_type.itemsize + (0 if text is None else text.stored_bytes)
+        return stored + (0 if draws is None else draws.bytes_of_sample(places))
     if not isinstance(make_item, ImageItem):
         return 0
     largest = max(math.prod(make_item.shape(bucket)) for bucket in range(max(1, len(make_item.shapes))))

@@ -211,6 +211,20 @@ def test_previews_are_sampled_in_the_shapes_of_the_training_data(
     assert sorted(shapes) == ["square", "square", "square", "tall", "wide"]
 
 
+def test_an_autoencoder_trains_and_is_validated_in_the_shapes(place: Any) -> None:
+    train = [
+        "autoencoder", "experiment=smoke", "data=shards", "data.shards='images/[01].tar'", "data.heldout_shards='images/2.tar'",
+        *BUCKETS, "data.workers=0", "train.max_steps=4", "train.global_batch=6", "train.rank_micro_batch=3",
+        "validation.every_steps=4", "validation.images=99", "validation.rank_batch=4",
+        "preview.every_steps=4", "preview.images=6",
+    ]  # fmt: skip
+    place.run(*train, "run.dir=ae_two", ranks=2)
+    place.run(*train, "run.dir=ae_one")
+    two, one = (measured(place.folder / run, "validation/") for run in ("ae_two", "ae_one"))
+    assert len(one) == 1 and one[0] == pytest.approx(two[0], rel=1e-3, abs=1e-4)
+    assert (place.folder / "ae_two" / "samples" / "step_00000004.png").exists()
+
+
 def test_the_autoencoder_is_evaluated_in_the_shapes(place: Any) -> None:
     place.run("evaluate", "evaluate.model=ae", "data.shards=images", *BUCKETS, "evaluate.out=found.json",
               "evaluate.rank_batch=4", "evaluate.perceptual=none", "evaluate.features=none", ranks=2)  # fmt: skip

@@ -46,7 +46,9 @@ def write(folder: Path, format: LatentFormat = FORMAT, boxes: bool = False) -> l
                     metadata |= {"boxes": [{"class": 1, "box": box}], "width": 80 + number, "height": 64}
                 key = f"{'folder/' if number % 7 == 0 else ''}{shard}{number:04d}"
                 text = None if format.text is None else draws.standard_normal((3, 5))
-                writer.write(key, draws.standard_normal(format.stored_shape), caption, metadata, text=text)
+                captions = {"txt": caption, "blip.txt": f"a picture of {number} ü"} if number % 9 else {}
+                latent = draws.standard_normal(format.stored_shape)
+                writer.write(key, latent, caption, metadata, text=text, captions=captions)
         paths.append(str(folder / f"{shard:05d}.tar"))
     return paths
 
@@ -100,6 +102,25 @@ def test_whole_shards_are_read_by_the_batch(tmp_path: Path, format: LatentFormat
     assert reader.careful == 0 and batches[0]["latent"].dtype == getattr(torch, format.dtype)
     assert_equal(batches, wanted, tmp_path)
     assert read_ledger(tmp_path / "batch.jsonl") == []
+
+
+def test_any_caption_of_the_source_is_read_by_the_batch(tmp_path: Path) -> None:
+    paths = write(tmp_path)
+    _, batches, wanted = both(paths, LatentItem(FORMAT, caption_source="captions:blip.txt"), tmp_path)
+    assert_equal(batches, wanted, tmp_path)
+    found = {
+        key: caption
+        for batch in batches
+        for key, caption, skipped in zip(
+            batch["key"], batch["caption"], batch["skipped"].tolist(), strict=True
+        )
+        if not skipped
+    }
+    assert len(found) > 50 and all(
+        caption == f"a picture of {int(key[-4:])} ü" for key, caption in found.items()
+    )
+    # Every ninth sample lacks it, and is replaced.
+    assert {int(entry["key"][-4:]) % 9 for entry in read_ledger(tmp_path / "batch.jsonl")} == {0}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
