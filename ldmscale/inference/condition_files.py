@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ldmscale.data.conditions.annotations import GivenEmbeddings
 from ldmscale.data.conditions.boxes import LayoutTokens
 from ldmscale.data.conditions.segmentation import map_of
-from ldmscale.data.images.decode import EXTENSIONS
+from ldmscale.data.images.decode import EXTENSIONS, rgb_image
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.inference.image_set import Wanted, file_digest, text_digest
 from ldmscale.inference.parts import Parts
@@ -180,7 +180,7 @@ class Told:
             raise ConfigError(
                 f"sample.condition: {file} has no {file.stem}{MASK}.png beside it, white in the hole"
             )
-        hole = _opened(mask_file, "L") > 127
+        hole = np.array(_opened(mask_file).convert("L")) > 127
         if hole.shape != (height, width):
             raise ConfigError(
                 f"sample.condition: {mask_file} has {hole.shape[1]}x{hole.shape[0]} pixels and {file} {width}x{height}"
@@ -206,7 +206,7 @@ class Told:
 
     def _pixels(self, file: Path) -> np.ndarray:
         """uint8 [H,W,3]."""
-        return _opened(file, "RGB")
+        return np.array(_opened(file))
 
 
 def _mask_of(file: Path) -> Path | None:
@@ -220,12 +220,11 @@ def _mask_of(file: Path) -> Path | None:
     )
 
 
-def _opened(file: Path, mode: str) -> np.ndarray:
+def _opened(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as opened:
-            return np.array(ImageOps.exif_transpose(opened).convert(mode))
-    except OSError as error:
-        raise ConfigError(f"sample.condition: {file} cannot be read as a picture: {error}") from error
+        return rgb_image(file.read_bytes())
+    except (OSError, DataError) as error:
+        raise ConfigError(f"sample.condition: {file} cannot be read as an image: {error}") from error
 
 
 def _padded(pixels: np.ndarray, step: int) -> np.ndarray:

@@ -14,9 +14,10 @@ from PIL import Image, ImageOps
 
 from ldmscale.config import SampleConfig
 from ldmscale.data.images.buckets import nearest_ratio
+from ldmscale.data.images.decode import rgb_image
 from ldmscale.diffusion.timesteps import path_of
 from ldmscale.distributed.environment import Ranks
-from ldmscale.errors import ConfigError
+from ldmscale.errors import ConfigError, DataError
 from ldmscale.inference.condition_files import Told, faults_of_files
 from ldmscale.inference.image_set import Prompts, SampleFolder, Wanted, free_folder
 from ldmscale.inference.parts import Parts
@@ -176,10 +177,9 @@ def read_init_image(parts: Parts, config: SampleConfig) -> tuple[torch.Tensor | 
 
     def pixels(path: str, mode: str, method: Image.Resampling) -> torch.Tensor:
         try:
-            with Image.open(path) as opened:
-                upright = ImageOps.exif_transpose(opened).convert(mode)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read as a picture: {error}") from error
+            upright = rgb_image(Path(path).read_bytes()).convert(mode)
+        except (OSError, DataError) as error:
+            raise ConfigError(f"{path} cannot be read as an image: {error}") from error
         fitted = np.array(ImageOps.fit(upright, (width, height), method))
         return torch.from_numpy(fitted).reshape(height, width, -1).permute(2, 0, 1)[None].float()
 

@@ -102,6 +102,7 @@ def _item_maker(config: AutoencoderJob) -> ImageItem:
         data.image_size,
         config.seed,
         crop=data.crop,
+        crop_shares=(data.min_crop_share, data.max_crop_share),
         flip=data.flip,
         max_pixels=data.max_pixels,
         shapes=shapes_of(data),

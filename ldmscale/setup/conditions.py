@@ -73,6 +73,7 @@ def item_maker(
         data.image_size,
         config.seed,
         crop=data.crop,
+        crop_shares=(data.min_crop_share, data.max_crop_share),
         flip=data.flip,
         max_pixels=data.max_pixels,
         caption_source=caption_source,

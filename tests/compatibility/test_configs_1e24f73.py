@@ -29,12 +29,35 @@ class Change(NamedTuple):
 
 # Dotted key of 1e24f73 -> the key that has its value now
 RENAMED: dict[str, str] = {}
+AUTOENCODERS = (
+    "kl_f4",
+    "kl_f8",
+    "kl_f16",
+    "kl_f32",
+    "vq_f4",
+    "vq_f4_noattn",
+    "vq_f8",
+    "vq_f8_n256",
+    "vq_f16",
+)
 CHANGED = [
     Change(
         ("evaluate", "latents"),
         "data.image_size",
         None,
         "inherited from the model that is read: its 256 px were silently other images for a model of another size",
+    ),
+    Change(
+        (*(f"autoencoder autoencoder_{name}" for name in AUTOENCODERS), "diffusion ldm_superres_x4"),
+        "data.crop",
+        "random",
+        "OpenImages is cropped at random, as published",
+    ),
+    Change(
+        ("diffusion ldm_bedrooms", "diffusion ldm_churches"),
+        "data.flip",
+        True,
+        "LSUN is mirrored, as published",
     ),
 ]
 

@@ -93,7 +93,7 @@ def test_pictures_that_cannot_be_used_are_told_before_anything_is_loaded(run, tm
     for others in ([f"sample.mask={folder}/tall.png"], [f"sample.mask={folder}/square.png", *drawn]):
         assert any("give a mask of the shape" in fault for fault in faults(model, image, *others))
     assert any(
-        "cannot be read as a picture" in fault for fault in faults(model, f"sample.image={folder}/text.png")
+        "cannot be read as an image" in fault for fault in faults(model, f"sample.image={folder}/text.png")
     )
 
 

@@ -39,6 +39,11 @@ def check_shards(
         faults.append(f"data.label={data.label!r}: expected cls or json:KEY")
     if not data.boxes.startswith("json:") or data.boxes == "json:":
         faults.append(f"data.boxes={data.boxes!r}: expected json:KEY")
+    if not 0 < data.min_crop_share <= data.max_crop_share:
+        faults.append(
+            f"data.min_crop_share={data.min_crop_share} and data.max_crop_share={data.max_crop_share}: expected "
+            "0 < data.min_crop_share <= data.max_crop_share <= 1"
+        )
     faults += _selection_faults(data)
     if data.decoder == "turbo" and not find_spec("simplejpeg"):
         faults.append(
@@ -114,10 +119,11 @@ def check_image_size(data: DataConfig, autoencoder: AutoencoderConfig) -> list[s
 
 
 def check_fixed_view(data: DataConfig) -> list[str]:
-    if data.crop == "random" or data.flip:
+    if data.crop == "random" or data.flip or data.min_crop_share < 1:
         return [
-            "data.crop=random or data.flip=true: one fixed view of each image is read here; give data.crop=center data.flip=false "
-            "(latents.flips=true stores the mirrored view, too)"
+            "data.crop=random, data.flip=true or data.min_crop_share below 1: one fixed view of each image is read here; give "
+            "data.crop=center data.flip=false data.min_crop_share=1 data.max_crop_share=1 (latents.flips=true stores the mirrored "
+            "view, too)"
         ]
     return []
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
-
 from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import ExportJob, ImportJob, SampleConfig
 from ldmscale.config.checks.data import check_folder, check_local
 from ldmscale.config.checks.stages import check_model
+from ldmscale.data.images.decode import image_header
+from ldmscale.errors import DataError
 
 
 def check_sample(sample: SampleConfig) -> list[str]:
@@ -160,10 +160,10 @@ def _check_shapes(image: str, mask: str | None, drawn: tuple[int, int]) -> list[
         if path is None:
             continue
         try:
-            with Image.open(path) as opened:
-                sizes.append(ImageOps.exif_transpose(opened).size)
-        except OSError as error:
-            faults.append(f"sample.{key}={path} cannot be read as a picture: {error}")
+            header = image_header(Path(path).read_bytes())
+            sizes.append((header.width, header.height))
+        except (OSError, DataError) as error:
+            faults.append(f"sample.{key}={path} cannot be read as an image: {error}")
     if len(sizes) == 2 and not any(_alike(sizes[1], other) for other in (sizes[0], drawn)):
         (width, height), (across, down) = sizes
         faults.append(

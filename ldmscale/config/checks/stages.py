@@ -169,9 +169,10 @@ def check_latents(config: DiffusionJob) -> list[str]:
             )
             if value not in (None, "images")
         ]
-    if config.data.kind == "latents" and config.data.crop == "random":
+    if config.data.kind == "latents" and (config.data.crop == "random" or config.data.min_crop_share < 1):
         faults.append(
-            "data.crop=random: latents are one crop of an image; give data.crop=center, or data=shards to encode online"
+            "data.crop=random or data.min_crop_share below 1: latents are one crop of an image; give data.crop=center "
+            "data.min_crop_share=1 data.max_crop_share=1, or data=shards to encode online"
         )
     return faults
 

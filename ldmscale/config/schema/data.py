@@ -46,6 +46,9 @@ class DataConfig:
     # pixels of the square that the short side is resized to; null: of latents and evaluate, that of the model that they read
     image_size: Positive | None = None
     crop: Literal["center", "random"] = "center"
+    # least and most of the sides of the largest crop that a crop takes; 0.5 and 1: a random zoom of up to two
+    min_crop_share: Share = 1.0
+    max_crop_share: Share = 1.0
     flip: bool = False  # mirror half of the images (never where captions say left and right)
     decoder: Literal["pillow", "turbo"] = "pillow"  # of JPEGs; turbo is faster and needs ldmscale[fast]
     caption: str = "txt"  # "txt", or "json:KEY"

@@ -35,11 +35,12 @@ class ClassMaps:
         flip: bool = False,
         draws: np.random.Generator | None = None,
         max_pixels: int = MAX_PIXELS,
+        crop_shares: tuple[float, float] = (1.0, 1.0),
     ) -> np.ndarray:
         """The map, cropped, scaled (nearest) and mirrored as `decode.decode_image` does it with the image.
 
         Args:
-            size: (width, height) of the image as trained on. crop, flip, max_pixels: as for the image.
+            size: (width, height) of the image as trained on. crop, flip, max_pixels, crop_shares: as for the image.
             draws: a fresh generator of the same (seed, position, purpose) as the image's.
 
         Raises:
@@ -52,7 +53,7 @@ class ClassMaps:
             raise DataError(
                 f"its map ({self.member}) has {width}x{height} pixels, its image {header.width}x{header.height}"
             )
-        view = view_of(width, height, size, crop, flip, draws)
+        view = view_of(width, height, size, crop, flip, draws, crop_shares)
         part = numbers[view.top : view.top + view.height, view.left : view.left + view.width]
         scaled = nearest(part, round(size[0] * self.scale), round(size[1] * self.scale))
         return np.ascontiguousarray(scaled[:, ::-1] if view.mirrored else scaled, dtype=np.int64)

@@ -8,15 +8,18 @@ such a sample.
 from __future__ import annotations
 
 import io
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from ldmscale.errors import DataError
 
 # Pillow's own limit on pixels would stop what data.max_pixels allows; ours looks at the header, too, before decoding.
 Image.MAX_IMAGE_PIXELS = None
+# Editors write megabytes of XMP and colour profiles, which Pillow's limit of 1 MiB per chunk refuses.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
 
 MAX_PIXELS = 89_000_000
 """Largest image that is decoded unless the configuration says otherwise."""
@@ -47,7 +50,7 @@ _LYING_TURNS = tuple(_TURNS[number] for number in _LYING)
 
 
 class ImageHeader(NamedTuple):
-    width: int  # as the image is seen: the EXIF orientation is applied
+    width: int  # as the image is seen: the orientation of EXIF or XMP is applied
     height: int
     format: str  # as Pillow names it: "JPEG", "PNG", "WEBP" ...
 
@@ -75,10 +78,25 @@ def image_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """
     image = _opened(data, max_pixels)
     width, height = image.size
-    if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in _LYING:
+    if _turn(image) in _LYING_TURNS:
         width, height = height, width
     # Phones write several pictures into one JPEG; Pillow has a name of its own for those.
     return ImageHeader(width, height, (image.format or "").replace("MPO", "JPEG"))
+
+
+def rgb_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an image as training sees it: upright, transparent pixels over white, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        DataError: if the bytes are no image that can be decoded, or too large.
+    """
+    image = _opened(data, max_pixels)
+    try:
+        turn = _turn(image)
+        pixels = _rgb(image)
+        return pixels if turn is None else pixels.transpose(turn)
+    except Exception as error:  # decoders raise anything
+        raise DataError(f"the image cannot be decoded: {error}") from error
 
 
 def format_of(extension: str) -> str:
@@ -109,20 +127,23 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,
     decoder: str = "pillow",
     out: np.ndarray | None = None,
+    crop_shares: tuple[float, float] = (1.0, 1.0),
 ) -> np.ndarray:
     """Decodes an image, crops it to the wanted aspect ratio and scales it once (antialiased bicubic).
 
-    Transparent pixels are laid over white, the EXIF orientation is applied, the first frame of an animation
-    counts, and 16-bit grey is scaled to 8 bits. The crop is the largest of the ratio that fits.
+    Transparent pixels are laid over white, the orientation of EXIF or XMP is applied, the first frame of an
+    animation counts, and 16-bit grey is scaled to 8 bits. The crop is the largest of the ratio that fits, or a
+    share of it.
 
     Args:
         size: side of the resulting square in pixels, or (width, height).
-        crop: "center", or "random" along the side that is too long.
+        crop: "center", or "random".
         flip: mirror every second image left to right (by the generator).
         generator: gives the crop's place, then the flip; needed for `crop="random"` and `flip`.
         max_pixels: refuse larger images before decoding them.
         decoder: of JPEGs: "pillow", or "turbo", libjpeg-turbo itself through simplejpeg, which copies less.
         out: takes the result, and is returned.
+        crop_shares: as `view_of`.
 
     Returns:
         uint8 [3, height, width].
@@ -133,16 +154,18 @@ def decode_image(
     """
     if crop not in ("center", "random"):
         raise ValueError(f"crop must be 'center' or 'random', got {crop!r}")
-    if (crop == "random" or flip) and generator is None:
+    if (crop == "random" or flip or crop_shares != (1.0, 1.0)) and generator is None:
         raise ValueError("a random crop or flip needs the sample's generator")
     wide, high = (size, size) if isinstance(size, int) else size
     image = _opened(data, max_pixels)
     try:
-        pixels = _pixels(image, data, wide, high, decoder)  # [H, W, 3]
+        # The smallest window that may be drawn still has twice the wanted size.
+        least_wide, least_high = math.ceil(wide / crop_shares[0]), math.ceil(high / crop_shares[0])
+        pixels = _pixels(image, data, least_wide, least_high, decoder)  # [H, W, 3]
     except Exception as error:  # decoders raise anything
         raise DataError(f"the image cannot be decoded: {error}") from error
     height, width, _ = pixels.shape
-    view = view_of(width, height, (wide, high), crop, flip, generator)
+    view = view_of(width, height, (wide, high), crop, flip, generator, crop_shares)
     part = pixels[view.top : view.top + view.height, view.left : view.left + view.width]
     scaled = _scaled(part, wide, high)
     if view.mirrored:
@@ -155,7 +178,7 @@ def decode_image(
 
 def _pixels(image: Image.Image, data: bytes, wide: int, high: int, decoder: str) -> np.ndarray:
     """Upright uint8 [H, W, 3], at least twice as large as wanted where the image is."""
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    turn = _turn(image)
     if image.format in ("JPEG", "MPO"):
         # JPEG can be decoded at 1/2, 1/4 or 1/8: twice the wanted size is left to the antialiased filter.
         width, height = image.size
@@ -238,17 +261,30 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         raise DataError("the image is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=sorted(set(_FORMATS.values())))
-    except Exception as error:  # decoders raise anything
+    except UnidentifiedImageError as error:
         raise DataError(
             f"the {len(data)} bytes are no image of a known format "
             f"({', '.join(sorted(set(_FORMATS.values())))})"
         ) from error
+    except Exception as error:  # decoders raise anything
+        raise DataError(f"the image cannot be opened: {error}") from error
     if image.width * image.height > max_pixels:
         raise DataError(
-            f"the image is too large: {image.width}x{image.height} is more than {max_pixels} pixels; raise "
-            "data.max_pixels if it is meant"
+            f"the image is too large: {image.width}x{image.height} is more than {max_pixels} pixels; scale it down, or "
+            "raise data.max_pixels where the job has it"
         )
     return image
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright, by EXIF, else by XMP, as far as it stands before the pixels.
+
+    The same for the header and the pixels. Pillow's own method for PNGs decodes the whole file to look behind them.
+    """
+    try:
+        return _TURNS.get(Image.Image.getexif(image).get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises anything on EXIF that is cut; the pixels may be whole
+        return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -281,19 +317,32 @@ def view_of(
     crop: str = "center",
     flip: bool = False,
     draws: np.random.Generator | None = None,
+    shares: tuple[float, float] = (1.0, 1.0),
 ) -> View:
-    """The largest window of the ratio of `size` that fits into an image of width x height pixels.
+    """A window of the ratio of `size` in an image of width x height pixels.
 
     Args:
         size: (width, height) that the window is scaled to.
-        crop: "center", or "random" along the side that is too long.
+        crop: "center", or "random": every place where the window fits is equally likely.
         flip: mirror every second view.
-        draws: gives the window's place, then the flip: a fresh generator of the sample's (seed, position, "crop").
+        draws: gives the window's size and place, then the flip: a fresh generator of the sample's
+            (seed, position, "crop").
+        shares: least and most that the window's sides are of those of the largest window that fits; drawn uniformly.
+            (0.5, 1) is the zoomed crop of the published super-resolution data (CompVis' min_crop_f and max_crop_f).
     """
     wide, high = size
     view_width = min(width, max(1, round(height * wide / high)))
     view_height = min(height, max(1, round(width * high / wide)))
-    place = draws.random() if crop == "random" and draws is not None else 0.5
-    left, top = int((width - view_width) * place), int((height - view_height) * place)
+    zoomed = shares != (1.0, 1.0) and draws is not None
+    if zoomed:
+        assert draws is not None
+        share = shares[0] + (shares[1] - shares[0]) * draws.random()
+        view_width, view_height = max(1, int(view_width * share)), max(1, int(view_height * share))
+    if crop == "random" and draws is not None:
+        across = draws.random()
+        down = draws.random() if zoomed else across  # one of the two has no room without zoom
+        left, top = int((width - view_width + 1) * across), int((height - view_height + 1) * down)
+    else:
+        left, top = (width - view_width) // 2, (height - view_height) // 2
     mirrored = bool(flip and draws is not None and draws.random() < 0.5)
     return View(left, top, view_width, view_height, mirrored)

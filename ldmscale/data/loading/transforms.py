@@ -28,7 +28,7 @@ class ImageItem:
         size: side of the square in pixels.
         shapes: (width, height) of the aspect-ratio buckets, in place of the square; empty without buckets.
         seed: the run's seed; with the position it gives crop and flip.
-        crop, flip, max_pixels, decoder: as `decode.decode_image`.
+        crop, flip, max_pixels, decoder, crop_shares: as `decode.decode_image`.
         caption_source: "txt" or "json:KEY"; None leaves captions out (an autoencoder needs none).
         tokenizer: adds "tokens" int64 [max_tokens].
         labels: adds "label", the number of the sample's class.
@@ -48,6 +48,7 @@ class ImageItem:
     tokenizer: Tokenizer | EncoderTokenizer | None = None
     shapes: tuple[Shape, ...] = ()
     decoder: str = "pillow"
+    crop_shares: tuple[float, float] = (1.0, 1.0)
     labels: ClassLabels | None = None
     spatial: SmallImages | Holes | None = None
     maps: ClassMaps | None = None
@@ -73,13 +74,27 @@ class ImageItem:
         size = (width, height)
         if self.maps is not None:
             item["spatial"] = self.maps.of(
-                sample.members, size, self.crop, self.flip, self._draws(position), self.max_pixels
+                sample.members,
+                size,
+                self.crop,
+                self.flip,
+                self._draws(position),
+                self.max_pixels,
+                self.crop_shares,
             )
         if self.embeddings is not None:
             item["embeddings"] = self.embeddings.of(sample.members)
         if self.layout is not None:
             header = image_header(data, max_pixels=self.max_pixels)
-            view = view_of(header.width, header.height, size, self.crop, self.flip, self._draws(position))
+            view = view_of(
+                header.width,
+                header.height,
+                size,
+                self.crop,
+                self.flip,
+                self._draws(position),
+                self.crop_shares,
+            )
             item["tokens"] = self.layout.of(sample.members, (header.width, header.height), view)
         image = decode_image(
             data,
@@ -90,6 +105,7 @@ class ImageItem:
             max_pixels=self.max_pixels,
             decoder=self.decoder,
             out=out,
+            crop_shares=self.crop_shares,
         )
         item["image"] = image
         if self.spatial is not None:
@@ -98,7 +114,8 @@ class ImageItem:
 
     def _draws(self, position: int) -> np.random.Generator | None:
         """Of the view, from its beginning: maps and boxes of a sample are seen as its image is."""
-        return generator(self.seed, position, "crop") if self.crop == "random" or self.flip else None
+        drawn = self.crop == "random" or self.flip or self.crop_shares != (1.0, 1.0)
+        return generator(self.seed, position, "crop") if drawn else None
 
 
 @dataclass(frozen=True)

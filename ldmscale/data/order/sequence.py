@@ -1,8 +1,9 @@
 """The endless sequence of samples of a run: sets in their proportions, buckets apart, each set at its own pace.
 
 Within a bucket the n-th sample is a pure function of (seed, n). A mixture goes by cycles of 10,000 samples: in each
-cycle every set has its exact share, in an order that is shuffled anew. So set and place in the set follow from n
-without counting, weights hold to 1/10,000, and a small set begins its next epoch while a large one is in its first.
+cycle every set has its share to 1/10,000, in an order that is shuffled anew. A set with a smaller share has a turn
+in some cycles only, exactly as often as its share states. So set and place in the set follow from n without counting,
+and a small set begins its next epoch while a large one is in its first.
 Without buckets n is the position; with buckets `buckets.BucketCursor` says which bucket a step takes from.
 """
 
@@ -101,7 +102,7 @@ class _Lane:
                 self.orders.append(Order(part.bucket_counts[:, bucket], seed, block_shards, name))
                 self.first_shard.append(int(mixture.first_shard[number]))
                 self.first_index.append(part.bucket_counts[:, :bucket].sum(axis=1))
-        self.per_cycle = _apportioned(shares[shares > 0])
+        self._turns = _Turns(shares[shares > 0])
         self.ends = np.cumsum([order.total for order in self.orders])
         self._cycles: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
@@ -111,7 +112,7 @@ class _Lane:
         cycle, at = divmod(number, CYCLE)
         turns, before = self._cycle(cycle)
         which = int(turns[at])
-        _, shard, index = self.orders[which].sample_at(cycle * int(self.per_cycle[which]) + int(before[at]))
+        _, shard, index = self.orders[which].sample_at(int(before[at]))
         return self._place(which, shard, index)
 
     def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,27 +133,47 @@ class _Lane:
         return Place(self.first_shard[which] + shard, int(self.first_index[which][shard]) + index)
 
     def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """Whose turn each sample of a cycle is, and how many turns that set had in it before: two [CYCLE]."""
+        """Whose turn each sample of a cycle is, and how many turns that set had before it: two [CYCLE]."""
         known = self._cycles.get(cycle)
         if known is None:
-            in_order = np.repeat(np.arange(len(self.orders)), self.per_cycle)
+            first, last = self._turns.before(cycle), self._turns.before(cycle + 1)
+            in_order = np.repeat(np.arange(len(self.orders)), last - first)
             turns = in_order[shuffled(CYCLE, self.seed, cycle, f"mixture {self.bucket}")]
             before = np.empty(CYCLE, dtype=np.int64)
-            for which, count in enumerate(self.per_cycle):
-                before[turns == which] = np.arange(count)
+            for which in range(len(self.orders)):
+                before[turns == which] = np.arange(first[which], last[which])
             known = self._cycles[cycle] = (turns, before)
             while len(self._cycles) > 4:
                 self._cycles.popitem(last=False)
         return known
 
 
-def _apportioned(shares: np.ndarray) -> np.ndarray:
-    """Whole numbers that add up to CYCLE, in proportion to `shares`, at least 1 each: the largest rests are rounded up."""
-    exact = shares / shares.sum() * CYCLE
-    whole: np.ndarray = np.maximum(np.floor(exact).astype(np.int64), 1)
-    rest = CYCLE - int(whole.sum())
-    if rest > 0:
-        whole[np.argsort(whole - exact, kind="stable")[:rest]] += 1
-    for _ in range(-rest):  # many tiny sets were raised to 1
-        whole[np.argmax(whole)] -= 1
-    return whole
+class _Turns:
+    """How many samples each set gives per cycle.
+
+    Sets with at least one turn per cycle have the same number in every cycle; the largest rests are rounded up. A rarer
+    set has as many turns up to the end of a cycle as its share of all samples so far, rounded down, and the largest
+    set gives them up.
+
+    Args:
+        shares: of each set, all above 0.
+    """
+
+    def __init__(self, shares: np.ndarray) -> None:
+        exact = shares / shares.sum() * CYCLE
+        self._rare = exact < 1
+        self._exact = np.where(self._rare, exact, 0.0)
+        self._per_cycle: np.ndarray = np.floor(np.where(self._rare, 0.0, exact)).astype(np.int64)
+        rest = CYCLE - int(self._per_cycle.sum())
+        wanting = np.where(self._rare, np.inf, self._per_cycle - exact)
+        common = int((~self._rare).sum())
+        if common:
+            self._per_cycle[np.argsort(wanting, kind="stable")[: min(rest, common)]] += 1
+            self._per_cycle[np.argmax(self._per_cycle)] += max(0, rest - common)
+        self._largest = int(np.argmax(exact))
+
+    def before(self, cycle: int) -> np.ndarray:
+        """Turns of each set before a cycle, int64 [sets]; they add up to cycle * CYCLE."""
+        turns: np.ndarray = cycle * self._per_cycle + np.floor(cycle * self._exact).astype(np.int64)
+        turns[self._largest] += cycle * CYCLE - int(turns.sum())
+        return turns

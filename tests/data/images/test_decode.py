@@ -6,12 +6,20 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from ldmscale.data.images.decode import decode_image, image_header, image_member, verify_image
+from ldmscale.data.images.decode import (
+    decode_image,
+    image_header,
+    image_member,
+    rgb_image,
+    verify_image,
+    view_of,
+)
 from ldmscale.distributed.rng import generator
 from ldmscale.errors import DataError
 
@@ -208,3 +216,108 @@ def test_scaling_is_pillow_s_bicubic(make_image: MakeImage) -> None:
     wanted = Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.BICUBIC)
     found = decode_image(data, size=64).transpose(1, 2, 0).astype(int)
     assert np.abs(found - np.asarray(wanted)).max() <= 2
+
+
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"/></rdf:RDF></x:xmpmeta>'
+)
+CORNER = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left"}
+CORNER |= {5: "top left", 6: "top right", 7: "bottom right", 8: "bottom left"}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("where", ["exif", "xmp"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_orientation_is_of_one_source(format: str, where: str, orientation: int) -> None:
+    """The first row and column lie where the EXIF standard (table 6) puts them, and the header agrees."""
+    pixels = np.zeros((40, 48, 3), np.uint8)
+    pixels[:10, :12] = 255
+    if where == "exif":
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options: dict[str, object] = {"exif": exif}
+    elif format == "PNG":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", (XMP % orientation).decode())
+        options = {"pnginfo": text}
+    else:
+        options = {"xmp": XMP % orientation}
+    data = saved(Image.fromarray(pixels), format, **options)
+    size = (40, 48) if orientation > 4 else (48, 40)
+    assert image_header(data)[:2] == size
+    vertical, horizontal = CORNER[orientation].split()
+    for array in (np.asarray(rgb_image(data)), decode_image(data, size=size).transpose(1, 2, 0)):
+        assert array.shape == (size[1], size[0], 3)
+        corner = array[slice(0, 5) if vertical == "top" else slice(-5, None)]
+        corner = corner[:, slice(0, 5) if horizontal == "left" else slice(-5, None)]
+        assert corner.min() > 200 and array.mean() < 60
+
+
+def test_a_png_with_much_text_or_a_large_profile_is_read() -> None:
+    """3 MB of either pack to 9 KB; Pillow's own limit is 1 MiB per chunk."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8))
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", "x" * 3_000_000, zip=True)
+    for data in (saved(image, pnginfo=text), saved(image, icc_profile=bytes(3_000_000))):
+        assert np.array_equal(np.asarray(rgb_image(data)), np.asarray(image))
+    with pytest.raises(DataError, match="cannot be opened"):  # 64 MB in 60 KB: the true reason
+        rgb_image(saved(image, icc_profile=bytes(64_000_000)))
+
+
+def test_images_are_opened_as_trained_everywhere() -> None:
+    """Alpha lies over white, 16-bit grey keeps its range, for samples and for files given to `sample` alike."""
+    half = saved(Image.new("RGBA", (8, 8), (0, 0, 0, 128)))
+    deep = saved(Image.fromarray(np.full((8, 8), 0x8080, np.uint16)))
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    for data, wanted in ((half, 127), (deep, 128), (saved(palette, transparency=1), 255)):
+        assert np.abs(np.asarray(rgb_image(data)).astype(int) - wanted).max() <= 1
+        assert np.array_equal(np.asarray(rgb_image(data)).transpose(2, 0, 1), decode_image(data, size=8))
+
+
+def test_no_other_module_opens_images_of_users() -> None:
+    package = Path(__file__).parents[3] / "ldmscale"
+    own = {  # what ldmscale or a package of its own wrote
+        "data/images/decode.py",
+        "data/conditions/segmentation.py",  # numbers of classes, not colours
+        "data/conditions/spatial.py",
+        "data/sources/sprites.py",
+        "inference/image_set.py",
+        "jobs/wandb_sync.py",
+    }
+    found = {
+        str(path.relative_to(package)) for path in package.rglob("*.py") if "Image.open(" in path.read_text()
+    }
+    assert found == own
+
+
+def test_every_place_of_a_random_crop_is_as_likely() -> None:
+    """Of 5 columns a window of 3 has 3 places: a third of the draws each, the last one too."""
+    lefts = [view_of(5, 3, (3, 3), "random", False, generator(0, n, "crop")).left for n in range(3000)]
+    assert np.abs(np.bincount(lefts, minlength=4)[:3] - 1000).max() < 120 and max(lefts) == 2
+
+
+def test_a_zoomed_crop_takes_shares_of_the_largest_window() -> None:
+    views = [
+        view_of(300, 200, (64, 64), "random", False, generator(1, n, "crop"), (0.5, 1.0)) for n in range(2000)
+    ]
+    sides = np.array([view.width for view in views])
+    assert all(view.width == view.height for view in views)
+    assert sides.min() >= 100 and sides.max() <= 200 and abs(sides.mean() - 150) < 3  # uniform
+    assert all(view.left + view.width <= 300 and view.top + view.height <= 200 for view in views)
+    tops = [view.top / (200 - view.height) for view in views if view.height < 180]
+    assert min(tops) < 0.02 and max(tops) > 0.98 and abs(np.mean(tops) - 0.5) < 0.03
+    centred = view_of(300, 200, (64, 64), "center", False, generator(1, 0, "crop"), (0.5, 0.5))
+    assert centred[:4] == (100, 50, 100, 100)
+
+
+def test_a_zoomed_crop_keeps_its_detail() -> None:
+    """A JPEG is decoded at a scale that leaves the window its pixels: stripes of 16 pixels stay at a zoom of eight."""
+    stripes = np.zeros((1024, 1024, 3), np.uint8)
+    stripes[:, (np.arange(1024) // 16) % 2 == 1] = 255
+    data = saved(Image.fromarray(stripes), "JPEG", quality=95)
+    array = decode_image(
+        data, size=64, crop="random", generator=generator(0, 0, "crop"), crop_shares=(0.125, 0.125)
+    )
+    assert array.min() < 40 and array.max() > 215 and 0.4 < (array > 128).mean() < 0.6

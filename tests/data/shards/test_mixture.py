@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmscale.data import ShardStream, WeightedShards
-from ldmscale.data.order.sequence import CYCLE, Sequence, _apportioned
+from ldmscale.data.order.sequence import CYCLE, Sequence, _Turns
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.errors import DataError
@@ -54,11 +54,26 @@ def test_any_number_can_be_asked_first(parts: list[ShardIndex], numbers: list[in
 
 @settings(max_examples=80, deadline=None)
 @given(weights=st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=20))
-def test_shares_are_whole_numbers_that_add_up(weights: list[float]) -> None:
+def test_shares_add_up_and_hold_over_many_cycles(weights: list[float]) -> None:
     shares = np.array(weights) / sum(weights)
-    whole = _apportioned(shares)
-    assert whole.sum() == CYCLE and whole.min() >= 1
-    assert np.abs(whole - shares * CYCLE).max() <= len(weights)
+    turns = _Turns(shares)
+    for cycle in (0, 1, 2, 1000):
+        assert turns.before(cycle).sum() == cycle * CYCLE
+        assert (turns.before(cycle + 1) >= turns.before(cycle)).all()
+    assert np.abs(turns.before(1000) / 1000 - shares * CYCLE).max() <= len(weights)
+
+
+def test_a_rare_set_comes_as_often_as_its_weight_states() -> None:
+    """At 1/50,000 it has one turn in five cycles, not one in each."""
+    turns = _Turns(np.array([0.99998, 0.00002]))
+    assert [int(turns.before(cycle)[1]) for cycle in (0, 1, 4, 5, 10, 1000)] == [0, 0, 0, 1, 2, 200]
+    assert turns.before(1000)[0] == 1000 * CYCLE - 200
+
+
+def test_shares_of_a_ten_thousandth_and_more_keep_their_order() -> None:
+    """Runs of before resume: whole turns per cycle, the largest rests rounded up."""
+    assert (_Turns(np.array([0.75, 0.25])).before(3) == [22500, 7500]).all()
+    assert (_Turns(np.array([1 / 3, 2 / 3])).before(1) == [3333, 6667]).all()
 
 
 def test_worlds_and_batches_do_not_change_the_sequence(parts: list[ShardIndex]) -> None:
