@@ -34,6 +34,7 @@ JOB_SUMMARIES = {
     "import": "reads a CompVis checkpoint or a diffusers folder into a folder that sample and export take",
     "export": "writes a run or an imported model as a diffusers folder or a CompVis checkpoint",
 }
+COMPLETION = ("--shell-completion", "-sc")
 # What the same command does after a job was interrupted.
 _AGAIN = "the same command starts it again"
 RESUMES = {
@@ -50,9 +51,9 @@ RESUMES = {
     "import": f"{_AGAIN}; nothing was written",
     "export": f"{_AGAIN}; nothing was written",
 }
-USAGE = "usage: ldmscale JOB [group=option ...] [key=value ...] [--help | --cfg job | --multirun | --shell-completion ...]"
+USAGE = """usage: ldmscale JOB [group=option ...] [key=value ...] [--config-dir DIR] [--help | --cfg job | --multirun]
+       ldmscale --shell-completion install=bash | ldmscale --version"""
 FINISHED, FAULTY, FAILED, STOPPED = 0, 2, 1, 75
-_MULTIRUN = ("--multirun", "-m", "hydra.mode=MULTIRUN")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _show(f"ldmscale {__version__}")
         return FINISHED
     job, *rest = arguments
+    if words := [word for word in arguments[:2] if word.split("=")[0] in COMPLETION]:
+        return _completion([word for word in arguments if word not in (words[0], *JOB_SUMMARIES)])
     if job not in JOB_SUMMARIES:
         near = difflib.get_close_matches(job, JOB_SUMMARIES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -98,6 +101,7 @@ def _run(job: str, arguments: list[str]) -> int:
 def _status(job: str, arguments: list[str]) -> int:
     """Run one job and turn what a user can mend into its exit status."""
     from ldmscale.config.compose import quiet_hydra
+    from ldmscale.config.flags import parse
     from ldmscale.config.folders import config_folder
     from ldmscale.config.overrides import settle_overrides
     from ldmscale.config.secrets import sweep_faults
@@ -107,16 +111,16 @@ def _status(job: str, arguments: list[str]) -> int:
         if faults := _expanded_by_the_shell(arguments):
             return _tell(faults)
         # These read their own command line: a job's name follows, or the file of a resolved configuration.
-        if (job == "submit" and arguments[:1] != ["--cfg"]) or arguments[:1] == ["--frozen"]:
+        if job == "submit" or arguments[:1] == ["--frozen"]:
             return _job_function(job)(arguments)
-        sweep = any(word in _MULTIRUN for word in arguments)
-        arguments = settle_overrides(job, arguments, sweep=sweep)
-        if any(argument.startswith("-") for argument in arguments):
+        line = parse(job, arguments)
+        if line.flags or line.sweep:
             quiet_hydra()
-            if faults := sweep_faults(job, arguments):
+            words = [*line.flags, *settle_overrides(job, line.overrides, sweep=line.sweep)]
+            if faults := sweep_faults(job, words):
                 return _tell(faults)
-            return _through_hydra(job, arguments, str(config_folder()))
-        return _job_function(job)(arguments)
+            return _through_hydra(job, words, str(config_folder()))
+        return _job_function(job)(line.overrides)
     except (ConfigError, DataError) as error:
         return _tell(error.faults, shared=error.shared)
     except StoppedEarlyError as error:
@@ -133,6 +137,21 @@ def _status(job: str, arguments: list[str]) -> int:
             shared=False,
         )
         return FAILED
+
+
+def _completion(words: Sequence[str]) -> int:
+    from ldmscale.config.completion import candidates, script
+    from ldmscale.errors import ConfigError
+
+    try:
+        if list(words) == ["query=bash"]:
+            line, point = os.environ.get("COMP_LINE", ""), os.environ.get("COMP_POINT", "")
+            _show("\n".join(candidates(line[: int(point)] if point.isdigit() else line, JOB_SUMMARIES)))
+        else:
+            _show(script(words))
+    except ConfigError as error:
+        return _tell(error.faults)
+    return FINISHED
 
 
 def _expanded_by_the_shell(arguments: Sequence[str]) -> list[str]:
@@ -171,12 +190,15 @@ def _through_hydra(job: str, arguments: list[str], folder: str) -> int:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
+    from ldmscale.config.folders import SEARCH_PATH
     from ldmscale.errors import ConfigError
 
     statuses: list[int] = []
 
+    search = [word for word in arguments if word.lstrip("+").startswith(f"{SEARCH_PATH}=")]
+
     def task(_: DictConfig) -> None:
-        statuses.append(_job_function(job)(list(HydraConfig.get().overrides.task)))
+        statuses.append(_job_function(job)([*search, *HydraConfig.get().overrides.task]))
 
     # Hydra takes the name of the program for usage messages and completion from argv.
     before, sys.argv = sys.argv, [os.path.basename(sys.argv[0] or "ldmscale"), *arguments]

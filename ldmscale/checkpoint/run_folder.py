@@ -183,7 +183,7 @@ REVISION = "REVISION"
 
 
 def git_revision() -> str | None:
-    """The commit of the checkout that runs or was frozen, with "+" where files differ from it; None where there is none."""
+    """The commit of the checkout that runs or was frozen, with "+" where its files were changed; None where there is none."""
     home = Path(__file__).resolve().parents[2]
     frozen = Path(__file__).resolve().parents[1] / REVISION
     if frozen.is_file():
@@ -192,7 +192,11 @@ def git_revision() -> str | None:
         return None
     try:
         revision = _git(home, "rev-parse", "HEAD")
-        return revision + ("+" if _git(home, "status", "--porcelain", "--", "ldmscale", "conf") else "")
+        return revision + (
+            "+"
+            if _git(home, "status", "--porcelain", "--untracked-files=no", "--", "ldmscale", "conf")
+            else ""
+        )
     except (OSError, subprocess.SubprocessError, WaitTimeoutError):
         return None
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldmscale.config import JOBS
-from ldmscale.config.overrides import typed_keys
+from ldmscale.config.folders import SEARCH_PATH
+from ldmscale.config.overrides import setting, text_of, typed_keys
 from ldmscale.errors import ConfigError
 
 STAGES = ("autoencoder", "latents", "diffusion")
@@ -52,18 +53,21 @@ def stages_of(words: Sequence[str]) -> tuple[list[Stage], list[str]]:
         raise ConfigError(faults)
     where = {"autoencoder": folder / "autoencoder", "latents": folder / "latents", "diffusion": folder}
     places = {
-        "autoencoder": [f"run.dir={where['autoencoder']}"],
-        "latents": [f"first_stage.path={where['autoencoder']}", f"latents.path={where['latents']}"],
+        "autoencoder": [setting("run.dir", where["autoencoder"])],
+        "latents": [
+            setting("first_stage.path", where["autoencoder"]),
+            setting("latents.path", where["latents"]),
+        ],
         "diffusion": [
-            f"run.dir={folder}",
-            f"first_stage.path={where['autoencoder']}",
-            f"data.shards={where['latents']}/*.tar",
+            setting("run.dir", folder),
+            setting("first_stage.path", where["autoencoder"]),
+            setting("data.shards", where["latents"] / "*.tar"),
         ],
     }
     stages = []
     placed = ("run.dir", "first_stage.path", "latents.path")
     for job in STAGES:
-        known = {*typed_keys(JOBS[job]), "cluster", "seed"}
+        known = {*typed_keys(JOBS[job]), "cluster", "seed", SEARCH_PATH}
         fits = [word for word in shared if _key(word) in known or _key(word).startswith("cluster.")]
         if job == "diffusion":  # which reads latents, and the held-out images
             fits = [
@@ -90,8 +94,8 @@ def stages_of(words: Sequence[str]) -> tuple[list[Stage], list[str]]:
 def _folder(words: Sequence[str]) -> Path | None:
     given = dict(word.split("=", 1) for word in words if "=" in word)
     if "run.dir" in given:
-        return Path(given["run.dir"])
-    return Path("runs") / given["run.name"] if "run.name" in given else None
+        return Path(text_of(given["run.dir"]))
+    return Path("runs") / text_of(given["run.name"]) if "run.name" in given else None
 
 
 def _key(word: str) -> str:

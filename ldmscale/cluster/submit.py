@@ -24,6 +24,7 @@ from ldmscale.cluster.slurm import render
 from ldmscale.config import JOBS, AutoencoderJob, ClusterConfig, DiffusionJob, Job, LatentsJob, SubmitJob
 from ldmscale.config.checks.cluster import check_cluster, check_script_paths, python_hint, time_as_text
 from ldmscale.config.compose import compose_job, compose_valid
+from ldmscale.config.folders import SEARCH_PATH
 from ldmscale.config.load import resolved
 from ldmscale.config.resume import changes
 from ldmscale.config.secrets import secret_faults
@@ -103,7 +104,8 @@ def _plan(stage: Stage) -> Planned:
         word for word in stage.overrides if _key(word) == "cluster" or _key(word).startswith("cluster.")
     ]
     of_job = [word for word in stage.overrides if word not in of_cluster]
-    cluster, faults = _cluster(of_cluster)
+    search = [word for word in of_job if _key(word) == SEARCH_PATH]
+    cluster, faults = _cluster([*search, *of_cluster])
     faults += check_script_paths(_paths(stage.job, of_job, cluster))
     sizes = [1]
     if cluster is not None:
@@ -135,7 +137,10 @@ def _plan(stage: Stage) -> Planned:
 
 def _paths(job: str, overrides: Sequence[str], cluster: ClusterConfig | None) -> dict[str, str]:
     """What the job script and Slurm's options name, by its setting; also where other settings are faulty."""
-    values, _ = compose_valid(job, overrides)
+    try:
+        values, _ = compose_valid(job, overrides)
+    except ConfigError:
+        values = {}  # reported with the job's own faults
     found = {"the working folder": os.getcwd()}
     if cluster is not None and cluster.python is None:
         found["the interpreter"] = sys.executable

@@ -44,7 +44,8 @@ def resolved(kind: type[_J], overrides: Sequence[str], world_size: int, *, here:
     job = next(name for name, type_ in JOBS.items() if type_ is kind)
     values, faults = compose_valid(job, overrides)
     if misplaced := misplaced_experiment(job, overrides):
-        raise ConfigError([*misplaced, *faults])  # all else would be faulty as well
+        # All else would be faulty as well.
+        raise ConfigError([*misplaced, *(fault for fault in faults if not fault.startswith("experiment"))])
     redact.register(values)
     try:
         config = inherited(read(kind, values))

@@ -125,7 +125,7 @@ def _typed_of(job: str) -> dict[str, Any]:
 
 
 def _typed(kind: Any, path: str = "") -> dict[str, Any]:
-    sections = [part for part in (kind, *_members(kind)) if is_dataclass(part)]
+    sections = [part for part in (kind, *members(kind)) if is_dataclass(part)]
     if not sections:
         return {path: kind}
     found: dict[str, Any] = {}
@@ -149,26 +149,26 @@ def _text_settings(job: str) -> dict[str, Texts]:
 
 
 def _texts(type_: Any) -> Texts | None:
-    members = [part for part in _members(type_) if part is not type(None)]
-    lists = [get_args(part)[0] for part in members if get_origin(part) in (tuple, list) and get_args(part)]
-    inner = [_members(part) for part in lists]
+    kinds = [part for part in members(type_) if part is not type(None)]
+    lists = [get_args(part)[0] for part in kinds if get_origin(part) in (tuple, list) and get_args(part)]
+    inner = [members(part) for part in lists]
     kind = Texts(
-        one=str in members,
+        one=str in kinds,
         several=[str] in inner,
-        mapping=any(get_origin(part) is dict and get_args(part)[1] is str for part in members),
+        mapping=any(get_origin(part) is dict and get_args(part)[1] is str for part in kinds),
         entries=next((part for part in lists if is_dataclass(part)), None),
-        flag=bool in members,
+        flag=bool in kinds,
     )
     return kind if kind.one or kind.several or kind.mapping else None
 
 
-def _members(type_: Any) -> list[Any]:
-    """The members of a union, without annotations."""
+def members(type_: Any) -> list[Any]:
+    """Returns the members of a union, without annotations."""
     if get_origin(type_) is Annotated:
-        return _members(get_args(type_)[0])
+        return members(get_args(type_)[0])
     if is_dataclass(type_) or (get_origin(type_) is not None and not _is_union(type_)):
         return [type_]
-    return [member for part in get_args(type_) for member in _members(part)] if _is_union(type_) else [type_]
+    return [member for part in get_args(type_) for member in members(part)] if _is_union(type_) else [type_]
 
 
 def _is_union(type_: Any) -> bool:
@@ -247,7 +247,10 @@ def quoted(text: str) -> str:
 
 def setting(key: str, value: int | str | Path) -> str:
     """The override that gives `key` this value, whatever a text contains."""
-    return f"{key}={value}" if isinstance(value, int) else f"{key}={quoted(_escaped(str(value)))}"
+    text = str(value)
+    if isinstance(value, int) or (_HARMLESS.fullmatch(text) and isinstance(_parsed(text), str)):
+        return f"{key}={text}"
+    return f"{key}={quoted(_escaped(text))}"
 
 
 def text_of(value: str) -> str:
