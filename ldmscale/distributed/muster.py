@@ -51,7 +51,7 @@ def gather_at_store(
     # The agent of torchrun keeps its store while ranks are started anew.
     attempt = f"{env.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_joins}"
     here = PrefixStore(f"ldmscale/muster/{attempt}", store)
-    here.set(str(ranks.rank), socket.gethostname())
+    _check_unique(ranks, here)
     here.add("count", 1)
 
     def missing() -> str:
@@ -73,6 +73,22 @@ def gather_at_store(
         pause = min(2 * pause, 1.0)
     store.set_timeout(timeout)
     return PrefixStore(f"ldmscale/world/{attempt}", store)
+
+
+def _check_unique(ranks: Ranks, here: Store) -> None:
+    """Enter this rank. Raises ConfigError where another process has the same number, or counts other ranks: all would hang."""
+    host = f"{socket.gethostname()} process {os.getpid()}"
+    if (size := here.compare_set("size", "", str(ranks.size)).decode()) != str(ranks.size):
+        raise ConfigError(
+            f"rank {ranks.rank} on {host} was started as one of {ranks.size} ranks, and another one as one of {size}: start "
+            "all ranks by one command, with one WORLD_SIZE"
+        )
+    if (other := here.compare_set(str(ranks.rank), "", host).decode()) != host:
+        raise ConfigError(
+            f"two processes are rank {ranks.rank} of {ranks.size}: {host}, and {other}: give each a RANK of its own, or start "
+            "them by srun with one task for each GPU, torchrun or launch/local.sh, which number them",
+            shared=False,
+        )
 
 
 def _open(ranks: Ranks, host: str, port: int, env: Mapping[str, str], limit_seconds: float) -> TCPStore:

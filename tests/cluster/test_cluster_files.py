@@ -116,10 +116,13 @@ CONTAINER = (
 
 
 def test_options_of_srun_and_words_of_python_arrive_as_they_are(tmp_path: Path) -> None:
+    """submitit#1779: containers of pyxis are options of srun."""
     words = ("apptainer", "exec", "--nv", "--bind", "/a b:/c;touch PWNED", "image 'x'.sif", "python3")
     script = Script(tmp_path, srun_options=CONTAINER, python=words, options=("--export=NONE",))
-    assert script.run().returncode == 0
+    assert script.run(SLURM_CPUS_PER_TASK="6").returncode == 0
     ((got, _),) = script.steps
+    # snakemake-executor-plugin-slurm#41: from 22.05 on srun does not take it from the job
+    assert "--cpus-per-task=6" in got
     start = [*words, str(script.frozen.code / "start.py"), "diffusion", "--frozen", str(script.frozen.config)]
     assert got[-len(start) :] == start
     assert got[-len(start) - 3 : -len(start)] == list(CONTAINER)
@@ -209,6 +212,8 @@ def test_gpus_may_have_a_type(tmp_path: Path, asked: int | str, count: int) -> N
         ({"srun_options": ("--container-image=x",)}, r"give the interpreter inside the container"),
         ({"environment": {"A": "/scratch/$SLURM_NODEID"}}, r"\$SLURM_NODEID differs between nodes"),
         ({"environment": {"A": "${HOSTNAME}"}}, r"\$HOSTNAME differs"),
+        # NVIDIA/pyxis#167, az-hop#1023: sbatch does not know it, or starts the script in the container
+        ({"options": ("--container-image=x",)}, r"give it in cluster.srun_options"),
         ({"requeue": False, "array": 4}, r"cluster.requeue=false with cluster.array=4"),
         ({"srun_options": ("--a\nb",)}, r"cluster.srun_options: '--a\\nb'"),
         ({"python": ("python\x1b",)}, r"cluster.python: 'python\\x1b'"),

@@ -102,6 +102,27 @@ def test_missing_ranks_are_an_error_at_the_time_limit_that_names_them_and_slurms
     assert "Slurm step 42.3" in text and "env -u SLURM_PROCID" in text
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("second", "size", "message"),
+    [
+        (1, 3, "two processes are rank 1 of 3"),
+        (2, 4, "was started as one of 4 ranks, and another one as one of 3"),
+    ],
+)
+def test_ranks_that_are_numbered_twice_or_counted_otherwise_are_refused_at_once(second, size, message):
+    """Lightning-AI/pytorch-lightning#4389 and #10098: several processes of one global rank, which waited for ever."""
+    port = free_port()
+    command = [sys.executable, "-c", _RANK]
+    with running(command, **rank(0, 3, port)) as first, running(command, **rank(1, 3, port)):
+        while "not there: rank 2;" not in (line := first.stderr.readline()).replace(".", ";"):
+            assert line
+            time.sleep(0.1)
+        with running(command, **rank(second, size, port)) as other:
+            assert message in other.communicate(timeout=60)[1]
+            assert other.returncode == 1
+
+
 def test_a_port_that_is_taken_is_named():
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))

@@ -67,6 +67,12 @@ def check_cluster(cluster: ClusterConfig) -> list[str]:
             f"cluster.requeue=false with cluster.array={cluster.array}: Slurm starts jobs of one name one after the other, and "
             "an array at once; leave the array away, and give cluster.nodes instead"
         )
+    for option in cluster.options:
+        if option.startswith("--container"):
+            faults.append(
+                f"cluster.options: {option} would start the job script itself in the container, where srun is not, and most "
+                "sites know it for srun only: give it in cluster.srun_options"
+            )
     return [*faults, *_environment(cluster), *_python(cluster), *_unwritable(cluster)]
 
 

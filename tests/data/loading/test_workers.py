@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ldmscale import waiting
@@ -34,7 +36,7 @@ def index(tmp_path_factory: pytest.TempPathFactory, write_shards: Callable[..., 
 
 
 class Hangs:
-    """A read that never ends, as of a file server that went away, from the third sample on."""
+    """A read that never ends, as of a file server that went away, from the third sample on (pytorch#1355: of one image)."""
 
     def __call__(self, sample: Sample, position: int) -> dict[str, Any]:
         while position >= 2:
@@ -98,6 +100,26 @@ def test_a_loading_process_that_is_killed_is_an_error_at_once(index, number, hin
     assert time.monotonic() - began < 4
 
 
+class WithoutDescriptors:
+    """A loading process that may open no more files, from its second sample on."""
+
+    def __call__(self, sample: Sample, position: int) -> dict[str, Any]:
+        if position:
+            now = len(os.listdir("/proc/self/fd"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (now - 1, now - 1))
+        return {"image": np.zeros(4, np.uint8)}
+
+
+def test_a_loading_process_that_runs_out_of_descriptors_is_an_error_and_no_endless_wait(index, caplog):
+    """pytorch#2474: "Too many open files" in the thread of the queue, and the training waited for ever."""
+    loader = loader_of(index, WithoutDescriptors())
+    began = time.monotonic()
+    with pytest.raises(LdmscaleError, match=r"could not hand over its batch|ended with status"):
+        for _ in range(8):
+            next_for_all(loader)
+    assert time.monotonic() - began < 10
+
+
 _HAND_OVER = """
 import sys
 import numpy as np
@@ -141,14 +163,13 @@ def test_a_batch_that_does_not_fit_into_shared_memory_is_an_error_and_no_endless
 @pytest.mark.slow
 def test_a_job_whose_batches_do_not_fit_into_shared_memory_ends_before_its_workers_start(tmp_path):
     command = [sys.executable, "-m", "ldmscale", "autoencoder", "experiment=smoke", f"run.dir={tmp_path}/run"]
-    # 2 processes, 4 batches ahead, one in the making, one in use; 4 images of 3 x 32 x 32 bytes each: 144 KiB.
+    # 2 processes, 4 batches ahead, one in the making, one in use; 4 images of 3 x 32 x 32 bytes each: 144 KiB for images alone.
     command += ["data.workers=2", "train.rank_micro_batch=4", "train.global_batch=4", "data.image_size=32"]
     done = in_small_shared_memory("100k", command, env=os.environ | {"DS_ACCELERATOR": "cpu"})
     assert done.returncode == 2, done.stderr
     assert "/dev/shm has 0.1 MiB free, but data.workers=2 on 1 rank(s)" in done.stderr
-    assert (
-        "need 0.1 MiB" in done.stderr and "--shm-size=1g" in done.stderr and "data.workers=1" in done.stderr
-    )
+    # The noise that the loading processes draw comes to it.
+    assert re.search(r"need 0\.[1-9] MiB.*--shm-size=1g.*or data\.workers=[01]$", done.stderr, re.M)
 
 
 def test_shared_memory_is_compared_with_all_batches_in_flight(tmp_path):
