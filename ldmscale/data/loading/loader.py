@@ -11,6 +11,7 @@ import logging
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from ldmscale.data.loading.latent_batches import SKIPPED, BatchMemory, LatentRea
 from ldmscale.data.loading.skipped_samples import Ledger
 from ldmscale.data.loading.stream import check_batch, rank_positions
 from ldmscale.data.loading.transforms import ImageItem, LatentItem
-from ldmscale.data.loading.workers import PREFETCH, TURN_SECONDS, end, next_of, start_of_workers
+from ldmscale.data.loading.workers import PREFETCH, TURN_SECONDS, end, end_at_exit, next_of, start_of_workers
 from ldmscale.data.order.sequence import Sequence as SampleSequence
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.mixture import Mixture
@@ -122,6 +123,7 @@ class Loader:
         self._handed_out = 0  # micro-batches of the current step
         self._workers, self._pin_memory, self._draws = workers, pin_memory, draws
         self._iterator: Iterator[Batch] | None = None
+        self._at_exit: weakref.finalize[..., Any] | None = None
 
     @property
     def position(self) -> int:
@@ -162,6 +164,9 @@ class Loader:
     def close(self, *, at_once: bool = False) -> None:
         """Ends the workers, `at_once` by force. What they had prepared is made again if the loader is asked for more."""
         batches, self._iterator = self._iterator, None
+        if self._at_exit is not None:
+            self._at_exit.detach()
+            self._at_exit = None
         end(batches, at_once=at_once)
 
     def _start(self) -> Iterator[Batch]:
@@ -189,6 +194,7 @@ class Loader:
         )
         before = signal.getsignal(signal.SIGCHLD)
         iterator = iter(loader)
+        self._at_exit = end_at_exit(self, iterator)
         if threading.current_thread() is threading.main_thread():
             # Torch's handler raises wherever the training happens to be when a worker dies: in a collective, say.
             # Without it the death is noticed where the worker's batch is asked for, and all ranks can be told.

@@ -14,6 +14,7 @@ import multiprocessing.queues
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -78,6 +79,19 @@ def end(batches: Iterator[Any] | None, *, at_once: bool = False) -> None:
         for worker in getattr(batches, "_workers", ()):
             worker.kill()
     stop()
+
+
+def end_at_exit(owner: object, batches: Iterator[Any]) -> weakref.finalize[..., Any]:
+    """End the loading processes with `owner`, or with this process; `detach` what is returned once they have ended.
+
+    Python ends its children by one TERM, which they ignore, and would wait for them for ever.
+    """
+    return weakref.finalize(owner, _end_own, os.getpid(), batches)
+
+
+def _end_own(process: int, batches: Iterator[Any]) -> None:
+    if os.getpid() == process:  # a fork has a copy of the owner, and not its children
+        end(batches, at_once=True)
 
 
 def _cause(batches: object) -> str:

@@ -12,11 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from processes import line_of, running
 
 from ldmscale import waiting
 from ldmscale.data.loading.loader import Loader
@@ -26,6 +30,7 @@ from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.reader import Sample
 from ldmscale.distributed.preemption import StopFlag
 from ldmscale.errors import LdmscaleError, StoppedEarlyError
+from ldmscale.launcher import free_port
 
 Item = Callable[[Sample, int], Mapping[str, Any]]
 
@@ -118,6 +123,74 @@ def test_a_loading_process_that_runs_out_of_descriptors_is_an_error_and_no_endle
         for _ in range(8):
             next_for_all(loader)
     assert time.monotonic() - began < 10
+
+
+_TWO_RANKS = """
+import sys, time
+from ldmscale.data.loading.loader import Loader
+from ldmscale.data.loading.training_data import next_for_all
+from ldmscale.data.shards.index import ShardIndex
+from ldmscale.distributed.preemption import StopFlag
+from ldmscale.distributed.process_group import close_world, open_world
+from ldmscale.errors import StoppedEarlyError
+
+class HangsOnRank1:
+    def __call__(self, sample, position):
+        while position == 3:  # the second of rank 1
+            time.sleep(600)
+        return {"number": position}
+
+with StopFlag().install():
+    world = open_world()
+    loader = Loader(
+        ShardIndex.build([sys.argv[1]]), HangsOnRank1(), seed=0, rank=world.rank, world=2, global_batch=2, rank_micro_batch=1,
+        workers=1,
+    )
+    next_for_all(loader)
+    print("one step", flush=True)
+    try:
+        next_for_all(loader)
+    except StoppedEarlyError as error:
+        print(error, error.shared, flush=True)  # rank 0 leaves its loader open: Python must end all the same
+        close_world()
+        sys.exit(75)
+"""
+
+
+@pytest.mark.distributed
+def test_all_ranks_stop_together_where_the_loading_process_of_one_hangs(index):
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    shared |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", _TWO_RANKS, index.shards[0]]
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                running(
+                    command,
+                    env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank in ("0", "1")
+        ]
+        assert [line_of(process) for process in ranks] == ["one step\n"] * 2
+        time.sleep(1.0)
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        for process in ranks:
+            out = process.communicate(timeout=60)[0]
+            assert process.returncode == 75
+            assert out.startswith(
+                "rank 1: stopped by signal SIGTERM while waiting: the next batch"
+            ) and out.endswith("True\n")
+        assert time.monotonic() - began < 8  # the stop, and the end of Python with torch
 
 
 _HAND_OVER = """
