@@ -37,6 +37,7 @@ _SILENT_BEATS = 4  # a rank that missed so many beats is called silent
 _FOLDER = "heartbeat"
 _LONGEST = 1 << 16  # bytes of a beat
 _SECONDS_TO_END = 60.0
+_SECONDS_TO_DUMP = 10.0
 _SHORT = ("data", "step", "save")  # phases of every step; pictures and measurements may take longer
 
 
@@ -71,14 +72,15 @@ class Heartbeat:
         first_timeout_seconds: float,
         timeout_seconds: float,
         on_hang: Callable[[str], None] | None = None,
+        before_end: Callable[[], object] | None = None,
     ) -> None:
         """`first_timeout_seconds`: for a phase before the end of the first step, where networks are built and kernels
         are compiled, and for pictures and measurements; `timeout_seconds`: for fetching, a step or a save from then on;
-        0 of either: never.
+        0 of either: never. `before_end` is called before the process ends, to write down what else is known.
         """
         self._folder, self._ranks, self._attempt = folder, ranks, attempt
         self._every, self._first, self._later = every_seconds, first_timeout_seconds, timeout_seconds
-        self._on_hang = on_hang or self._end
+        self._on_hang, self._before_end = on_hang or self._end, before_end
         self._step, self._phase, self._since = 0, "start", time.monotonic()
         self._warm = False
         self._ended = threading.Event()
@@ -157,9 +159,28 @@ class Heartbeat:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             log.info("the stacks of this rank are in %s", path)
+        self._write_down()
         time.sleep(2 * self._every)  # the others find the same within one beat, and write their stacks too
         logging.shutdown()
         os._exit(EXIT_HUNG)
+
+    def _write_down(self) -> None:
+        """Calls `before_end` in a thread of its own: it may wait for what hangs."""
+        before_end = self._before_end
+        if before_end is None:
+            return
+
+        def call() -> None:
+            try:
+                before_end()
+            except Exception as error:  # the process ends whatever happens
+                log.error(
+                    "what this rank was doing cannot be written down: %s: %s", type(error).__name__, error
+                )
+
+        thread = threading.Thread(target=call, name="before the end", daemon=True)
+        thread.start()
+        thread.join(_SECONDS_TO_DUMP)
 
     def _accuse(self) -> None:
         """Inside a Slurm job, have hosts that fell silent left out when it is queued again (slurm/job.sbatch)."""

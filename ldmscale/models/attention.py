@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeGuard, cast, get_args
 
@@ -81,6 +82,22 @@ def probe(backend: Backend, head_channels: int, device: torch.device | str, dtyp
     Both the self-attention shape (256 tokens) and the cross-attention shape (77 keys) are tried; the worse
     counts. Whatever the backend raises (no operator for this device, type or head size) is passed on.
     """
+    with _whole_digits():
+        return _probed(backend, head_channels, device, dtype)
+
+
+@contextmanager
+def _whole_digits() -> Iterator[None]:
+    """Without TF32 inside, whose 10 bits are coarser than the differences that `probe` looks for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _probed(backend: Backend, head_channels: int, device: torch.device | str, dtype: torch.dtype) -> Probe:
     worst = Probe(0.0, 0.0)
     generator = torch.Generator().manual_seed(0)
     for keys in (256, 77):

@@ -16,6 +16,7 @@ from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import EvaluateJob
 from ldmscale.config.inherit import size_warning
 from ldmscale.data.shards.urls import expand
+from ldmscale.distributed.devices import arithmetic, fast_arithmetic
 from ldmscale.distributed.environment import Ranks
 from ldmscale.distributed.process_group import close_world, open_world
 from ldmscale.errors import ConfigError, DataError
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 def evaluate(config: EvaluateJob, ranks: Ranks) -> None:
     """Measure the model as configured; rank 0 writes the result with its protocol to one JSON file. Collective."""
     world = open_world(ranks)
+    fast_arithmetic(False)  # results are compared with those of other devices
     set_up_logging(None, ranks)
     if (differs := size_warning(config)) and ranks.is_main:
         log.warning("%s", differs)
@@ -146,6 +148,7 @@ def evaluate_reconstruction(
                 "average": parts.autoencoder_average,
             },
             "precision": chosen.precision,
+            "arithmetic": arithmetic(),
             "batch": chosen.rank_batch,
             "images": count,
             "exact_images": int(means.get("exact_images", 0)),  # left out of psnr_db

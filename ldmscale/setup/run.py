@@ -21,9 +21,10 @@ from ldmscale.config.typed import plain
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.sources.synthetic import synthetic_shards
 from ldmscale.distributed.collectives import from_main_rank
+from ldmscale.distributed.devices import arithmetic, choose_device, describe
 from ldmscale.distributed.environment import Ranks, export_rendezvous
+from ldmscale.distributed.flight_recorder import record_collectives
 from ldmscale.distributed.preemption import StopFlag
-from ldmscale.distributed.process_group import choose_device
 from ldmscale.errors import ConfigError, StoppedEarlyError
 from ldmscale.setup.index import Patterns, open_index, storage_of
 from ldmscale.setup.node_checks import check_processes
@@ -68,6 +69,7 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
     device = choose_device(ranks)
     if ranks.size > 1:
         export_rendezvous(ranks)
+    record_collectives(folder.path / "logs")
     connect(device, timeout_seconds=60 * config.safety.first_step_timeout_minutes)
     lease = _hold(folder, config, ranks, stop)
     changed = from_main_rank(lambda: _settle(folder, config))
@@ -94,6 +96,8 @@ def open_run(config: TrainingJob, ranks: Ranks, stop: StopFlag) -> Run:
         train.global_batch // (train.rank_micro_batch * ranks.size),
     )
     run.note("ranks", ranks.size)
+    run.note("device", {"is": describe(device), "arithmetic": arithmetic()})
+    log.info("device: %s", describe(device))
     return run
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from ldmscale.checkpoint.run_folder import about_run
 from ldmscale.config import DiffusionJob, TrainingJob
 from ldmscale.config.typed import plain
 from ldmscale.data.loading.training_data import TrainingData
+from ldmscale.distributed import flight_recorder
 from ldmscale.distributed.collectives import barrier, from_main_rank
 from ldmscale.distributed.preemption import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.watchdog import Heartbeat
@@ -119,6 +121,7 @@ def _monitors(run: Run, config: TrainingJob, flops_per_image: float | None) -> M
         # Below the timeout of the collectives, which cannot name the rank that kept them waiting.
         first_timeout_seconds=0.8 * 60 * config.safety.first_step_timeout_minutes,
         timeout_seconds=0.8 * 60 * config.safety.step_timeout_minutes,
+        before_end=partial(flight_recorder.dump, run.folder.path / "logs", run.ranks.rank),
     )
     throughput = Throughput(
         run.device,

@@ -7,6 +7,7 @@ nothing: gradients are discarded, and buffers, counters and random states are re
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -42,7 +43,7 @@ def rehearse(stage: Stage, batch: Batch, step: int) -> None:
             stage.micro_step(batch, step)
             memory = _memory_line(stage, step)
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         peaks = ", ".join(f"{name} {value:.1f}" for name, value in memory_peaks(_device(stage)).items())
         raise ConfigError(
@@ -81,9 +82,18 @@ def _memory_line(stage: Stage, step: int) -> str:
     return f"rank {rank}: {'; '.join(parts)}; {peaks}"
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    allocator = "can't allocate memory" in str(error)  # torch's on a CPU raises RuntimeError
-    return allocator or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+# Libraries that allocate for themselves report it as errors of other types: torch's allocator on a CPU, CUDA, cuBLAS,
+# cuDNN, NCCL.
+_FULL = re.compile(
+    r"can't allocate memory|out of memory|cudaErrorMemoryAllocation|CU(?:BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"
+    r"|CUDNN_STATUS_INTERNAL_ERROR_(?:DEVICE|HOST)_ALLOCATION_FAILED|CUFFT_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device's or the host's memory is full."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_FULL.search(str(error)))
 
 
 def _device(stage: Stage) -> torch.device:

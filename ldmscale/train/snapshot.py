@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldmscale.checkpoint.shards import Piece, Reader
+from ldmscale.distributed.pinning import host_memory
 from ldmscale.errors import CheckpointError
 from ldmscale.train.engine.ema import Averages, PowerEma, ShardedEma
 from ldmscale.train.engine.engine import Engine
@@ -218,7 +219,7 @@ class HostCopies:
         """A copy of a 1-D tensor, on its way until `wait`."""
         box = self._boxes.get(key)
         if box is None or box.shape != values.shape or box.dtype != values.dtype:
-            box = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            box = host_memory(values.shape, values.dtype, pinned=values.is_cuda)
             self._boxes[key] = box
         box.copy_(values.detach(), non_blocking=True)
         if values.is_cuda:

@@ -43,8 +43,10 @@ class StragglerDetector:
         self._ranks, self._device = ranks, device
         self._slow: dict[int, int] = {}  # rank: intervals in a row
         if ranks.size > 1:
-            size, dtype = (2048, torch.bfloat16) if device.type == "cuda" else (192, torch.float32)
-            self._a = torch.ones(size, size, device=device, dtype=dtype)
+            # On a GPU over a millisecond, far more than a synchronisation; random, since ones draw less power.
+            size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (192, torch.float32)
+            generator = torch.Generator(device).manual_seed(0)  # the training's own draws stay as they are
+            self._a = torch.rand(size, size, device=device, dtype=dtype, generator=generator)
 
     def compare(self, data_wait_share: float) -> dict[str, float]:
         """Metrics of this interval: the slowest rank, its rate as a share of the median, and the rank that waited most for

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ldmscale.distributed import collectives
+from ldmscale.distributed.devices import choose_device
 from ldmscale.distributed.environment import Ranks
-from ldmscale.distributed.process_group import choose_backend, choose_device, close_world, open_world
+from ldmscale.distributed.process_group import choose_backend, close_world, open_world
 
 
 def test_the_cpu_is_taken_when_asked_for():

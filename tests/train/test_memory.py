@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ldmscale.train.dry_run import out_of_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,3 +38,27 @@ def test_weights_gradients_and_states_are_sharded_as_each_stage_promises(tmp_pat
         # At stage 1 DeepSpeed keeps the gradients in bf16 beside their sum in fp32.
         assert gradients == pytest.approx(1.5 if row["stage"] == 1 else 1.0, abs=0.02), row
     assert "| 2 | 3 |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+        RuntimeError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        MemoryError(),
+    ],
+)  # fmt: skip
+def test_full_memory_is_known_whichever_library_found_it(error: BaseException) -> None:
+    assert out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: device-side assert triggered", "CUBLAS_STATUS_NOT_INITIALIZED", "shape mismatch"]
+)
+def test_other_errors_are_not_taken_for_full_memory(text: str) -> None:
+    assert not out_of_memory(RuntimeError(text))

@@ -33,6 +33,7 @@ from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.reader import Sample
 from ldmscale.data.shards.urls import is_local
+from ldmscale.distributed.pinning import can_pin, pinned
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.storage.object_store import StoreError
 
@@ -183,7 +184,7 @@ class Loader:
             sampler=self._micro_batches(),
             num_workers=self._workers,
             collate_fn=_as_it_is,
-            pin_memory=self._pin_memory,
+            pin_memory=self._pin_memory and can_pin(),
             prefetch_factor=PREFETCH,
             timeout=TURN_SECONDS,
             multiprocessing_context=context,
@@ -218,8 +219,7 @@ class Loader:
         if not self._pin_memory:
             return batch
         return {
-            name: value.pin_memory() if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
+            name: pinned(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
         }
 
     def _cursor(self, consumed: Sequence[int] | None) -> BucketCursor:

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldmscale.distributed.collectives import any_true
 from ldmscale.train.engine import deepspeed_internals as internals
 from ldmscale.train.engine.backend import Counters
 from ldmscale.train.engine.master_weights import layout_of
@@ -34,8 +33,8 @@ def sharded_construction(options: EngineOptions) -> Iterator[None]:
     """Build a trained network inside: at ZeRO-3 each layer is cut into shards as soon as it is built.
 
     No rank ever holds the whole network. At other stages nothing happens. Pretrained networks that are not trained are
-    built outside. The weights are the same as without ZeRO for the same seed: the layers are built in fp32, and the
-    engine casts the shards.
+    built outside. On CPUs the weights are the same as without ZeRO for the same seed: the layers are built in fp32, and the
+    engine casts the shards. On GPUs DeepSpeed builds the layers there, where the same seed gives other numbers.
     """
     if options.zero_stage < 3:
         yield
@@ -61,7 +60,7 @@ class DeepSpeedBackend:
         import deepspeed
 
         _cast_shards(network, options.compute_dtype)
-        config = deepspeed_json(options, dist.get_world_size(), fused_adam=_takes_fused_adam(device))
+        config = deepspeed_json(options, dist.get_world_size())
         if options.zero_stage == 3 and any(isinstance(m, options.leaf_types) for m in network.modules()):
             deepspeed.utils.set_z3_leaf_modules(network, list(options.leaf_types))
         # Some of DeepSpeed's optimizers print memory usage while they are made.
@@ -147,26 +146,6 @@ def _short_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _takes_fused_adam(device: torch.device) -> bool:
-    """Whether to use DeepSpeed's FusedAdam: on CUDA, where every rank can build its kernel."""
-    if device.type != "cuda":
-        return False
-    from deepspeed.ops.op_builder import FusedAdamBuilder
-
-    reason = ""
-    try:
-        FusedAdamBuilder().load(verbose=False)
-    except Exception as error:  # no nvcc, another CUDA than torch's, no compiler: each raises its own type
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    # One optimizer for all: a node that lacks a compiler must not step by other kernels than the rest.
-    if any_true(bool(reason)):
-        log.warning(
-            "DeepSpeed's FusedAdam cannot be built on every rank (%s): torch's fused AdamW is used", reason
-        )
-        return False
-    return True
 
 
 def _cast_shards(network: nn.Module, dtype: torch.dtype) -> None:

@@ -45,7 +45,7 @@ class EngineOptions:
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.precision]
 
 
-def deepspeed_json(options: EngineOptions, world_size: int, *, fused_adam: bool = False) -> dict[str, Any]:
+def deepspeed_json(options: EngineOptions, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration, at ZeRO-1 to 3. The one place that knows its keys."""
     half = options.precision == "bf16"
     adam: dict[str, Any] = {
@@ -53,10 +53,10 @@ def deepspeed_json(options: EngineOptions, world_size: int, *, fused_adam: bool 
         "betas": list(options.betas),
         "eps": options.eps,
         "weight_decay": options.weight_decay,
+        # torch's own: on flat partitions it is as fast as DeepSpeed's, which every node would have to compile.
+        "torch_adam": True,
+        "fused": True,
     }
-    if not fused_adam:
-        # torch's own fused AdamW: on flat partitions it is as fast as DeepSpeed's, on CPU it is the fast one.
-        adam |= {"torch_adam": True, "fused": True}
     sgd = {"type": "SGD", "params": {key: adam[key] for key in ("lr", "weight_decay")}}
     config: dict[str, Any] = {
         "train_batch_size": options.rank_micro_batch * options.accumulation_steps * world_size,

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ldmscale.distributed.devices import use_device
 from ldmscale.distributed.environment import read_ranks
 from ldmscale.distributed.muster import gather_at_store
 from ldmscale.train.engine.deepspeed_internals import skip_shared_memory_extension
@@ -93,7 +94,7 @@ def connect(device: torch.device, *, timeout_seconds: float = 1800.0) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        use_device(device)
         # DeepSpeed takes LOCAL_RANK for the device's number, which it is not where each task sees one GPU.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
     else:
