@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from ldmscale import cli
 from ldmscale.cluster.slurm import render
 from ldmscale.cluster.submission import Frozen
 from ldmscale.config import ClusterConfig
@@ -279,6 +280,34 @@ def test_a_time_in_a_file_means_what_is_written_or_is_refused(tmp_path: Path, wr
 def test_a_refused_time_names_what_was_probably_meant() -> None:
     (fault,) = time_as_text({"cluster": {"time": 14_400}}, False)
     assert fault.endswith('for 4:00:00 write time: "4:00:00", for 14400 minutes time: "14400"')
+
+
+@pytest.mark.parametrize(("written", "status"), [("4:00:00", 2), ('"4:00:00"', 0)])
+def test_submit_reads_the_time_of_a_file_of_ones_own_as_written_or_refuses_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written: str,
+    status: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own" / "cluster").mkdir(parents=True)
+    (tmp_path / "own" / "cluster" / "mine.yaml").write_text(f"nodes: 1\ntasks_per_node: 1\ntime: {written}\n")
+    words = [
+        "submit",
+        "diffusion",
+        "--config-dir",
+        str(tmp_path / "own"),
+        "experiment=smoke",
+        "cluster=mine",
+        "--dry-run",
+    ]
+    assert cli.main(words) == status
+    if status:
+        assert 'for 4:00:00 write time: "4:00:00"' in capsys.readouterr().err
+    else:
+        (script,) = tmp_path.rglob("job.sbatch")
+        assert "#SBATCH --time=4:00:00\n" in script.read_text()
 
 
 @pytest.mark.parametrize(
