@@ -107,11 +107,3 @@ def test_checkpointing_changes_no_bit_of_a_gradient(family: str, dtype: torch.dt
     assert torch.equal(off, full)
     assert gradients.keys() == recomputed.keys()
     assert all(torch.equal(g, recomputed[name]) for name, g in gradients.items())
-
-
-def test_nothing_changes_pytorchs_choice_of_tf32() -> None:
-    """docs/numerics.md: convolutions in TF32 where the device has it, matrix products in fp32."""
-    import ldmscale.setup.diffusion  # noqa: F401
-
-    assert torch.backends.cudnn.allow_tf32
-    assert not torch.backends.cuda.matmul.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
