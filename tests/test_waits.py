@@ -66,6 +66,7 @@ CALLS = {
     ("distributed/process_group.py", "dist.init_process_group"): SHORT,  # all ranks are there
     ("distributed/watchdog.py", "self._ended.wait"): BACKGROUND,
     ("distributed/watchdog.py", "self._thread.join"): ANNOUNCED,
+    ("distributed/watchdog.py", "thread.join"): BACKGROUND,  # in the watchdog, with a limit
     ("distributed/watchdog.py", "time.sleep"): BACKGROUND,
     ("launcher.py", "process.wait"): SHORT,  # after SIGKILL
     ("launcher.py", "subprocess.Popen"): SHORT,
