@@ -23,6 +23,7 @@ from ldmscale.cluster.chain import Stage, stages_of
 from ldmscale.cluster.slurm import render
 from ldmscale.config import JOBS, AutoencoderJob, ClusterConfig, DiffusionJob, Job, LatentsJob, SubmitJob
 from ldmscale.config.checks.cluster import check_cluster, check_script_paths, python_hint, time_as_text
+from ldmscale.config.checks.stages import batch_of_all
 from ldmscale.config.compose import compose_job, compose_valid
 from ldmscale.config.folders import SEARCH_PATH
 from ldmscale.config.load import resolved
@@ -123,6 +124,8 @@ def _plan(stage: Stage) -> Planned:
             # What an earlier stage will have made cannot be there yet.
             faults += [f for f in error.faults if not any(str(path) in f for path in stage.awaited)]
             config = config or _unchecked(stage, of_job, error)
+    if len(sizes) > 1:
+        faults = _one_batch_fault(stage, of_job, sizes, faults)
     # The job reads its configuration from a file, and files hold no secrets.
     if config is not None:
         where = ", export it where the job runs (sbatch passes yours on)"
@@ -133,6 +136,17 @@ def _plan(stage: Stage) -> Planned:
     if isinstance(config, (AutoencoderJob, DiffusionJob)):
         changes(RunFolder(owner), plain(config))
     return Planned(stage.job, config, cluster, owner, ["ldmscale", stage.job, *of_job], stage.name)
+
+
+def _one_batch_fault(
+    stage: Stage, of_job: Sequence[str], sizes: Sequence[int], faults: list[str]
+) -> list[str]:
+    """`faults` with those of the global batch, one per number of ranks, replaced by one that suits all of them."""
+    several = [fault for fault in faults if fault.startswith("train.global_batch=") and " ranks = " in fault]
+    if not several:
+        return faults
+    whole = batch_of_all(compose_job(stage.job, of_job).get("train") or {}, sizes)
+    return [*(fault for fault in faults if fault not in several), *([whole] if whole else several)]
 
 
 def _paths(job: str, overrides: Sequence[str], cluster: ClusterConfig | None) -> dict[str, str]:

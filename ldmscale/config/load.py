@@ -20,6 +20,7 @@ from ldmscale.errors import ConfigError
 from ldmscale.tracking.wandb_environment import check_key
 
 _J = TypeVar("_J", bound=Job)
+_SHARDS = ("data.shards: ", "data.heldout_shards: ")
 FROZEN = "--frozen"  # followed by the file of a resolved configuration, which `submit` wrote
 
 
@@ -56,7 +57,8 @@ def resolved(kind: type[_J], overrides: Sequence[str], world_size: int, *, here:
         # What the stand-ins themselves gave rise to is no fault of the user's.
         mixture = [fault for fault in mixture if not any(key in fault for key in typed)]
         raise ConfigError([*faults, *error.faults, *mixture]) from None
-    faults += check(cast(Job, config), world_size)
+    # Of absent shards there may be many: whatever else is faulty comes first.
+    faults += sorted(check(cast(Job, config), world_size), key=lambda fault: fault.startswith(_SHARDS))
     faults += _check_here(cast(Job, config)) if here else []
     if faults:
         raise ConfigError(faults)

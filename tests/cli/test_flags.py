@@ -150,3 +150,36 @@ def test_a_word_that_is_wrong_is_answered_with_the_right_one(words, remedy, caps
 def test_no_job_takes_an_unknown_option(job):
     with pytest.raises(ConfigError, match="is no option"):
         parse(job, ["--unknown"])
+
+
+def test_several_numbers_of_ranks_get_one_batch_that_suits_all(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = [
+        "submit",
+        "autoencoder",
+        "experiment=smoke",
+        "cluster=cpu",
+        "cluster.nodes=4",
+        "cluster.min_nodes=2",
+    ]
+    line += ["cluster.tasks_per_node=4", "train.global_batch=48", "train.rank_micro_batch=2", "--dry-run"]
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    # 2 x lcm(8, 12, 16)
+    assert "give train.global_batch=96, " in said and said.count("train.global_batch=48") == 1
+    assert main([*line, "train.global_batch=96"]) == 0
+
+
+def test_absent_shards_are_few_lines_behind_all_else(capsys, tmp_path):
+    line = [
+        "autoencoder",
+        "experiment=smoke",
+        f"data.shards={tmp_path}/{{000..099}}.tar",
+        "train.global_batch=7",
+    ]
+    assert main([*line, "train.rank_micro_batch=2", "optim.lrr=3"]) == 2
+    lines = [text for text in capsys.readouterr().err.splitlines() if text.startswith("  - ")]
+    assert len(lines) < 12 and "optim.lrr" in lines[0] and "train.global_batch" in lines[1]
+    assert "000.tar does not exist" in lines[2] and "94 more faults in data.shards" in lines[-1]
+    assert main(["autoencoder", "experiment=smoke", f"data.shards={tmp_path}/a.tar,{tmp_path}/b.tar"]) == 2
+    assert f"data.shards=[{tmp_path}/a.tar,{tmp_path}/b.tar]" in capsys.readouterr().err

@@ -65,6 +65,10 @@ def check_shards(
         except DataError as error:
             name = "data.heldout_shards" if patterns is data.heldout_shards else "data.shards"
             faults += [f"{name}: {fault}" for fault in error.faults]
+            if isinstance(patterns, str) and "," in patterns and "{" not in patterns:
+                faults.append(
+                    f"{name}={patterns} is one path with commas: several are a list, {name}=[{patterns}]"
+                )
     return faults
 
 

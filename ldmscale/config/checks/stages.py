@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldmscale.checkpoint.run_folder import RunFolder, is_foreign
@@ -42,6 +43,23 @@ def check_batch(train: TrainConfig, world_size: int) -> list[str]:
             f"times {world_size} ranks = {pass_}: give train.global_batch={near}, or another train.rank_micro_batch"
         )
     return faults
+
+
+def batch_of_all(train: Mapping[str, object], world_sizes: Sequence[int]) -> str | None:
+    """The fault of a global batch that does not divide by every one of `world_sizes`, with the nearest that does."""
+    given, micro = train.get("global_batch"), train.get("rank_micro_batch")
+    if not isinstance(given, int) or not isinstance(micro, int) or given < 1 or micro < 1:
+        return None
+    step = math.lcm(*(micro * size for size in world_sizes))
+    if given % step == 0:
+        return None
+    below, above = given // step * step, (given // step + 1) * step
+    near = f"{above}" if below == 0 else f"{below} or {above}"
+    return (
+        f"train.global_batch={given} is no multiple of train.rank_micro_batch={micro} times each number of ranks that the "
+        f"job may start with ({', '.join(map(str, world_sizes))}): give train.global_batch={near}, another "
+        "train.rank_micro_batch, or another cluster.min_nodes"
+    )
 
 
 def check_zero(zero: ZeroConfig) -> list[str]:

@@ -33,7 +33,7 @@ from ldmscale.waiting import finished, is_stoppable, make_stoppable, stop_reason
 
 log = logging.getLogger(__name__)
 
-_LISTED_FAULTS = 20
+_LISTED_FAULTS = 6
 _LOOK_FOR_STOP_SECONDS = 0.5
 
 
