@@ -15,7 +15,7 @@ TEST_WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/installed-$(DEVICE)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/$(DEVICE).txt
 SHELL_SCRIPTS := .ci/run $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch tests/*/*.sh)
 
 SHELL := /bin/bash
@@ -29,7 +29,7 @@ help: ## list the targets
 install: $(STAMP) ## make .venv with everything that development, tests and the quickstart need
 
 # torch goes first and alone, so that no other package's wishes decide which build of it comes.
-$(STAMP): pyproject.toml constraints/cpu.txt
+$(STAMP): pyproject.toml constraints/$(DEVICE).txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "ldmscale needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1): make install PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
@@ -38,6 +38,7 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) --editable '.[dev,quickstart,s3$(if $(filter gpu,$(DEVICE)),$(comma)gpu)]'
 	$(BIN)/python -m pip check
+	$(if $(filter gpu,$(DEVICE)),$(BIN)/ldmscale doctor)
 	touch $@
 
 quickstart: $(STAMP) ## the whole pipeline on real images, on this machine, in about 10 minutes

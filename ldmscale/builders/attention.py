@@ -17,7 +17,7 @@ import torch
 from ldmscale.config import AutoencoderConfig, DiffusionJob, TextEncoderConfig, TrainConfig, UNetConfig
 from ldmscale.distributed.collectives import any_true
 from ldmscale.errors import ConfigError
-from ldmscale.models.attention import Backend, Probe, probe, set_backend
+from ldmscale.models.attention import Backend, Probe, operators_of, probe, set_backend
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,30 @@ class AttentionChoice:
 
 def wanted_attention(train: TrainConfig) -> str:
     """train.attention; SDPA rather than xformers where blocks are compiled, since the two were never run together."""
-    return "sdpa" if train.compile == "blocks" and train.attention == "auto" else train.attention
+    if train.compile == "blocks" and train.attention == "auto":
+        log.info("train.compile=blocks: attention by SDPA, which is compiled with the block; xformers is not")
+        return "sdpa"
+    return train.attention
+
+
+@dataclass(frozen=True)
+class UsableAttention:
+    """What the preferred backend of a device does there."""
+
+    line: str  # the operators that ran
+    fault: str | None = None  # why SDPA takes its place
+
+
+def usable_attention(device: torch.device, head_channels: int = 64) -> UsableAttention:
+    """Runs the preferred backend of `device` forward and backward in bf16, on a GPU."""
+    backend = PREFERRED.get(device.type, FALLBACK)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found, fault = _probed(backend, {dtype: [head_channels]}, device)
+    if fault is not None:
+        return UsableAttention(FALLBACK, f"{backend} {fault}: attention uses {FALLBACK}")
+    worst = max(max(result.forward, result.backward) for result in found.values())
+    names = f" ({operators})" if (operators := operators_of(backend, head_channels, device, dtype)) else ""
+    return UsableAttention(f"{backend}{names}, within {worst:.1e} of SDPA in fp32")
 
 
 def choose_attention(

@@ -38,6 +38,7 @@ def _machine(config: DoctorJob, ranks: Ranks) -> int:
     from ldmscale.data.shards.urls import expand
     from ldmscale.distributed.collectives import gather_lists
     from ldmscale.distributed.process_group import close_world, open_world
+    from ldmscale.setup.attention import attention_of_ranks
     from ldmscale.storage.object_store import Storage
     from ldmscale.tracking.logs import quiet_libraries, set_up_logging
 
@@ -56,6 +57,8 @@ def _machine(config: DoctorJob, ranks: Ranks) -> int:
         given = wanted.storage
         storage = Storage(given.options, given.endpoint, given.patience_seconds, given.request_seconds)
         parts.append(examine_shards(expand(wanted.shards, storage=storage), wanted.probe_shards, storage))
+    values, warnings = attention_of_ranks(world)
+    parts.append(Findings(values if ranks.is_main else {}, warnings, []))
     close_world()
     total = Findings()
     for part in parts:

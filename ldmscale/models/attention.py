@@ -68,6 +68,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: Backend | None = None) -
     return out.transpose(1, 2)  # [B, L, H, D]
 
 
+def operators_of(backend: Backend, head_channels: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Names of the operators that xformers takes, forward and backward; empty for PyTorch's, which has no names for them."""
+    if backend != "xformers":
+        return ""
+    fmha = importlib.import_module("xformers.ops.fmha")
+    dispatch = importlib.import_module("xformers.ops.fmha.dispatch")
+    x = torch.zeros(1, 64, 1, head_channels, device=device, dtype=dtype)
+    inputs = fmha.Inputs(query=x, key=x, value=x)
+    # The choice has no public name; the names of the operators do.
+    return f"{dispatch._dispatch_fw(inputs, True).NAME}, {dispatch._dispatch_bw(inputs, None).NAME}"
+
+
 @dataclass(frozen=True)
 class Probe:
     """Largest differences between a backend and SDPA, as shares of SDPA's largest value."""

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from ldmscale.builders import attention as attention_choice
-from ldmscale.builders.attention import autoencoder_head_channels, choose_attention, diffusion_head_channels
+from ldmscale.builders.attention import (
+    autoencoder_head_channels,
+    choose_attention,
+    diffusion_head_channels,
+    usable_attention,
+    wanted_attention,
+)
 from ldmscale.config import AutoencoderJob, DiffusionJob
 from ldmscale.config.compose import compose_job
 from ldmscale.config.typed import read
@@ -109,3 +115,31 @@ def test_a_backend_that_is_wrong_at_one_head_size_is_found_out(
         ConfigError, match=rf"differs from SDPA at head size 512 float32 by {said} \(forward\)"
     ):
         choose_attention("plain", SIZES, CPU)
+
+
+def test_compiled_blocks_take_sdpa_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = read(
+        DiffusionJob, compose_job("diffusion", ["experiment=smoke_diffusion", "train.compile=blocks"])
+    )
+    with caplog.at_level(logging.INFO):
+        assert wanted_attention(config.train) == "sdpa"
+    assert [record.message for record in caplog.records if "train.compile=blocks" in record.message] == [
+        "train.compile=blocks: attention by SDPA, which is compiled with the block; xformers is not"
+    ]
+
+
+def test_the_doctors_line_says_which_attention_ran_and_how_exactly() -> None:
+    found = usable_attention(CPU)
+    assert (
+        found.fault is None
+        and found.line.startswith("sdpa, within ")
+        and found.line.endswith("of SDPA in fp32")
+    )
+
+
+@pytest.mark.skipif(not MISSING, reason="xformers is installed")
+def test_a_preferred_attention_that_is_not_installed_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(attention_choice.PREFERRED, "cpu", "xformers")
+    found = usable_attention(CPU)
+    assert found.line == "sdpa" and found.fault is not None
+    assert found.fault.startswith("xformers is not installed") and found.fault.endswith("attention uses sdpa")

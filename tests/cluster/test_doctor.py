@@ -21,7 +21,7 @@ def test_two_ranks_are_compared_and_a_lack_of_room_ends_with_2(ldmscale, tmp_pat
         "doctor", "doctor.experiment=smoke_diffusion", "doctor.measure_mib=1", cwd=tmp_path, ranks=2
     )
     assert done.returncode == 0, done.stderr
-    for name in ("ranks", "matmul", "all-reduce", "clocks", "disk", "room"):
+    for name in ("ranks", "matmul", "all-reduce", "clocks", "disk", "room", "device", "attention"):
         assert f"  {name} " in done.stderr, done.stderr
     done = ldmscale("doctor", "doctor.experiment=none", "run.dir=nowhere", cwd=tmp_path)
     assert (
