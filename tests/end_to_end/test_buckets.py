@@ -24,6 +24,14 @@ LATENTS = {
 }  # height and width: 32, 40x24 and 24x40 pixels, factor 4
 OF_NUMBER = ["square", "wide", "square", "tall", "square"]
 BUCKETS = ["data.image_size=32", "data.bucket_step=8"]
+ENCODE = [
+    "latents",
+    "first_stage.path=ae",
+    "data.shards=images",
+    *BUCKETS,
+    "data.workers=0",
+    "latents.dtype=fp32",
+]
 BATCH, STEPS = 6, 8
 TRAIN = [
     "diffusion", "experiment=smoke", "data.workers=0", "first_stage.path=ae", "preview.every_steps=4", "preview.images=5",
@@ -75,16 +83,8 @@ def place(small_place: Any) -> Any:
     (folder / "ae").symlink_to(small_place.folder / "ae")
     write_images(folder / "images")
     made = type(small_place)(small_place.host, folder)
-    encode = [
-        "latents",
-        "first_stage.path=ae",
-        "data.shards=images",
-        *BUCKETS,
-        "data.workers=0",
-        "latents.dtype=fp32",
-    ]
-    made.run(*encode, "latents.path=latents", "latents.rank_batch=5", ranks=2)
-    made.run(*encode, "latents.path=alone", "latents.rank_batch=3", ranks=1)
+    made.run(*ENCODE, "latents.path=latents", "latents.rank_batch=5", ranks=2)
+    made.run(*ENCODE, "latents.path=alone", "latents.rank_batch=3", ranks=1)
     return made
 
 
@@ -139,6 +139,14 @@ def test_latents_have_the_shapes_of_their_images_whoever_makes_them(place: Any) 
         assert row["sample.json"]["captions"]["txt"] == row["txt"]
 
 
+def test_a_shard_that_is_lost_is_made_again_to_the_same_bytes(place: Any) -> None:
+    before = {path.name: path.read_bytes() for path in place.folder.glob("alone/[0ms]*")}
+    for name in ("00001.tar", "00001.json", "samples.idx", "manifest.json"):
+        (place.folder / "alone" / name).unlink()
+    place.run(*ENCODE, "latents.path=alone", "latents.rank_batch=4", "data.workers=1", ranks=2)
+    assert {path.name: path.read_bytes() for path in place.folder.glob("alone/[0ms]*")} == before
+
+
 @pytest.fixture(scope="module")
 def straight(place: Any) -> dict[int, str]:
     return train(place, "straight", 2, STEPS, "train.rank_micro_batch=3")
@@ -161,6 +169,7 @@ def test_a_run_moved_between_ranks_has_the_losses_and_samples_of_one_that_stayed
             ranks,
             until,
             f"train.rank_micro_batch={micro}",
+            f"data.workers={ranks % 2}",
             "zero=1" if ranks == 3 else "zero=0",
         )
     assert moved == straight
@@ -246,3 +255,38 @@ def test_sample_draws_the_trained_shape_nearest_to_a_ratio(place: Any, straight:
     wrong = [*sample, "sample.aspect_ratio=1.4", "sample.height=32", "sample.out=wrong"]
     assert place.host.run(wrong, place.folder / "keys.jsonl") == 2
     assert "sample.aspect_ratio=1.4 and sample.height both give the shape" in place.log
+
+
+def test_held_out_latents_of_another_make_are_refused(place: Any) -> None:
+    plain = [word for word in ENCODE if not word.startswith("data.bucket_step")]
+    place.run(*plain, "latents.path=plain")
+    train = [
+        *ON_LATENTS,
+        "data.heldout_shards='plain/00002.tar'",
+        "run.dir=refused",
+        "train.rank_micro_batch=3",
+    ]
+    place.host.folder = place.folder
+    assert place.host.run(train, place.folder / "keys.jsonl") == 2
+    assert "give held-out latents that the same autoencoder made in the same way" in place.log
+
+
+def test_a_ratio_is_refused_by_a_model_of_one_shape(place: Any) -> None:
+    train = [
+        *TRAIN,
+        "data=latents",
+        "data.shards='plain/*.tar'",
+        "validation.every_steps=0",
+        "generation.every_steps=0",
+    ]
+    place.run(*train, "run.dir=square", "train.max_steps=1", "train.rank_micro_batch=3")
+    place.host.folder = place.folder
+    sample = [
+        "sample",
+        "sample.model=square",
+        "sample.prompts=[a]",
+        "sample.steps=2",
+        "sample.aspect_ratio=1.4",
+    ]
+    assert place.host.run(sample, place.folder / "keys.jsonl") == 2
+    assert "trained without aspect-ratio buckets: give sample.height and sample.width" in place.log
