@@ -15,11 +15,13 @@ import webdataset
 from ldmscale.data.latents.format import LatentFormat, LatentManifest
 from ldmscale.data.latents.index import open_latents
 from ldmscale.data.latents.sample_record import SampleView, read_record
+from ldmscale.data.latents.store import place_of
 from ldmscale.data.latents.writer import LatentShardWriter, finish_set, is_finished
 from ldmscale.data.shards.index import ShardIndex
 from ldmscale.data.shards.reader import SampleReader
 from ldmscale.data.shards.selection import Selection
 from ldmscale.errors import DataError
+from ldmscale.setup.latents import stored_version
 
 PLAIN = LatentFormat("a" * 16, "latent", "float16", (2, 4, 4), {"size": 32})
 SHAPES = ((2, 4, 4), (2, 2, 8), (2, 8, 2))
@@ -195,3 +197,15 @@ def test_a_copied_set_needs_no_index_of_its_own(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "b")  # other times of change
     copied = open_latents([path.replace("/a/", "/b/") for path in paths])
     assert copied.fingerprint == open_latents(paths).fingerprint
+
+
+def test_a_folder_goes_on_in_the_version_that_it_has(tmp_path: Path) -> None:
+    write(tmp_path / "old", replace(PLAIN, version=1))
+    write(tmp_path / "new", PLAIN)
+    for folder, version in (("old", 1), ("new", 2), ("empty", 2)):
+        assert stored_version(place_of(tmp_path / folder), PLAIN) == version
+    with pytest.raises(DataError, match="version 1, which have neither aspect-ratio buckets"):
+        stored_version(place_of(tmp_path / "old"), BUCKETED)
+    assert (
+        stored_version(place_of(tmp_path / "new"), BUCKETED) == 2
+    )  # refused shard by shard, with the difference
