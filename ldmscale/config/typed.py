@@ -105,4 +105,7 @@ def _fault(error: Mapping[str, Any]) -> str:
         return f"{path} is unknown: {RETIRED.get(path, 'remove it, or see the keys with --cfg job')}"
     if error["type"] in ("missing", "missing_argument") or error.get("input") == MISSING:
         return _missing_fault(path)
-    return f"{path}={error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    found = f"{path}={error.get('input')!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if error["type"] == "string_type" and isinstance(error.get("input"), (int, float)):
+        found += f"; in a YAML file a text that looks like a number or like yes and no needs quotes ({path.split('.')[-1]}: '...')"
+    return found
