@@ -63,6 +63,7 @@ def from_state(state: Mapping[str, Tensor], hints: Hints) -> Model:
     faults = [fault for name, tensor in state.items() if (fault := tensor_fault(name, tensor))]
     if faults:
         raise DataError(faults)
+    state = _completed(state)
     reader = _Reader(state, hints)
     if any(name.startswith(UNET) for name in state):
         reader.read_unet()
@@ -79,6 +80,24 @@ def from_state(state: Mapping[str, Tensor], hints: Hints) -> Model:
             + (", ".join(list(state)[:3]) or "nothing")
         )
     return reader.finished()
+
+
+def _completed(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A file that was cut down, as a whole one: averaged weights without raw ones get the names of these."""
+    if any(name.startswith((UNET, "encoder.")) for name in state):
+        return state
+    if not any(name.startswith(EMA) for name in state):  # a first stage that was cut out of a whole model
+        return {name.removeprefix(FIRST_STAGE): tensor for name, tensor in state.items()}
+    raw = {
+        UNET + there: name
+        for name in state
+        if name.startswith(EMA) and (there := names_there.unet_name_of_average(name[len(EMA) :])) is not None
+    }
+    if raw:
+        log.warning("the checkpoint holds averaged weights of the U-Net alone: they are read as its weights")
+    averages = set(raw.values())
+    rest = {name: tensor for name, tensor in state.items() if name not in averages}
+    return rest | {there: state[name] for there, name in raw.items()}
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         if "<<" in text:
             raise ValueError("it merges mappings (<<)")
         values = yaml.safe_load(text)
+        if "${" in text:
+            values = _resolved(values)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(
             f"{path} cannot be read as a configuration ({error}): give another config="
@@ -175,6 +178,41 @@ def load_yaml(path: Path) -> dict[str, Any]:
             f"{path} is no configuration: it holds a {type(values).__name__}; give another config="
         )
     return values
+
+
+_INTERPOLATION = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
+_MOST_RESOLVED = 100_000  # values; references to sections that refer to sections multiply
+
+
+def _resolved(values: Any) -> Any:
+    """A configuration with the values that are `${key.of.the.file}` in their place, as OmegaConf resolves them.
+
+    Resolvers (`${oc.env:HOME}`) and text around a reference stay as they are: they read the environment of this machine,
+    and no setting that is read here is text. OmegaConf itself sets no limit to what references expand to.
+    """
+    left = _MOST_RESOLVED
+
+    def resolve(value: Any, within: tuple[str, ...]) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"its interpolations expand to more than {_MOST_RESOLVED:,} values")
+        if isinstance(value, dict):
+            return {key: resolve(each, within) for key, each in value.items()}
+        if isinstance(value, list):
+            return [resolve(each, within) for each in value]
+        if not isinstance(value, str) or not (found := _INTERPOLATION.fullmatch(value.strip())):
+            return value
+        if found[1] in within:
+            raise ValueError(f"the interpolation {value} refers to itself")
+        target = values
+        for key in found[1].split("."):
+            if not isinstance(target, dict) or key not in target:
+                raise ValueError(f"the interpolation {value} names no key of the file")
+            target = target[key]
+        return resolve(target, (*within, found[1]))
+
+    return resolve(values, ()) if isinstance(values, dict) else values
 
 
 def schedule_of(betas: Tensor) -> DiffusionConfig | None:

@@ -182,3 +182,23 @@ TEXT_HEAD = ("to_logits.weight", "to_logits.bias")
 def ema_name(parameter: str) -> str:
     """What an averaged copy is called, below `model_ema.`: the parameter's name without its dots."""
     return parameter.replace(".", "")
+
+
+# A block's number may have two digits, the number of a layer in it has one.
+_EMA_BLOCK = re.compile(
+    r"diffusion_model(?:((?:in|out)put_blocks)(\d+)(\d)|(middle_block|time_embed|out)(\d)|(label_emb))(?=\D)(.+)"
+)
+_EMA_WORDS = re.compile(
+    r"(?:in|out|emb)_layers|skip_connection|transformer_blocks|attn[12]|to_(?:out|[qkv])|ff|net|proj_in|proj_out|proj|"
+    r"norm[123]?|qkv|op|conv|\d+|weight|bias"
+)
+
+
+def unet_name_of_average(average: str) -> str | None:
+    """The U-Net's parameter, below `model.diffusion_model.`, whose averaged copy has a name; None if there is none."""
+    found = _EMA_BLOCK.fullmatch(average)
+    if found is None:
+        return None
+    *place, rest = (group for group in found.groups() if group is not None)
+    words = _EMA_WORDS.findall(rest)
+    return ".".join([*place, *words]) if "".join(words) == rest else None

@@ -48,6 +48,9 @@ PIPELINE_TOKENS = 77  # it tokenises to this length, whatever the model's
 RAW_BESIDE_AVERAGED, AVERAGED_BESIDE_RAW = "non_ema", "ema"
 
 
+_PIECE = re.compile(r"-\d{5}-of-\d{5}$")
+
+
 def is_diffusers(folder: Path) -> bool:
     """Whether a folder holds a diffusers network or pipeline."""
     if (folder / "model_index.json").is_file():
@@ -186,6 +189,12 @@ def _read_weights(
         match[1]: path
         for path in sorted(folder.glob(f"{stem}.*.safetensors"))
         if (match := re.fullmatch(rf"{stem}\.([\w-]+)\.safetensors", path.name))
+        and not _PIECE.search(match[1])
+    }
+    # A variant in pieces: STEM.VARIANT-00001-of-00009.safetensors, with an index of its own.
+    variants |= {
+        path.name.removeprefix(f"{stem}.safetensors.index.").removesuffix(".json"): path
+        for path in sorted(folder.glob(f"{stem}.safetensors.index.*.json"))
     }
     plain = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
@@ -193,13 +202,11 @@ def _read_weights(
     if plain.is_file():
         found, file = read_safetensors(plain), plain.name
     elif index.is_file():
-        parts = _parts_of(index)
-        found, file = {}, plain.name
-        for name in parts:
-            found |= read_safetensors(folder / name)
+        found, file = _read_one(index), plain.name
     elif len(variants) == 1:
         path = next(iter(variants.values()))
-        return read_safetensors(path), None, {"file": path.name, "other": None}
+        file = path.name if path.suffix == ".safetensors" else f"{stem}.{next(iter(variants))}.safetensors"
+        return _read_one(path), None, {"file": file, "other": None}
     elif pickled.is_file():
         found, file = read_pickle(pickled), plain.name
     else:
@@ -208,8 +215,18 @@ def _read_weights(
     other = next((kind for kind in (RAW_BESIDE_AVERAGED, AVERAGED_BESIDE_RAW) if kind in variants), None)
     if unread := [path.name for kind, path in variants.items() if kind != other]:
         log.warning("%s: %s are copies of the same weights by their names and are not read", folder, unread)
-    copies = None if other is None else read_safetensors(variants[other])
+    copies = None if other is None else _read_one(variants[other])
     return found, copies, {"file": file, "other": other}
+
+
+def _read_one(file: Path) -> dict[str, Tensor]:
+    """Tensors of a file, or of all files that an index names."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    found: dict[str, Tensor] = {}
+    for name in _parts_of(file):
+        found |= read_safetensors(file.parent / name)
+    return found
 
 
 def _parts_of(index: Path) -> list[str]:
