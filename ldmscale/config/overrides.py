@@ -96,7 +96,7 @@ def _option(group: str, value: str, job: str, folders: Sequence[Path]) -> str:
     ):
         value = f"{value}_{job}"
     found = _parsed(value)
-    return value if isinstance(found, (str, QuotedString, list)) else quoted(value)
+    return value if isinstance(found, (str, QuotedString, list, dict)) else quoted(value)
 
 
 def _each(value: str, sweep: bool, taken: Callable[[str], str]) -> str:
