@@ -53,7 +53,6 @@ from ldmscale.config.checks.stages import (
     check_preview,
     check_same_autoencoder,
     check_stored_text,
-    check_zero,
 )
 from ldmscale.config.checks.warm_start import check_warm_start
 from ldmscale.config.inherit import check_inherited_size
@@ -66,7 +65,6 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_shards(config.data, needs="images"),
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
-            *check_zero(config.zero),
             *check_compile(
                 config.train, config.zero, {"autoencoder.checkpointing": config.autoencoder.checkpointing}
             ),
@@ -84,7 +82,6 @@ def check(config: Job, world_size: int) -> list[str]:
             *check_shards(config.data, needs=None),
             *check_batch(config.train, world_size),
             *check_rate(config.optim, config.train),
-            *check_zero(config.zero),
             *check_compile(config.train, config.zero, _checkpointing(config)),
             *check_averages(config.ema),
             *check_run(config.run),

@@ -62,14 +62,6 @@ def batch_of_all(train: Mapping[str, object], world_sizes: Sequence[int]) -> str
     )
 
 
-def check_zero(zero: ZeroConfig) -> list[str]:
-    if zero.leaf_blocks and zero.stage != 3:
-        return [
-            f"zero.leaf_blocks=true, but zero.stage={zero.stage} gathers no weights: give zero=3, or leave it out"
-        ]
-    return []
-
-
 def check_compile(train: TrainConfig, zero: ZeroConfig, checkpointing: Mapping[str, str]) -> list[str]:
     """Where torch.compile of blocks is known to break. `checkpointing` of each trained network, by its key."""
     if train.compile == "off":

@@ -60,7 +60,7 @@ class ZeroConfig:
     # Stage 3: elements of gathered weights that stay for their next use; fewer take less memory and more gathers
     live_elements: NotNegative = 1_000_000_000
     overlap_communication: bool = True
-    # Stage 3: all parameters of a residual, attention or text block are gathered at once, not layer by layer
+    # Stage 3 (no effect at others): all parameters of a residual, attention or text block are gathered at once, not by layer
     leaf_blocks: bool = False
 
 

@@ -63,6 +63,7 @@ class DeepSpeedBackend:
         config = deepspeed_json(options, dist.get_world_size())
         if options.zero_stage == 3 and any(isinstance(m, options.leaf_types) for m in network.modules()):
             deepspeed.utils.set_z3_leaf_modules(network, list(options.leaf_types))
+            _call_layers_apart(network, options.leaf_types)
         # Some of DeepSpeed's optimizers print memory usage while they are made.
         with redirect_stdout(io.StringIO()), _short_collections():
             self._engine, *_ = deepspeed.initialize(
@@ -146,6 +147,23 @@ def _short_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _call_layers_apart(network: nn.Module, leaf_types: tuple[type[nn.Module], ...]) -> None:
+    """Gives the linear layers of leaf modules a hook that does nothing, as DeepSpeed hooks into them without leaf modules.
+
+    A network may join layers without hooks to one product. A copy of their gathered weights would then be kept until the
+    backward pass, which is what sharding avoids.
+    """
+    for leaf in network.modules():
+        if isinstance(leaf, leaf_types):
+            for layer in leaf.modules():
+                if isinstance(layer, nn.Linear) and not layer._forward_pre_hooks:
+                    layer.register_forward_pre_hook(_nothing)
+
+
+def _nothing(layer: nn.Module, inputs: Any) -> None:
+    return None
 
 
 def _cast_shards(network: nn.Module, dtype: torch.dtype) -> None:
