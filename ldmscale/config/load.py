@@ -17,6 +17,7 @@ from ldmscale.config.inherit import inherited
 from ldmscale.config.typed import read
 from ldmscale.distributed.environment import Ranks, read_ranks
 from ldmscale.errors import ConfigError
+from ldmscale.storage.given_files import read_given_text
 from ldmscale.tracking.wandb_environment import check_key
 
 _J = TypeVar("_J", bound=Job)
@@ -77,9 +78,14 @@ def _thawed(kind: type[_J], arguments: Sequence[str], world_size: int, here: boo
     if len(arguments) != 2:
         raise ConfigError(f"{FROZEN} takes one file and no overrides; found {' '.join(arguments[1:])}")
     try:
-        values = redact.resolve(yaml.safe_load(Path(arguments[1]).read_text()))
-    except (OSError, yaml.YAMLError) as error:
+        text = read_given_text(Path(arguments[1]), "give the configuration of a submission", ConfigError)
+        values = redact.resolve(yaml.safe_load(text))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{FROZEN} {arguments[1]}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{FROZEN} {arguments[1]} holds a {type(values).__name__}, expected the configuration of a submission"
+        )
     if missing := redact.unresolved(values):
         raise ConfigError(
             f"{FROZEN} {arguments[1]} reads the environment variables {', '.join(missing)}, which are not set here: "

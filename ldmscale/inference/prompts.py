@@ -11,6 +11,7 @@ from ldmscale.checkpoint.run_folder import RunFolder
 from ldmscale.config import SampleConfig
 from ldmscale.data.conditions.annotations import ClassLabels
 from ldmscale.errors import ConfigError, DataError
+from ldmscale.storage.given_files import lines_of, read_given_text
 
 
 def read_prompts(given: str | tuple[str, ...]) -> list[str]:
@@ -71,9 +72,10 @@ def _lines(given: str | tuple[str, ...]) -> list[str]:
         return [text.strip() for text in given]
     try:
         if given == "-":
-            return [line.strip() for line in sys.stdin.buffer.read().decode("utf-8").splitlines()]
+            return [line.strip() for line in lines_of(sys.stdin.buffer.read().decode("utf-8-sig"))]
         if len(given) < 255 and Path(given).is_file():
-            return [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines()]
+            text = read_given_text(Path(given), "give text in UTF-8, a prompt a line", ConfigError)
+            return [line.strip() for line in lines_of(text)]
     except UnicodeDecodeError as error:
         source = "standard input" if given == "-" else given
         raise ConfigError(

@@ -30,6 +30,7 @@ from ldmscale.interop.tensors import (
     faults_of,
     given,
     read_json,
+    read_object,
     read_safetensors,
     shapes_of,
     taken,
@@ -57,7 +58,7 @@ def is_diffusers(folder: Path) -> bool:
         return True
     configs = [folder / "config.json", *folder.glob("*/config.json")]
     return any(
-        config_there.class_of(read_json(path)) in config_there.READERS for path in configs if path.is_file()
+        config_there.class_of(read_object(path)) in config_there.READERS for path in configs if path.is_file()
     )
 
 
@@ -68,7 +69,7 @@ def read_folder(folder: Path) -> Model:
     if (folder / "config.json").is_file():
         _read_component(model, "", folder, faults)
     else:
-        index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else None
+        index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else None
         model.source |= {"layout": "folders", "index": index}
         for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name != BESIDE):
             if path.name.startswith("."):
@@ -93,6 +94,8 @@ def read_folder(folder: Path) -> Model:
             f"model_index.json names {shown(name)}: expected {FOLDER.words}" for name in sorted(foreign)
         ]
         faults += [f"{name}/ is missing" for name in sorted(told - foreign) if not (folder / name).is_dir()]
+    if not faults and not model.parts:
+        faults.append("it holds no network that can be read: give the folder of a pipeline or of one network")
     if faults:
         raise DataError([f"{folder}: {fault}" for fault in faults])
     if (folder / BESIDE / "kept.safetensors").is_file():
@@ -101,7 +104,7 @@ def read_folder(folder: Path) -> Model:
 
 
 def _read_scheduler(model: Model, path: Path, faults: list[str]) -> None:
-    values = read_json(path / "scheduler_config.json")
+    values = read_object(path / "scheduler_config.json")
     model.source["scheduler"] = {"name": path.name, "config": values}
     try:
         model.diffusion = schedule_config(values)
@@ -110,7 +113,7 @@ def _read_scheduler(model: Model, path: Path, faults: list[str]) -> None:
 
 
 def _read_component(model: Model, name: str, folder: Path, faults: list[str]) -> None:
-    values = read_json(folder / "config.json")
+    values = read_object(folder / "config.json")
     kind = config_there.class_of(values)
     where = f"{name}/" if name else ""
     if kind not in config_there.READERS:

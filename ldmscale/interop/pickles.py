@@ -24,6 +24,7 @@ from torch.serialization import safe_globals
 
 from ldmscale.errors import DataError
 from ldmscale.interop.limits import check_tensors, check_values, tensors_in
+from ldmscale.storage.given_files import refuse_lfs_pointer
 
 _MOST_BYTES = 1 << 25  # of a pickle beside its tensors; one of 1,000 tensors has 200 kB
 _MOST_OPERATIONS = 4_000_000  # of all pickles of a file
@@ -102,6 +103,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     Raises DataError for a file that is no checkpoint, for one that would call anything but the making of tensors and plain
     values, and for one that expands to far more than its own size; nothing of such a file is executed.
     """
+    refuse_lfs_pointer(path)
     try:
         names = _named(path)
     except (

@@ -31,6 +31,7 @@ from ldmscale.interop.lightning import storable
 from ldmscale.interop.model import MODEL_FILE, SCHEDULE_KEYS, Model, read_model
 from ldmscale.interop.pickles import plain, read_pickle
 from ldmscale.interop.tensors import read_safetensors
+from ldmscale.storage.given_files import lines_of, read_given_text
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def _named(model: Model, file: Path) -> list[str]:
     """Take the names of classes from a file of one a line."""
     if not file.is_file():
         return [f"class_embedder.names={file}: there is no such file; give one of a name a line, or null"]
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = lines_of(read_given_text(file, "give text in UTF-8, a name a line", ConfigError))
     names = tuple(line.strip() for line in lines if line.strip())
     config = model.parts["class_embedder"].config
     assert isinstance(config, ClassEmbedderConfig)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldmscale.errors import CheckpointError, DataError
+from ldmscale.storage.given_files import refuse_lfs_pointer
 
 Form = Literal["same", "conv1", "conv2", "qkv"]
 
@@ -105,6 +106,7 @@ _LONGEST_JSON = 1 << 26
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, mapped. Raises DataError where it is none, or is cut off."""
+    refuse_lfs_pointer(path)
     try:
         with open(path, "rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
@@ -163,9 +165,20 @@ def write_json(path: Path, values: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Raises DataError where it is no JSON."""
+    refuse_lfs_pointer(path)
     try:
         if path.stat().st_size > _LONGEST_JSON:
             raise ValueError(f"it has more than {_LONGEST_JSON:,} bytes")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}): get it again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Raises DataError where it is no JSON object."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise DataError(
+            f"{path} holds a {type(values).__name__}, expected an object with settings: get it again"
+        )
+    return values

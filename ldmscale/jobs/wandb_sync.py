@@ -16,6 +16,7 @@ from ldmscale.config import WandbSyncJob
 from ldmscale.config.load import configured
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import DataError
+from ldmscale.storage.given_files import lines_of, read_given_text
 from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_given_text(path, "give another run.dir")), start=1):
         try:
             values = parsed_object(line)
             checked(dict[str, float], values)

@@ -13,6 +13,7 @@ from ldmscale.data.shards.reader import SampleReader
 from ldmscale.distributed.collectives import from_main_rank
 from ldmscale.errors import ConfigError, DataError
 from ldmscale.setup.run import Run
+from ldmscale.storage.given_files import lines_of, read_given_text
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def class_labels(
             raise ConfigError(
                 f"{section}.names={config.names}: there is no such file; give one, found, or null"
             )
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(read_given_text(path, "give text in UTF-8, a name a line", ConfigError))
         names = tuple(line.strip() for line in lines if line.strip())
     if len(names) > config.classes or not names:
         raise ConfigError(

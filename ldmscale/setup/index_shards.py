@@ -10,6 +10,7 @@ from ldmscale.config import ClassEmbedderConfig, IndexJob, LayoutConfig
 from ldmscale.data.conditions.validation import Classes, ConditionChecks
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.report import IndexReport, check_shards
+from ldmscale.data.shards.scan import UNUSABLE
 from ldmscale.data.shards.urls import expand
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks
@@ -79,7 +80,7 @@ def index_shards(config: IndexJob, ranks: Ranks) -> int:
             report.shards,
             "refuses a set of which a shard is missing or unreadable"
             if gone
-            else "skips such samples and writes them to data_ledger.jsonl",
+            else _verdict(report, data.max_bad_share),
             "leave those out of data.shards" if gone else "live with it",
         )
         return 2
@@ -109,3 +110,17 @@ def conditions_of(config: IndexJob) -> ConditionChecks | None:
     if spatial is not None and spatial.kind == "map":
         found = replace(found, map_member=spatial.map_member, map_classes=spatial.map_classes)
     return None if found.nothing else found
+
+
+def _verdict(report: IndexReport, max_bad_share: float) -> str:
+    """What training does with such samples: the limit that stops it is compared with what was found."""
+    unusable = sum(count for kind, count in report.damage_counts.items() if kind in UNUSABLE)
+    share = min(1.0, unusable / max(1, report.samples))
+    if share <= max_bad_share:
+        return "skips such samples and writes them to data_ledger.jsonl"
+    captions = report.damage_counts.get("bad_caption", 0) + report.damage_counts.get("empty_member", 0)
+    remedy = "; data.min_caption_words=1 leaves out those without a caption" if captions else ""
+    return (
+        f"stops, since {share:.1%} of the samples cannot be used, more than data.max_bad_share={max_bad_share:.1%} of them"
+        f"{remedy}; a larger data.max_bad_share skips them"
+    )

@@ -25,10 +25,12 @@ from ldmscale.distributed.preemption import EXIT_STOPPED
 from ldmscale.errors import ConfigError
 from ldmscale.launcher import count_gpus, launch
 from ldmscale.storage.atomic import write_json
+from ldmscale.storage.given_files import read_given_object
 from ldmscale.tracking.logs import set_up_logging
 
 log = logging.getLogger(__name__)
 
+_REMEDY = "remove the folder, or give another run.name"
 _SECONDS, _CPU_SECONDS = "seconds.json", "cpu_seconds.json"  # of each part, over all starts
 CPU_RANKS = 2  # enough to shard for real
 
@@ -40,7 +42,7 @@ def run_quickstart(config: QuickstartJob) -> int:
     _settle(config, folder)
     if (folder / "summary.json").exists():
         log.info("%s has finished; remove the folder, or give another run.name, to do it again", folder)
-        _tell(json.loads((folder / "summary.json").read_text()), folder)
+        _tell(read_given_object(folder / "summary.json", _REMEDY), folder)
         return 0
     return _run(config, folder)
 
@@ -136,7 +138,7 @@ def _timed(folder: Path, part: str) -> Iterator[None]:
 
 
 def _read(file: Path) -> dict[str, float]:
-    values: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    values: dict[str, float] = read_given_object(file, _REMEDY) if file.exists() else {}
     return values
 
 
@@ -153,7 +155,7 @@ def _settle(config: QuickstartJob, folder: Path) -> None:
     """
     file, now = folder / "quickstart.json", redact.config(plain(config))
     if file.exists():
-        changed = differences(json.loads(file.read_text()), now)
+        changed = differences(read_given_object(file, _REMEDY), now)
         free: tuple[str, ...] = ("run.", "score.", "ranks", "overrides.diffusion")
         if not (folder / "latents").exists():
             free = (*free, "overrides.autoencoder")

@@ -236,9 +236,8 @@ def _open(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """Rows of token ids, their vectors mapped from the file, and the encoder's digest."""
     try:
         digest = checked(str, parsed_object((folder / "encoder.json").read_bytes()).get("digest"))
-    except ValueError as error:
-        raise DataError(
-            f"{folder}/encoder.json is damaged ({error}): delete {folder}, and start again"
-        ) from error
-    tokens = np.load(folder / "tokens.npy", allow_pickle=False)
-    return tokens, np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False), str(digest)
+        tokens = np.load(folder / "tokens.npy", allow_pickle=False)
+        vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{folder} is damaged ({error}): delete it, and start again") from error
+    return tokens, vectors, str(digest)

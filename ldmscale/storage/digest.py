@@ -27,7 +27,9 @@ class FileRecord:
 
 def sha256(content: bytes | str) -> str:
     """SHA-256 of bytes, or of a text in UTF-8: 64 hexadecimal digits."""
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+    return hashlib.sha256(
+        content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    ).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:

@@ -5,7 +5,6 @@ Imports no torch: the checks of a configuration ask here before any device is to
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 from ldmscale.config import FrozenTextConfig, TextEncoderConfig
 from ldmscale.errors import ConfigError
 from ldmscale.storage import names
+from ldmscale.storage.given_files import read_given_object
 from ldmscale.storage.hub import hub_file
 from ldmscale.storage.names import has_form, shown
 
+_REMEDY = "give a folder that save_pretrained of model and tokenizer wrote"
 # model_type in config.json, and what text_encoder.kind calls it
 KINDS = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}
 WEIGHTS = (
@@ -59,19 +60,23 @@ def text_shape(path: str) -> TextShape:
         file = folder / "config.json"
     else:
         file = _from_hub(path)
-    return _described(json.loads(file.read_text(encoding="utf-8")))
+    return _described(read_given_object(file, _REMEDY, ConfigError))
 
 
 def parts_elsewhere(folder: Path) -> list[str]:
     """Faults of the indexes of a model that is split into files: names of files that are not in its folder."""
-    faults = []
+    faults: list[str] = []
     for index in (folder / name for name in WEIGHTS if name.endswith(".index.json")):
         if not index.is_file():
             continue
         try:
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            places = read_given_object(index, _REMEDY, ConfigError)["weight_map"]
+            named = places.values()
             foreign = [name for name in named if not has_form(name, names.WEIGHTS)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except ConfigError as error:
+            faults += error.faults
+            continue
+        except (KeyError, TypeError, AttributeError):
             faults.append(f"{index} has no weight_map of tensors and files: download it again")
             continue
         if foreign:
@@ -113,7 +118,7 @@ def check_text_encoder(text: TextEncoderConfig | FrozenTextConfig | None) -> lis
         return [
             f"text_encoder.kind={text.kind}, but {text.path} is a {found.model_type}: {known}; clip and t5 are read"
         ]
-    faults = []
+    faults: list[str] = []
     if found.width is not None and found.width != text.width:
         faults.append(
             f"text_encoder.width={text.width}, but {text.path} has {found.width}: give text_encoder.width={found.width} "

@@ -93,7 +93,12 @@ def caption_in(data: bytes, source: str = "txt") -> str:
 def _json_caption(record: object, key: str) -> str:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str):
-        known = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+        if isinstance(record, dict) and key in record:
+            kind = {list: "a list", dict: "an object", type(None): "null", bool: "true or false"}.get(
+                type(value), "a number"
+            )
+            raise DataError(f"the json member has {kind} under {key!r}; expected a text")
+        known = ", ".join(sorted(record)[:20]) if isinstance(record, dict) else type(record).__name__
         raise DataError(f"the json member has no text under {key!r} (it has: {known})")
     return value
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmscale import messages, redact
+from ldmscale.storage.given_files import lines_of, read_given
 from ldmscale.storage.plain_values import parsed_object
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,11 @@ class Ledger:
 
 def read_ledger(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the ledger's entries, oldest first. An absent file has none; a line cut short is left out."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return []
     entries = []
-    for line in text.splitlines():
+    text = read_given(Path(path), "move it away, and a new one is begun").decode("utf-8", "replace")
+    for line in lines_of(text):
         try:
             entries.append(parsed_object(line))
         except ValueError:

@@ -188,7 +188,8 @@ def next_for_all(loader: Loader, limit: BadDataLimit | None = None) -> Batch:
         raise DataError(
             f"{replaced:.0f} of the {read:.0f} samples that were read since the start cannot be used, more than "
             f"data.max_bad_share={limits.max_share}; data_ledger.jsonl names them; `ldmscale index "
-            "data.check=decode data.shards=...` looks through all",
+            "data.check=decode data.shards=...` looks through all, and data.min_caption_words=1 leaves out those without a "
+            "caption",
             shared=True,
         )
     return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from ldmscale.data.images.decode import (
 from ldmscale.data.shards.selection import Selection
 from ldmscale.data.shards.tar import Member, Read, TarFault, members, split_name
 from ldmscale.errors import DataError
+from ldmscale.storage.given_files import is_lfs_pointer, lfs_fault
 
 SPAN = np.dtype([("offset", "<u8"), ("nbytes", "<u4")])
 """A sample in 12 bytes: `offset` of its first tar header, `nbytes` up to the end of its last member."""
@@ -41,6 +43,7 @@ KINDS = {
     "data_after_end": "data behind the archive's end",
     "unsafe_name": "a member's name would leave the folder",
     "special_member": "a link or device",
+    "sparse_member": "a file that tar -S stored sparse",
     "duplicate_member": "two members of one sample have the same extension",
     "scattered_sample": "members of one sample are not next to each other",
     "too_large": "a sample of 4 GiB or more",
@@ -58,7 +61,14 @@ KINDS = {
 }
 """Kinds of damage, in words."""
 
+UNUSABLE = frozenset(
+    {"missing_member", "empty_member", "bad_caption", "bad_image", "bad_latent", "bad_label", "bad_boxes"}
+    | {"bad_embeddings", "bad_map"}
+)
+"""Kinds that make a sample unusable, so that training replaces it."""
+
 _LISTED = 200  # damages kept by name for each shard; all are counted
+_LISTED_MEMBERS = 8
 _HEAD = 64 * 1024  # enough of an image to learn its size, nearly always
 
 
@@ -214,11 +224,12 @@ class _Scanner:
         try:
             for member in members(self.read, self.size):
                 if member.refused:
-                    self.note(
-                        member.name,
-                        "unsafe_name" if "name" in member.refused else "special_member",
-                        f"{member.refused}; never followed",
-                    )
+                    if "sparse" in member.refused:
+                        kind, detail = "sparse_member", member.refused
+                    else:
+                        kind = "unsafe_name" if "name" in member.refused else "special_member"
+                        detail = f"{member.refused}; never followed"
+                    self.note(member.name, kind, detail)
                     continue
                 named = split_name(member.name)
                 if named is None:
@@ -233,7 +244,10 @@ class _Scanner:
                     group[named[1]] = member
         except TarFault as fault:
             self.close(key, group, repeated)
-            self.note("", fault.kind, fault.detail)
+            if is_lfs_pointer(self.read(0, 64)):
+                self.note("", "corrupt_header", lfs_fault(self.shard))
+            else:
+                self.note("", fault.kind, fault.detail)
         else:
             self.close(key, group, repeated)
         if not self.spans:
@@ -275,13 +289,9 @@ class _Scanner:
         self.select(group, image)
         caption = caption_member(self.caption_source)
         if image is None and LATENT not in group:
-            self.note(
-                key, "missing_member", f"no image and no {LATENT} (members: {', '.join(sorted(group))})"
-            )
+            self.note(key, "missing_member", f"no image and no {LATENT} (members: {_listed(group)})")
         if caption not in group:
-            self.note(
-                key, "missing_member", f"no .{caption} for the caption (members: {', '.join(sorted(group))})"
-            )
+            self.note(key, "missing_member", f"no .{caption} for the caption (members: {_listed(group)})")
         for extension, member in group.items():
             if member.size == 0:
                 self.note(key, "empty_member", f".{extension} has 0 bytes")
@@ -363,6 +373,17 @@ class _Scanner:
         members = {name: self.bytes_of(group[name]) for name in conditions.members if name in group}
         for kind, detail in conditions.faults(members, header, self.check, self.max_pixels):
             self.note(key, kind, detail)
+
+
+def _listed(group: Mapping[str, Member]) -> str:
+    """Extensions of a sample; of many the first. A file name with a second dot has most of it taken for the extension."""
+    names = sorted(group)
+    shown = ", ".join(names[:_LISTED_MEMBERS])
+    if len(names) > _LISTED_MEMBERS:
+        shown += f" and {len(names) - _LISTED_MEMBERS} more"
+    if any("." in name for name in names if name != LATENT):
+        shown += "; a key ends at the first dot of the file name"
+    return shown
 
 
 def damage_to_json(damage: list[Damage]) -> list[dict[str, str]]:

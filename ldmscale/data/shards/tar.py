@@ -15,6 +15,8 @@ BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _FILE, _UNUSUAL = ord("0"), frozenset("\\:")  # a regular file; what no plain name has
 _REGULAR = frozenset(b"07\0")
+_SPARSE = ord("S")
+_STORED_SPARSE = "is stored sparse: write the shard with tar without -S (--sparse)"
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL, _FOLDER = ord("L"), ord("K"), ord("x"), ord("g"), ord("5")
 # No honest name or pax header is longer; a damaged size field must not make us read gigabytes.
 _EXTENSION_LIMIT = 1 << 20
@@ -48,7 +50,7 @@ class TarFault(Exception):
 
 
 def members(read: Read, size: int) -> Iterator[Member]:
-    """Yields the members of an archive of `size` bytes up to its end mark.
+    """Yields the members of an archive of `size` bytes up to its end mark, and of archives that were joined to it.
 
     Raises:
         TarFault: where a header is damaged or the archive ends too early, after all whole members before it.
@@ -56,13 +58,18 @@ def members(read: Read, size: int) -> Iterator[Member]:
     at = start = 0
     name: str | None = None
     pax_size: int | None = None
+    sparse = False
     while at < size:
         block = read(at, BLOCK)
         if len(block) < BLOCK:
             raise TarFault("truncated", f"the archive ends inside a header at byte {at}")
         if block == _ZEROS:
-            _expect_nothing_behind(read, at, size)
-            return
+            behind = _next_archive(read, at, size)
+            if behind is None:
+                return
+            at = start = behind
+            name, pax_size, sparse = None, None, False
+            continue
         length, kind = _checked(block, at), block[156]
         data = at + BLOCK
         end = data + -(-length // BLOCK) * BLOCK
@@ -76,7 +83,9 @@ def members(read: Read, size: int) -> Iterator[Member]:
                 name = _text(value)
             elif kind == _PAX:
                 records = _pax(value)
-                name = _text(records[b"path"]) if b"path" in records else name
+                sparse = sparse or any(key.startswith(b"GNU.sparse.") for key in records)
+                named = records.get(b"GNU.sparse.name", records.get(b"path"))
+                name = name if named is None else _text(named)
                 pax_size = int(records[b"size"][:20]) if records.get(b"size", b"").isdigit() else pax_size
             at = end
             continue
@@ -91,7 +100,9 @@ def members(read: Read, size: int) -> Iterator[Member]:
             )
         # A tar that was cut within its last padding still has the whole member.
         end_here = min(end, size)
-        if kind in _REGULAR:
+        if kind == _SPARSE or (sparse and kind in _REGULAR):
+            yield Member(name, start, data, length, end_here, _STORED_SPARSE)
+        elif kind in _REGULAR:
             yield Member(name, start, data, length, end_here, _unsafe(name))
         elif kind != _FOLDER:
             yield Member(
@@ -102,7 +113,7 @@ def members(read: Read, size: int) -> Iterator[Member]:
                 end_here,
                 f"is a link, device or special member (type {chr(kind)!r})",
             )
-        name, pax_size = None, None
+        name, pax_size, sparse = None, None, False
         at = start = end
     raise TarFault("no_end_mark", "the archive has no end mark; it may have been cut between two members")
 
@@ -118,7 +129,7 @@ def plain_members(data: bytes) -> list[tuple[str, bytes]] | None:
         if len(block) < BLOCK or block[156] != _FILE or block[257:263] != b"ustar\0" or block[345]:
             return None
         try:
-            name = block[: block.index(0)].decode("ascii")
+            name = block[:100].rstrip(b"\0").decode("ascii")
             size, stated = int(block[124:135], 8), int(block[148:154], 8)
         except ValueError:
             return None
@@ -133,6 +144,7 @@ def plain_members(data: bytes) -> list[tuple[str, bytes]] | None:
             or name[0] == "/"
             or not _UNUSUAL.isdisjoint(name)
             or ".." in name
+            or "\0" in name
         ):
             return None
         start = at + BLOCK
@@ -183,7 +195,7 @@ def _number(field: bytes) -> int:
 
 
 def _plain_name(block: bytes) -> str:
-    name = block[:100].split(b"\0", 1)[0]
+    name = block[:100].rstrip(b"\0")
     if (
         block[257:263] == b"ustar\0"
     ):  # POSIX; GNU's magic is "ustar " and has other things at the prefix's place
@@ -213,6 +225,8 @@ def _pax(value: bytes) -> dict[bytes, bytes]:
 
 
 def _unsafe(name: str) -> str:
+    if "\0" in name:
+        return "has a NUL byte in its name"
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name):
         return "has an absolute name"
     if ".." in re.split(r"[/\\]", name):
@@ -220,15 +234,34 @@ def _unsafe(name: str) -> str:
     return ""
 
 
-def _expect_nothing_behind(read: Read, at: int, size: int) -> None:
-    """Tells an archive's end from zeros that stand where members should."""
-    if read(at + BLOCK, 2 * BLOCK).strip(b"\0"):
-        raise TarFault(
-            "data_after_end",
-            f"there are data behind the end mark at byte {at} (of {size}); archives cannot be joined by cat",
-        )
+def _next_archive(read: Read, at: int, size: int) -> int | None:
+    """Where an archive behind the end mark at byte `at` begins (`cat a.tar b.tar`); None at the end of the file.
+
+    Raises:
+        TarFault: for data that are no archive, and for zeros in place of members. Every byte is looked at.
+    """
+    behind = at + BLOCK
+    while behind < size:
+        chunk = read(behind, _PADDING_LIMIT)
+        if not chunk:
+            break
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if zeros == len(chunk):
+            behind += zeros
+            continue
+        behind += zeros // BLOCK * BLOCK
+        block = read(behind, BLOCK)
+        try:
+            _checked(block.ljust(BLOCK, b"\0"), behind)
+        except TarFault:
+            raise TarFault(
+                "data_after_end",
+                f"there are data behind the end mark at byte {at} (of {size}), from byte {behind} on, that are no tar archive",
+            ) from None
+        return behind
     if size - at > _PADDING_LIMIT:
         raise TarFault(
             "truncated",
             f"{size - at} bytes from byte {at} on are empty; was it copied into reserved space?",
         )
+    return None

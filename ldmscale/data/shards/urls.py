@@ -89,6 +89,8 @@ def expand(
 def _braces(pattern: str, faults: list[str]) -> list[str]:
     if pattern.startswith("pipe:"):
         return [pattern]  # braces are the shell's
+    if is_local(pattern) and os.path.exists(local_path(pattern)):
+        return [pattern]  # a path that exists is a path, whatever is in its name
     try:
         return list(braceexpand.braceexpand(pattern))
     except ValueError as error:
@@ -115,7 +117,7 @@ def _matches(name: str, allow_pipe: bool, storage: Storage, absent: bool, faults
             if not matches:
                 faults.append(f"folder {path} has no .tar file; data.shards must name WebDataset shards")
             return matches
-        if glob.has_magic(path):
+        if glob.has_magic(path) and not os.path.exists(path):
             matches = sorted(glob.glob(path, recursive=True))
             if not matches:
                 faults.append(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -188,10 +189,10 @@ def images_in(root: str | None) -> tuple[list[Item], list[tuple[str, str]]]:
         try:
             image_header(data)
         except DataError as error:
-            skipped.append((relative.as_posix(), str(error)))
+            skipped.append((_printable(relative), str(error)))
             log.warning("left out %s: %s", path, error)
             continue
-        found.append((relative.as_posix(), data, _caption_beside(path)))
+        found.append((_printable(relative), data, _caption_beside(path)))
     if not found:
         raise DataError(
             f"data.root={root} holds no image that can be read ({', '.join(EXTENSIONS)}; {len(skipped)} "
@@ -266,6 +267,11 @@ def _keys(paths: Sequence[str]) -> list[str]:
         name if often[name] == 1 else f"{name}-{sha256(path)[:8]}"
         for name, path in zip(names, paths, strict=True)
     ]
+
+
+def _printable(path: Path) -> str:
+    """With forward slashes; bytes of a name that are not UTF-8 stay distinct as `\\xe9`."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _caption_beside(path: Path) -> str:

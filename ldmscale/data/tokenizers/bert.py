@@ -23,10 +23,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from ldmscale.data.tokenizers.pretrained import decode, encode, from_hub, of_one_length
+from ldmscale.data.tokenizers.pretrained import REMEDY, decode, encode, from_hub, of_one_length, tokenizer_of
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import write_file
 from ldmscale.storage.digest import sha256
+from ldmscale.storage.given_files import lines_of, read_given_object, read_given_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -98,11 +99,11 @@ class Tokenizer:
         lowercase = True
         config = folder / "tokenizer_config.json"
         if config.is_file():
-            lowercase = bool(json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True))
+            lowercase = bool(read_given_object(config, REMEDY).get("do_lower_case", True))
         if (folder / "tokenizer.json").is_file():
-            return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), max_tokens, lowercase)
+            return cls(tokenizer_of(folder / "tokenizer.json"), max_tokens, lowercase)
         if (folder / "vocab.txt").is_file():
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            lines = lines_of(read_given_text(folder / "vocab.txt", REMEDY))
             return _of_vocabulary(
                 {token: number for number, token in enumerate(lines)},
                 lowercase=lowercase,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,10 @@ import tokenizers
 from ldmscale.errors import DataError
 from ldmscale.storage.atomic import new_folder, replace_folder
 from ldmscale.storage.digest import sha256
+from ldmscale.storage.given_files import read_given_object, read_given_text
 from ldmscale.storage.hub import cached_first
+
+REMEDY = "give the folder of a tokenizer, or get it again"
 
 
 def of_one_length(backend: tokenizers.Tokenizer, max_tokens: int, pad_id: int, pad_token: str) -> None:
@@ -35,6 +37,15 @@ def encode(backend: tokenizers.Tokenizer, captions: Sequence[str], max_tokens: i
 def decode(backend: tokenizers.Tokenizer, ids: Sequence[int] | np.ndarray) -> str:
     """The text of one row of ids, special tokens left out."""
     return str(backend.decode([int(value) for value in ids], skip_special_tokens=True))
+
+
+def tokenizer_of(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a tokenizer.json. Raises DataError where it is none."""
+    text = read_given_text(file, REMEDY)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(f"{file} is no tokenizer ({error}): {REMEDY}") from error
 
 
 class EncoderTokenizer:
@@ -67,11 +78,13 @@ class EncoderTokenizer:
             raise DataError(
                 f"{folder} has no tokenizer.json and tokenizer_config.json; give a tokenizer's folder"
             )
-        pad = json.loads(files[1].read_text(encoding="utf-8")).get("pad_token")
+        pad = read_given_object(files[1], REMEDY).get("pad_token")
         pad = pad.get("content") if isinstance(pad, dict) else pad
         if pad is None:
             raise DataError(f"{files[1]} names no pad_token, and captions need to be filled up to one length")
-        return cls(tokenizers.Tokenizer.from_file(str(files[0])), max_tokens, pad)
+        if not isinstance(pad, str):
+            raise DataError(f"{files[1]}: pad_token is a {type(pad).__name__}, expected a text: {REMEDY}")
+        return cls(tokenizer_of(files[0]), max_tokens, pad)
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
         """Returns token ids int64 [B, max_tokens], long captions cut."""

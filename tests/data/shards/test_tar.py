@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -115,11 +116,48 @@ def test_gzip_and_other_files_are_told() -> None:
         _members(b"PK\x03\x04" + b"hello world " * 100)
 
 
-def test_archives_joined_by_cat_are_told() -> None:
-    one = _archive([("a.txt", b"1")], tarfile.USTAR_FORMAT)
-    with pytest.raises(TarFault) as caught:
-        _members(one[:2048] + one)
+def test_archives_joined_by_cat_are_read_whole() -> None:
+    """libarchive#1620: real writers pad to 10 KiB, and `cat a.tar b.tar` is two archives, whatever lies between."""
+    first = _archive([("a.txt", b"one")], tarfile.USTAR_FORMAT)
+    second = _archive([("b.txt", b"two"), ("c.txt", b"3" * 3000)], tarfile.PAX_FORMAT)
+    wanted = [("a.txt", b"one", ""), ("b.txt", b"two", ""), ("c.txt", b"3" * 3000, "")]
+    for joined in (first + second, first + bytes(700 * 512) + second, first[: 512 * 3] + second):
+        assert _members(joined) == wanted
+    assert _members(first + second + first) == [*wanted, wanted[0]]
+
+
+@pytest.mark.parametrize("gap", [0, 512, 4096, 9728, 300_000])
+def test_data_behind_the_end_that_are_no_archive_are_named(gap: int) -> None:
+    data = _archive([("a.txt", b"one")], tarfile.USTAR_FORMAT) + bytes(gap) + b"<html>gone</html>" * 40
+    with pytest.raises(TarFault, match="no tar archive") as caught:
+        _members(data)
     assert caught.value.kind == "data_after_end"
+
+
+def test_members_stored_sparse_are_named(tmp_path: Path) -> None:
+    """The four formats of `tar -S`: each member once, under its own name."""
+    for name in ("0.bmp", "1.txt"):
+        with open(tmp_path / name, "wb") as file:
+            file.seek(1 << 20 if name == "0.bmp" else 0)
+            file.write(b"x" * 512)
+    for options in (
+        ["--format=gnu"],
+        *(["--format=posix", f"--sparse-version={version}"] for version in ("0.0", "0.1", "1.0")),
+    ):
+        command = ["tar", "--sparse", "--hole-detection=raw", *options, "-cf", "s.tar", "0.bmp", "1.txt"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        (name, _, refused), plain = _members((tmp_path / "s.tar").read_bytes())
+        assert name == "0.bmp" and "sparse" in refused and plain == ("1.txt", b"x" * 512, "")
+
+
+def test_a_nul_in_a_name_is_named() -> None:
+    """C programs cut such a name, and the sample is gone without a report."""
+    data = bytearray(_archive([("a.txt", b"one")], tarfile.USTAR_FORMAT))
+    data[0:9] = b"a\0b.txt\0\0"
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    ((name, _, refused),) = _members(bytes(data))
+    assert name == "a\0b.txt" and "NUL" in refused and plain_members(bytes(data[:1024])) is None
 
 
 def test_a_copy_that_was_never_finished_is_told() -> None:

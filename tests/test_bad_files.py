@@ -1,0 +1,87 @@
+"""Every job that reads files is given one odd file of each kind: status 2, one message, no traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ldmscale.cli import main
+
+BAD: dict[str, bytes | None] = {
+    "pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:"
+    + b"a" * 64
+    + b"\nsize 9\n",
+    "not UTF-8": b"caf\xe9\xff\x00\n",
+    "empty": b"",
+    "cut": b'{"a": [1, ',
+    "another type": b"[1, 2, 3]\n",
+    "nested": b"[" * 100_000,
+    "surrogate": b'{"run": {"name": "\\ud83d"}, "step": 1}\n',
+    "folder": None,
+    "loop": None,  # a link to itself: opening it fails, as that of a file of another user
+}
+
+Words = Callable[[Path], list[str]]
+
+
+def in_run(name: str, *words: str) -> tuple[str, Words]:
+    """A run folder whose file `name` is the bad one."""
+    return f"run/{name}", lambda folder: [word.replace("RUN", str(folder / "run")) for word in words]
+
+
+JOBS: dict[str, tuple[str, Words]] = {
+    "index: shard": ("0.tar", lambda f: ["index", f"data.shards={f}/0.tar"]),
+    "import: ckpt": ("m.ckpt", lambda f: ["import", f"src={f}/m.ckpt", f"dst={f}/out"]),
+    "import: safetensors": ("m.safetensors", lambda f: ["import", f"src={f}/m.safetensors", f"dst={f}/out"]),
+    "import: folder": ("m/config.json", lambda f: ["import", f"src={f}/m", f"dst={f}/out"]),
+    "import: pipeline": ("m/model_index.json", lambda f: ["import", f"src={f}/m", f"dst={f}/out"]),
+    "export: run": in_run("config.yaml", "export", "src=RUN", "dst=RUN/out", "format=diffusers"),
+    "sample: run": in_run("config.yaml", "sample", "sample.model=RUN", "sample.prompts=[a]"),
+    "sample: model": (
+        "m.safetensors",
+        lambda f: ["sample", f"sample.model={f}/m.safetensors", "sample.prompts=[a]"],
+    ),
+    "evaluate: run": in_run("config.yaml", "evaluate", "evaluate.model=RUN", "data.shards=RUN/0.tar"),
+    "latents: first stage": in_run(
+        "config.yaml", "latents", "first_stage.path=RUN", "data.shards=RUN/0.tar", "latents.path=RUN/l"
+    ),
+    "diffusion: first stage": in_run(
+        "config.yaml", "diffusion", "first_stage.path=RUN", "data.shards=RUN/0.tar", "run.dir=RUN/d"
+    ),
+    "autoencoder: resumed run": in_run("config.yaml", "autoencoder", "experiment=smoke", "run.dir=RUN"),
+    "wandb-sync: config": in_run("config.yaml", "wandb-sync", "run.dir=RUN", "tracking.wandb=offline"),
+    "doctor: config": in_run("config.yaml", "doctor", "run.dir=RUN"),
+    "frozen": ("frozen.yaml", lambda f: ["autoencoder", "--frozen", f"{f}/frozen.yaml"]),
+}
+
+
+# A folder whose config.yaml leads nowhere is that of no run; settings that a run lacks are no fault of its history.
+GOOD = {("autoencoder: resumed run", "loop"), ("doctor: config", "surrogate")}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("job", JOBS)
+def test_an_odd_file_is_one_message(
+    tmp_path: Path, job: str, kind: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LDMSCALE_CACHE", str(tmp_path / "cache"))
+    if (job, kind) in GOOD:
+        return
+    name, words = JOBS[job]
+    bad = tmp_path / name
+    bad.parent.mkdir(parents=True, exist_ok=True)
+    content = BAD[kind]
+    if content is not None:
+        bad.write_bytes(content)
+    elif kind == "folder":
+        bad.mkdir()
+    else:
+        bad.symlink_to(bad)
+    status = main(words(tmp_path))
+    out = "".join(capfd.readouterr())
+    assert "Traceback" not in out
+    assert status == 2, out
+    assert len(max(out.split("\n"), key=len)) < 2000
