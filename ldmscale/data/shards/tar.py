@@ -250,6 +250,8 @@ def _next_archive(read: Read, at: int, size: int) -> int | None:
             behind += zeros
             continue
         behind += zeros // BLOCK * BLOCK
+        if behind == at + BLOCK:
+            raise TarFault("corrupt_header", f"there are zeros in place of the header at byte {at}")
         block = read(behind, BLOCK)
         try:
             _checked(block.ljust(BLOCK, b"\0"), behind)

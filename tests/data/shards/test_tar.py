@@ -121,9 +121,16 @@ def test_archives_joined_by_cat_are_read_whole() -> None:
     first = _archive([("a.txt", b"one")], tarfile.USTAR_FORMAT)
     second = _archive([("b.txt", b"two"), ("c.txt", b"3" * 3000)], tarfile.PAX_FORMAT)
     wanted = [("a.txt", b"one", ""), ("b.txt", b"two", ""), ("c.txt", b"3" * 3000, "")]
-    for joined in (first + second, first + bytes(700 * 512) + second, first[: 512 * 3] + second):
+    for joined in (first + second, first + bytes(700 * 512) + second, first[: 512 * 4] + second):
         assert _members(joined) == wanted
     assert _members(first + second + first) == [*wanted, wanted[0]]
+
+
+def test_a_header_that_became_zeros_is_no_end() -> None:
+    one = _archive([("a.txt", b""), ("b.txt", b""), ("c.txt", b"3")], tarfile.USTAR_FORMAT)
+    with pytest.raises(TarFault, match="zeros in place of the header at byte 512") as caught:
+        _members(one[:512] + bytes(512) + one[1024:])
+    assert caught.value.kind == "corrupt_header"
 
 
 @pytest.mark.parametrize("gap", [0, 512, 4096, 9728, 300_000])
