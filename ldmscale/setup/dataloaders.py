@@ -18,6 +18,7 @@ from ldmscale.data.shards.urls import expand, is_local
 from ldmscale.diffusion.sample_latents import SamplerOptions
 from ldmscale.errors import DataError
 from ldmscale.setup.index import open_index, storage_of
+from ldmscale.setup.node_checks import usable_workers
 from ldmscale.setup.run import Run
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.validation import FeatureNetwork, GenerationFigures, HeldOut
@@ -35,7 +36,7 @@ def training_data(run: Run, config: TrainingJob, make_item: MakeItem, draws: Bat
         global_batch=config.train.global_batch,
         rank_micro_batch=config.train.rank_micro_batch,
         block_shards=data.shuffle_block_shards,
-        workers=data.workers,
+        workers=usable_workers(data.workers),
         pin_memory=run.device.type == "cuda",
         ledger=Ledger(run.folder.ledger, run.ranks.rank),
         limit=BadDataLimit(data.max_bad_share, data.max_bad_in_a_row),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ldmscale.config import ClassEmbedderConfig, IndexJob, LayoutConfig
 from ldmscale.data.conditions.validation import Classes, ConditionChecks
+from ldmscale.data.loading.skipped_samples import FREE_FAULTS
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.report import IndexReport, check_shards
 from ldmscale.data.shards.scan import UNUSABLE
@@ -116,7 +117,7 @@ def _verdict(report: IndexReport, max_bad_share: float) -> str:
     """What training does with such samples: the limit that stops it is compared with what was found."""
     unusable = sum(count for kind, count in report.damage_counts.items() if kind in UNUSABLE)
     share = min(1.0, unusable / max(1, report.samples))
-    if share <= max_bad_share:
+    if unusable <= FREE_FAULTS or share <= max_bad_share:
         return "skips such samples and writes them to data_ledger.jsonl"
     captions = report.damage_counts.get("bad_caption", 0) + report.damage_counts.get("empty_member", 0)
     remedy = "; data.min_caption_words=1 leaves out those without a caption" if captions else ""

@@ -31,7 +31,7 @@ from ldmscale.models.autoencoder import KLAutoencoder
 from ldmscale.models.first_stage import LatentScale, digest
 from ldmscale.models.text_encoder import FrozenTextEncoder
 from ldmscale.setup.index import open_index, selection_of, shapes_of, storage_of
-from ldmscale.setup.node_checks import check_processes, check_shared_memory
+from ldmscale.setup.node_checks import check_processes, check_shared_memory, usable_workers
 from ldmscale.setup.text import open_caption_encoder
 from ldmscale.stages.first_stage import FirstStage
 from ldmscale.stages.latents import PREFETCH_CHUNKS, LatentsWork, make_shards
@@ -87,7 +87,7 @@ def encode_latents(config: LatentsJob, ranks: Ranks, stop: StopFlag) -> int:
         ledger=Ledger(folder / "data_ledger.jsonl", ranks.rank),
         text=text,
         batch=chosen.rank_batch,
-        workers=data.workers,
+        workers=usable_workers(data.workers),
         max_bad_share=data.max_bad_share,
     )
     claims = Claims(

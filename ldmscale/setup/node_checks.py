@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 
 from ldmscale.data.loading.draws import BatchDraws
@@ -13,6 +14,14 @@ from ldmscale.data.loading.workers import PREFETCH
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks
 from ldmscale.errors import ConfigError
+
+
+def usable_workers(workers: int) -> int:
+    """Loading processes of a rank: as configured, at most one for each core that this process may use.
+
+    The order of samples does not depend on it.
+    """
+    return min(workers, len(os.sched_getaffinity(0)))
 
 
 def check_processes(ranks: Ranks, workers: int) -> None:

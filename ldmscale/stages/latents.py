@@ -28,7 +28,7 @@ from ldmscale.data.latents.format import LatentFormat
 from ldmscale.data.latents.work_queue import Claim, Claims
 from ldmscale.data.latents.writer import LatentShardWriter, Source
 from ldmscale.data.loading.shard_chunks import Chunk, ChunkReader, Span
-from ldmscale.data.loading.skipped_samples import Ledger
+from ldmscale.data.loading.skipped_samples import FREE_FAULTS, Ledger
 from ldmscale.data.loading.transforms import ImageItem
 from ldmscale.data.loading.workers import TURN_SECONDS, end, next_of, start_of_workers
 from ldmscale.data.shards.reader import SampleReader
@@ -45,7 +45,6 @@ from ldmscale.waiting import Wait, make_stoppable
 
 log = logging.getLogger(__name__)
 
-FREE_FAULTS = 20  # samples of a shard that may be bad before their share counts
 _BEHIND = 3  # batches that wait to be written
 PREFETCH_CHUNKS = 2  # that each loading process prepares ahead
 _UPLOADING = 1  # shards that wait to be uploaded behind the one that is

@@ -198,9 +198,9 @@ def check_held(folder: Path, number: int) -> None:
 
 
 def _is_held(folder: Path, number: int) -> bool:
-    if _path(folder, number + 1).exists():
-        return False
     try:
+        if _path(folder, number + 1).exists():
+            return False
         # Opening makes a network file system ask its server, which looking for a name may not.
         return not parsed_object(_path(folder, number).read_bytes()).get("taken_over", False)
     except FileNotFoundError:

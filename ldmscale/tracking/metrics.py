@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.storage.atomic import write_file
+from ldmscale.storage.lost_lines import LostLines, append_whole
 from ldmscale.storage.plain_values import Count, checked, parsed_object
 
 
@@ -95,7 +96,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self.lost = path, LostLines(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_tail(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run, closed by close()
@@ -103,10 +104,14 @@ class MetricsFile:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line, which a reader sees at once and whole.
 
-        Values that JSON has no number for become "nan", "inf", "-inf".
+        Values that JSON has no number for become "nan", "inf", "-inf". A line that the disk does not take is lost: logged
+        and counted in `lost`.
         """
         values = {key: value if math.isfinite(value) else str(float(value)) for key, value in metrics.items()}
-        self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        try:
+            append_whole(self._file.fileno(), (json.dumps({"step": step, **values}) + "\n").encode())
+        except OSError as error:
+            self.lost.add(error)
 
     def resume_from(self, step: int) -> int:
         """Forget what was written after `step`, because these steps will be taken again; returns the last step that the

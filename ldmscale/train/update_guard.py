@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ldmscale.distributed.collectives import gather_lists, sum_over_ranks
 from ldmscale.errors import LdmscaleError
+from ldmscale.storage.lost_lines import LostLines, append_whole
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Guard:
 
     def __init__(self, options: SafetyOptions, file: Path) -> None:
         """`file`: receives one JSON line per skipped step and per rollback, from rank 0."""
-        self.options, self.file = options, file
+        self.options, self.file, self.lost = options, file, LostLines(file)
         self.detector = SpikeDetector(options.spike_window, options.spike_threshold)
         self.skipped_in_a_row = 0
         self.rollbacks = 0  # since the run last exceeded `furthest_step`
@@ -185,8 +186,11 @@ class Guard:
     def _write(self, line: Mapping[str, Any]) -> None:
         if dist.is_initialized() and dist.get_rank() != 0:
             return
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.file, "ab", buffering=0) as file:
+                append_whole(file.fileno(), (json.dumps(line) + "\n").encode())
+        except OSError as error:
+            self.lost.add(error)
 
 
 def _json(loss: Tensor) -> float | str:

@@ -13,7 +13,7 @@ from functools import partial
 
 from ldmscale.data.loading.draws import BatchDraws
 from ldmscale.data.loading.loader import Batch, Loader, MakeItem
-from ldmscale.data.loading.skipped_samples import Ledger
+from ldmscale.data.loading.skipped_samples import FREE_FAULTS, Ledger
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.distributed.collectives import gather_lists, sums_over_ranks
 from ldmscale.distributed.environment import Ranks
@@ -21,7 +21,6 @@ from ldmscale.errors import DataError, LdmscaleError, StoppedEarlyError
 
 log = logging.getLogger(__name__)
 
-_FREE_FAULTS = 20  # unusable samples that are allowed before their share counts
 _LISTED = 8  # ranks whose faults are reported
 
 
@@ -184,7 +183,7 @@ def next_for_all(loader: Loader, limit: BadDataLimit | None = None) -> Batch:
     if ended:
         reasons = gather_lists([f"rank {loader.rank}: {stopped}"] if stopped else [])
         raise StoppedEarlyError("\n".join(reasons[:_LISTED]))
-    if replaced > _FREE_FAULTS and replaced > limits.max_share * read:
+    if replaced > FREE_FAULTS and replaced > limits.max_share * read:
         raise DataError(
             f"{replaced:.0f} of the {read:.0f} samples that were read since the start cannot be used, more than "
             f"data.max_bad_share={limits.max_share}; data_ledger.jsonl names them; `ldmscale index "

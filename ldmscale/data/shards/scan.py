@@ -12,6 +12,7 @@ import numpy as np
 
 from ldmscale import messages
 from ldmscale.data.conditions.annotations import caption_member, caption_of
+from ldmscale.data.conditions.record import parse_record
 from ldmscale.data.conditions.validation import ConditionChecks
 from ldmscale.data.images.decode import (
     EXTENSIONS,
@@ -50,6 +51,7 @@ KINDS = {
     "missing_member": "a sample lacks its image, latent or caption",
     "empty_member": "a member of zero bytes",
     "bad_caption": "the caption cannot be used",
+    "bad_json": "the json is none, or cannot be kept",
     "bad_image": "the image cannot be used",
     "bad_latent": "the latent cannot be used",
     "bad_label": "the label is missing, or no class",
@@ -299,6 +301,8 @@ class _Scanner:
             return
         if caption in group and group[caption].size:
             self.examine_caption(key, group[caption], caption)
+        if "json" in group and group["json"].size and caption != "json":
+            self.examine_json(key, group["json"])
         if image is not None and group[image].size:
             self.examine_image(key, image, group[image])
         if LATENT in group and self.check == "decode" and group[LATENT].size:
@@ -332,6 +336,16 @@ class _Scanner:
             self.statistics.add_caption(caption_of({extension: self.bytes_of(member)}, self.caption_source))
         except DataError as error:
             self.note(key, "bad_caption", str(error))
+
+    def examine_json(self, key: str, member: Member) -> None:
+        """The json of a sample whose caption is elsewhere: filters and `latents` read it."""
+        try:
+            record = parse_record(self.bytes_of(member))
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            self.note(key, "bad_json", f"the json member holds what is no text: {error.reason}")
+        except DataError as error:
+            self.note(key, "bad_json", str(error))
 
     def examine_image(self, key: str, extension: str, member: Member) -> None:
         try:
