@@ -143,7 +143,7 @@ def test_a_first_stage_that_was_cut_out_is_read_or_named(
     "name", ["m.ckpt", "m.safetensors", "vae/diffusion_pytorch_model.safetensors", "vae/config.json"]
 )
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, autoencoder: AutoencoderKL, name: str) -> None:
-    """The most frequent report of all: a clone without Git LFS has three lines in place of the weights."""
+    """huggingface/transformers#27923, codefuse-ai/MFTCoder#20: a clone without Git LFS has three lines in place of the weights."""
     autoencoder.save_pretrained(tmp_path / "vae")
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1034\n"
     (tmp_path / name).write_text(pointer)
