@@ -40,7 +40,13 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
     """Contiguous in the layout that group norm's kernels take: on CPUs channels-last stays so."""
-    return x.contiguous(memory_format=_layout(like))
+    layout = _layout(like)
+    x = x.contiguous(memory_format=layout)
+    _, c, h, w = x.shape
+    last = layout == torch.channels_last
+    strides = (c * h * w, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    # Axes of one element may have any stride, and the kernel on CPUs takes the layout from the strides.
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -89,3 +89,19 @@ def test_differentiating_twice_is_refused_and_not_silently_wrong() -> None:
     (first,) = torch.autograd.grad(geglu_linear(x, weight, bias).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [0, 1, 7])
+def test_norm_silu_takes_one_sample_of_any_stride(layout: torch.memory_format, stride: int) -> None:
+    """The axis of a batch of one may have any stride, and the kernel on CPUs takes the layout from the strides."""
+    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=layout)
+    found = x.as_strided(x.shape, (stride, *x.stride()[1:])).detach().requires_grad_()
+    expected = x.clone().requires_grad_()
+    weight, bias = torch.randn(8), torch.randn(8)
+    upstream = torch.randn(1, 8, 4, 4)
+    out = norm_silu(found, weight, bias, 4, 1e-6)
+    torch.testing.assert_close(out, plain_norm_silu(expected, weight, bias, 4, 1e-6))
+    out.backward(upstream)
+    plain_norm_silu(expected, weight, bias, 4, 1e-6).backward(upstream)
+    torch.testing.assert_close(found.grad, expected.grad)
