@@ -54,6 +54,8 @@ RESUMES = {
 USAGE = """usage: ldmscale JOB [group=option ...] [key=value ...] [--config-dir DIR] [--help | --cfg job | --multirun]
        ldmscale --shell-completion install=bash | ldmscale --version"""
 FINISHED, FAULTY, FAILED, STOPPED = 0, 2, 1, 75
+# Faults of a path that was given; that a file is missing may be a fault of the program, and stays a crash.
+CLOSED = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,6 +132,10 @@ def _status(job: str, arguments: list[str]) -> int:
         _tell([str(error)], shared=error.shared)
         return FAILED
     except OSError as error:
+        if error.errno in CLOSED and error.filename is not None:
+            name = os.fsdecode(error.filename)
+            fault = f"{name} cannot be read or written ({error.strerror})"
+            return _tell([f"{fault}: give this user the right, or give another path"], shared=False)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         _tell(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,3 +90,50 @@ def test_an_odd_file_is_one_message(
     assert "Traceback" not in out
     assert status == 2, out
     assert len(max(out.split("\n"), key=len)) < 2000
+
+
+def _without_override() -> None:
+    """Take from root the right to read what others closed (capabilities 1 and 2: DAC_OVERRIDE, DAC_READ_SEARCH)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, of 32 bits each, twice
+    if libc.capget(header, sets) == 0:
+        sets[0] &= ~0b110
+        libc.capset(header, sets)
+
+
+def _as_other(words: list[str], folder: Path, out: Path) -> None:
+    with open(out, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115 - until the end
+    os.chdir(folder)
+    os.environ["LDMSCALE_CACHE"] = str(folder / "cache")
+    _without_override()
+    os._exit(main(words))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to give a file to another user")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "autoencoder: resumed run"])
+def test_what_another_user_closed_is_one_message(job: str, kind: str) -> None:
+    """A file without the right to read, and a folder without the right to enter it."""
+    with tempfile.TemporaryDirectory(prefix="closed") as made:
+        folder = Path(made)
+        folder.chmod(0o777)
+        name, words = JOBS[job]
+        bad = folder / "closed" / name
+        bad.parent.mkdir(parents=True, exist_ok=True)
+        bad.write_bytes(b"{}")
+        closed = bad if kind == "file" else folder / "closed"
+        os.chown(closed, 65534, 65534)
+        closed.chmod(0o700)
+        out = folder / "out"
+        process = multiprocessing.get_context("fork").Process(
+            target=_as_other, args=(words(folder / "closed"), folder, out)
+        )
+        process.start()
+        process.join(60)
+        text = out.read_text()
+        assert "Traceback" not in text, text
+        assert process.exitcode == 2, text
