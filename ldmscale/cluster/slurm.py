@@ -56,7 +56,7 @@ def render(frozen: Frozen, job: str, name: str, logs: Path, directory: Path, clu
     lists = {"PYTHON": cluster.python_words or (sys.executable,), "SRUN_OPTIONS": cluster.srun_options}
     lines = [
         "#!/usr/bin/env bash",
-        f"# {job}: rendered by `ldmscale submit`; the configuration and the code that it runs lie beside it.",
+        f"# {job}: rendered by `ldmscale submit`; the configuration and the code that it runs are in its folder.",
         # Of values in single quotes nothing is expanded, on purpose.
         "# shellcheck disable=SC2016",
         *(f"#SBATCH {option}" for option in options(name, logs, directory, cluster)),

@@ -107,7 +107,7 @@ def _environment_read() -> Iterator[dict[str, str]]:
 def _sorted_out(
     job: str, words: Sequence[tuple[str, str]], folders: Sequence[Path]
 ) -> tuple[list[str], list[str]]:
-    """Overrides that apply beside the accepted choices of groups, and a fault for each of the others.
+    """Overrides that apply with the accepted choices of groups, and a fault for each of the others.
 
     `words`: each override as it was written, and as Hydra takes it.
     """

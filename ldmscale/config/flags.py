@@ -14,8 +14,8 @@ _VALUED = ("--cfg", "-c", "--package", "-p")
 _ALONE = ("--help", "-h", "--hydra-help", "--version", "--multirun", "-m", "--resolve", "--info", "-i")
 _NOTHING = ("--run", "-r")  # what happens anyway
 _REFUSED = {
-    "--config-path": "give --config-dir DIR, which is searched beside conf/",
-    "-cp": "give --config-dir DIR, which is searched beside conf/",
+    "--config-path": "give --config-dir DIR, which is searched in addition to conf/",
+    "-cp": "give --config-dir DIR, which is searched in addition to conf/",
     "--config-name": "the name of the job chooses the configuration; give experiment=NAME with --config-dir DIR",
     "-cn": "the name of the job chooses the configuration; give experiment=NAME with --config-dir DIR",
     "--experimental-rerun": "the same command starts a run again",

@@ -17,7 +17,7 @@ SEARCH_PATH = "hydra.searchpath"
 
 
 def config_folder() -> Path:
-    """conf/ inside the installed package, or beside it in a checkout."""
+    """conf/ inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 

@@ -40,7 +40,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 @dataclass(frozen=True)
 class Texts:
-    """How a setting takes text: one, a list, a mapping, a list of mappings, or beside true and false."""
+    """How a setting takes text: one, a list, a mapping, a list of mappings, or together with true and false."""
 
     one: bool = False
     several: bool = False

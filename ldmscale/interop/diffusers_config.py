@@ -150,7 +150,7 @@ def unet_values(config: ImportedUNetConfig, sample_size: int | None) -> dict[str
     if config.context_dim is not None:
         if config.residual_updown:
             raise ConfigError(
-                "unet.residual_updown: UNet2DConditionModel cannot express it beside cross-attention; give format=compvis"
+                "unet.residual_updown: UNet2DConditionModel cannot express it together with cross-attention; give format=compvis"
             )
         down = ["CrossAttnDownBlock2D" if i in attending else "DownBlock2D" for i in range(levels)]
         # Levels without attention never use their count; a divisor of their width keeps the list valid.

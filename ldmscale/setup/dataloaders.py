@@ -147,7 +147,7 @@ def _held_out_item(config: DiffusionJob, shard: str, make_item: LatentItem) -> L
 
 
 def _manifest_of(shard: str, storage: Storage) -> LatentManifest | None:
-    """The manifest beside a shard; None where there is none, and the shard holds images."""
+    """The manifest in the folder of a shard; None where there is none, and the shard holds images."""
     folder = set_of(shard)[0]
     if is_local(folder) and not (Path(folder) / "manifest.json").is_file():
         return None

@@ -59,7 +59,7 @@ def check_shared_memory(
 
 
 def bytes_of_sample(make_item: MakeItem, draws: BatchDraws | None = None) -> int:
-    """Bytes of the arrays that a loading process hands over for one sample: images or latents, and what is large beside."""
+    """Bytes of the arrays that a loading process hands over for one sample: images or latents, and other large arrays."""
     if isinstance(make_item, LatentItem):
         form, text = make_item.format, make_item.text
         values = max(math.prod(form.stored_shape_of(bucket)) for bucket in range(form.buckets))

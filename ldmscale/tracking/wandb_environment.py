@@ -44,7 +44,7 @@ def choose_mode(wanted: Literal["auto", "offline", "online"]) -> Mode:
 
 
 def check_key(wanted: str) -> list[str]:
-    """The fault of `tracking.wandb=online` without a key. W&B would ask for one, and a job has nobody to answer."""
+    """The fault of `tracking.wandb=online` without a key. W&B would ask for one, and a job cannot answer."""
     if wanted != "online" or _has_key(settings := wandb_settings()):
         return []
     return [

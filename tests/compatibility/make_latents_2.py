@@ -1,4 +1,4 @@
-"""Makes latents_2.tar.xz, a small set of version 2 as its first release wrote it: `python make_latents_2.py` beside it.
+"""Makes latents_2.tar.xz, a small set of version 2 as its first release wrote it: `python make_latents_2.py` in its folder.
 
 It was made once. It is not made again when the format grows: later releases must read what is in it.
 """

@@ -20,7 +20,7 @@ SYNTHETIC = "synthetic"
 def check_shards(
     data: DataConfig, needs: str | None, *, absent: bool = False, sized: bool = True
 ) -> list[str]:
-    """`absent`: shards that are not there are the job's to tell. `sized`: the job has an image size of its own."""
+    """`absent`: the job reports shards that are not there. `sized`: the job has an image size of its own."""
     faults = []
     if needs and data.kind != needs:
         faults.append(f"data.kind={data.kind}: this job reads {needs}; give data=shards and data.shards=...")

@@ -1,4 +1,4 @@
-"""Writes latent shards: each appears whole, once, by whoever commits it first; and the manifest of a set (docs/latents.md).
+"""Writes latent shards: each appears whole, once, from the process that commits it first; and the manifest of a set (docs/latents.md).
 
     FOLDER/00000.tar       KEY.latent.npy [, KEY.latent_flipped.npy, KEY.text.npy, KEY.tokens.npy], KEY.txt (caption),
                            KEY.json (metadata), KEY.sample.json; behind the last sample __index__
@@ -170,7 +170,7 @@ class LatentShardWriter:
         return _finite(text, form.dtype, f"the text encoding of {key}", "the caption")
 
     def _write_index(self) -> int:
-        """Adds the member that tells where the samples lie, and returns where its values begin."""
+        """Adds the member with the places of the samples, and returns where its values begin."""
         spans = np.array(self._spans, dtype=SPAN).tobytes()
         member = tarfile.TarInfo(SHARD_INDEX)
         member.size, member.mtime, member.mode = len(spans), 0, 0o444

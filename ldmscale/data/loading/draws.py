@@ -1,6 +1,6 @@
 """Random numbers of training that are made with the batch: by the loader's workers, in page-locked memory on a GPU run.
 
-They are functions of (seed, position, purpose) alone, so whoever makes them gets the same numbers. A batch that was made
+They are functions of (seed, position, purpose) alone, so every process that makes them gets the same numbers. A batch that was made
 without them is no different: what reads it draws them itself.
 """
 

@@ -1,6 +1,6 @@
 """Loading processes: how they begin, how what they make is waited for, how they end.
 
-torch waits for a batch without a limit, tells the death of a process by its number alone, and waits for ever for a batch
+torch waits for a batch without a limit, reports the death of a process by its number alone, and waits for ever for a batch
 that a process could not hand over (no room in /dev/shm, a socket whose path is too long, no descriptor left). Here such
 a process ends at once with its reason in the log, a death is an error that names the signal, and a stop request ends
 the wait.

@@ -75,7 +75,7 @@ def test_the_index_reads_only_the_sizes_of_the_shards(tmp_path: Path) -> None:
     paths = write(tmp_path)
     for path in paths:
         size = Path(path).stat().st_size
-        Path(path).write_bytes(b"\0" * size)  # whoever reads it finds no sample
+        Path(path).write_bytes(b"\0" * size)  # a reader finds no sample
     assert open_latents(paths).total == 13
     Path(paths[1]).write_bytes(b"\0" * 5)
     with pytest.raises(DataError, match=r"00001\.tar has 5 bytes, and was written with \d+"):

@@ -1,4 +1,4 @@
-"""The random numbers that come with a batch are those of seed, position and purpose, whoever draws them."""
+"""The random numbers that come with a batch are those of seed, position and purpose, in whatever process they are drawn."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ def test_shapes_follow_latents_where_there_are_some() -> None:
 
 
 def test_shared_memory_counts_the_draws() -> None:
-    # Two maps of 4 channels at 2x2 positions in fp32, beside 3 x 8 x 8 bytes of the image.
+    # Two maps of 4 channels at 2x2 positions in fp32, and 3 x 8 x 8 bytes of the image.
     assert bytes_of_sample(ITEM, DRAWS) == 3 * 8 * 8 + 2 * 4 * 2 * 2 * 4
