@@ -21,7 +21,7 @@ USAGE = """usage: ldmscale submit JOB cluster=NAME [cluster.nodes=N ...] [--dry-
 
 cluster=NAME is conf/cluster/NAME.yaml. --dry-run freezes the run folder and shows the script, but queues nothing.
 STAGE is autoencoder, latents or diffusion; overrides without it go to every stage that knows them.
---config-dir DIR is searched in addition to conf/: DIR/cluster/NAME.yaml, DIR/experiment/NAME.yaml. --cfg job shows the configuration."""
+--config-dir DIR is searched, too: DIR/cluster/NAME.yaml, DIR/experiment/NAME.yaml. --cfg job shows the configuration."""
 
 
 def usage(overrides: Sequence[str], job: str) -> str:

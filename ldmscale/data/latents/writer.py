@@ -1,4 +1,4 @@
-"""Writes latent shards: each appears whole, once, from the process that commits it first; and the manifest of a set (docs/latents.md).
+"""Writes latent shards: each appears whole, once; and the manifest of a set (docs/latents.md).
 
     FOLDER/00000.tar       KEY.latent.npy [, KEY.latent_flipped.npy, KEY.text.npy, KEY.tokens.npy], KEY.txt (caption),
                            KEY.json (metadata), KEY.sample.json; behind the last sample __index__
