@@ -73,6 +73,7 @@ class _Damage(BaseModel):
     key: str
     kind: str
     detail: str
+    sample: Count | None = None
 
 
 class _Record(_Common):
@@ -81,6 +82,7 @@ class _Record(_Common):
     max_pixels: Count
     damage: list[_Damage]
     damage_counts: dict[str, Count]
+    faulty: list[tuple[Count, str]] = []  # records of earlier versions have none
     statistics: _Statistics
 
 
@@ -259,6 +261,7 @@ def index_shard(
         "conditions": _plain(conditions),
         "damage": damage_to_json(scan.damage),
         "damage_counts": scan.damage_counts,
+        "faulty": scan.faulty,
         "statistics": scan.statistics.to_json(),
     }
     if not keep_record:

@@ -10,7 +10,15 @@ import numpy as np
 
 from ldmscale.data.conditions.validation import ConditionChecks
 from ldmscale.data.images.decode import MAX_PIXELS
-from ldmscale.data.shards.records import Record, covers, fresh, index_shard, read_record, read_selection
+from ldmscale.data.shards.records import (
+    Record,
+    covers,
+    fresh,
+    index_shard,
+    read_codes,
+    read_record,
+    read_selection,
+)
 from ldmscale.data.shards.scan import CHECKS, Damage, Statistics, damage_from_json, quantile
 from ldmscale.data.shards.selection import Selection
 from ldmscale.data.shards.urls import run_pipes, shard_states
@@ -163,10 +171,23 @@ def _report_shard(
     assert record is not None
     report.samples += record["samples"]
     report.nbytes += record["size"]
-    report.add(damage_from_json(url, record["damage"]), record["damage_counts"])
+    report.add(*_of_selected(url, record, selection if taken is not None else None))
     report.statistics.add(Statistics.from_json(record["statistics"]))
     if taken is not None:
         _add_selected(report, taken)
+
+
+def _of_selected(
+    url: str, record: Record, selection: Selection | None
+) -> tuple[list[Damage], dict[str, int]]:
+    """The damages of a shard and their counts, without those of samples that the selection leaves out."""
+    damage, counts = damage_from_json(url, record["damage"]), record["damage_counts"]
+    if selection is None or not record.get("faulty"):
+        return damage, counts
+    codes = read_codes(url, selection, record["samples"])
+    left_out = {number for number, _ in record["faulty"] if number < len(codes) and codes[number] == 0}
+    others: Counter[str] = Counter(counts) - Counter(kind for number, kind in record["faulty"] if number in left_out)
+    return [item for item in damage if item.sample not in left_out], dict(others)
 
 
 def _add_selected(report: IndexReport, taken: Record) -> None:

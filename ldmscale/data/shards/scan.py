@@ -82,6 +82,7 @@ class Damage:
     key: str
     kind: str  # one of KINDS
     detail: str
+    sample: int | None = None  # its number in the shard, where it has a place among the samples
 
     def __post_init__(self) -> None:
         # It goes into index, report and log, and all but its kind are words of others.
@@ -168,6 +169,9 @@ class Scan:
     statistics: Statistics
     codes: np.ndarray  # uint8 [samples]: 0 not selected, else the bucket + 1
     dropped: dict[str, int]  # samples that were not selected, by reason
+    faulty: list[
+        tuple[int, str]
+    ]  # number of a sample and kind of its damage, of all that have a place among the samples
 
 
 def scan_shard(
@@ -218,6 +222,8 @@ class _Scanner:
         self.counts: Counter[str] = Counter()
         self.statistics = Statistics()
         self.keys: set[str] = set()
+        self.faulty: list[tuple[int, str]] = []
+        self.sample: int | None = None  # that is being looked at
 
     def run(self) -> Scan:
         key: str | None = None
@@ -261,12 +267,15 @@ class _Scanner:
             self.statistics,
             np.array(self.codes, dtype=np.uint8),
             dict(self.dropped),
+            self.faulty,
         )
 
     def note(self, key: str, kind: str, detail: str) -> None:
         self.counts[kind] += 1
+        if self.sample is not None:
+            self.faulty.append((self.sample, kind))
         if len(self.damage) < _LISTED:
-            self.damage.append(Damage(self.shard, key, kind, detail))
+            self.damage.append(Damage(self.shard, key, kind, detail, self.sample))
 
     def close(self, key: str | None, group: dict[str, Member], repeated: list[Member]) -> None:
         """Ends a sample: its span, and what is wrong with it."""
@@ -287,6 +296,14 @@ class _Scanner:
             )
         self.keys.add(key)
         self.spans.append((start, nbytes))
+        self.sample = len(self.spans) - 1
+        try:
+            self.examine(key, group)
+        finally:
+            self.sample = None
+
+    def examine(self, key: str, group: dict[str, Member]) -> None:
+        """What is wrong with the members of a sample."""
         image = next((extension for extension in EXTENSIONS if extension in group), None)
         self.select(group, image)
         caption = caption_member(self.caption_source)
@@ -400,12 +417,19 @@ def _listed(group: Mapping[str, Member]) -> str:
     return shown
 
 
-def damage_to_json(damage: list[Damage]) -> list[dict[str, str]]:
-    return [{"key": item.key, "kind": item.kind, "detail": item.detail} for item in damage]
+def damage_to_json(damage: list[Damage]) -> list[dict[str, Any]]:
+    return [
+        {"key": item.key, "kind": item.kind, "detail": item.detail}
+        | ({} if item.sample is None else {"sample": item.sample})
+        for item in damage
+    ]
 
 
-def damage_from_json(shard: str, records: list[dict[str, str]]) -> list[Damage]:
-    return [Damage(shard, record["key"], record["kind"], record["detail"]) for record in records]
+def damage_from_json(shard: str, records: list[dict[str, Any]]) -> list[Damage]:
+    return [
+        Damage(shard, record["key"], record["kind"], record["detail"], record.get("sample"))
+        for record in records
+    ]
 
 
 def json_line(record: dict[str, Any]) -> bytes:
