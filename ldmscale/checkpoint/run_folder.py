@@ -125,6 +125,7 @@ class RunFolder:
         A finished run that is trained further counts as unfinished until it reaches its new last step.
         """
         identity = self.identity()
+        identity.pop("fault", None)
         identity |= {
             "attempts": number,
             "finished_step": None,

@@ -48,6 +48,9 @@ def examine_run(folder: RunFolder) -> Findings:
         found.values["state"] = f"finished at step {finished}"
         return found
     _holder(folder, found)
+    fault = identity.get("fault")
+    if isinstance(fault, list) and fault:
+        found.values["state"] = f"ended with a fault that the same command meets again: {fault[0]}"
     _beats(folder, attempts, _beat_seconds(config), found)
     _errors(folder.path / "logs", found)
     _ledger(folder.ledger, found)

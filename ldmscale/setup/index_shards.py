@@ -9,9 +9,9 @@ from dataclasses import replace
 from ldmscale.config import ClassEmbedderConfig, IndexJob, LayoutConfig
 from ldmscale.data.conditions.validation import Classes, ConditionChecks
 from ldmscale.data.loading.skipped_samples import FREE_FAULTS
+from ldmscale.data.shards.damage import UNUSABLE
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.report import IndexReport, check_shards
-from ldmscale.data.shards.scan import UNUSABLE
 from ldmscale.data.shards.urls import expand
 from ldmscale.distributed.collectives import gather_lists
 from ldmscale.distributed.environment import Ranks

@@ -21,6 +21,7 @@ from ldmscale.distributed import flight_recorder
 from ldmscale.distributed.collectives import barrier, from_main_rank
 from ldmscale.distributed.preemption import EXIT_STOPPED, StopFlag
 from ldmscale.distributed.watchdog import Heartbeat
+from ldmscale.errors import ConfigError, DataError
 from ldmscale.setup.index import storage_of
 from ldmscale.setup.run import Run
 from ldmscale.setup.warm_start import begin_with
@@ -34,6 +35,8 @@ from ldmscale.train.trainer import Monitors, Schedule, Trainer
 from ldmscale.train.update_guard import Guard
 
 log = logging.getLogger(__name__)
+
+_KEPT_FAULTS = 8
 
 
 def train(
@@ -73,6 +76,9 @@ def train(
             status = "finished"
         else:
             status = "stopped"
+    except (ConfigError, DataError) as error:
+        run.note("fault", list(error.faults[:_KEPT_FAULTS]))  # `doctor run.dir` shows it
+        raise
     finally:
         monitors.heartbeat.close()
         monitors.tracker.close(status)

@@ -50,12 +50,17 @@ class RunCheckpoints:
         # A complete checkpoint implies that all averages stored before it are complete, too.
         self.states.advance(saving or self.averages.saving is not None, uploading)
 
-    def save(self, step: int, stage: Stage, state: Mapping[str, Any]) -> None:
-        """Start a checkpoint. Waits for the copy to host memory, and for the previous save if it still runs."""
+    def save(self, step: int, stage: Stage, state: Mapping[str, Any], *, inside_window: bool = False) -> None:
+        """Start a checkpoint. Waits for the copy to host memory, and for the previous save if it still runs.
+
+        `inside_window`: as `snapshot`.
+        """
         if self.averages.saving != step:
             self.averages.finish()
         self.states.finish()  # the new copy goes to the memory that it is written from
-        pieces, description = snapshot(stage.engines, stage.averages, self._copies)
+        pieces, description = snapshot(
+            stage.engines, stage.averages, self._copies, inside_window=inside_window
+        )
         self.states.begin(step, pieces, {**description, **state, "run": self._about})
 
     def store_averages(self, step: int, stage: Stage, images_seen: int) -> None:

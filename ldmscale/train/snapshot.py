@@ -35,19 +35,24 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def snapshot(
-    engines: Mapping[str, Engine], averages: Averages, copies: HostCopies | None = None
+    engines: Mapping[str, Engine],
+    averages: Averages,
+    copies: HostCopies | None = None,
+    *,
+    inside_window: bool = False,
 ) -> tuple[list[Piece], dict[str, Any]]:
     """Copy this rank's share of the training state to host memory, with what describes it as JSON's values.
 
     The copies lie in memory of `copies`, if that is given, until the next snapshot takes it. Raises
-    RuntimeError between accumulation boundaries and inside `averaged_weights`.
+    RuntimeError inside `averaged_weights`, and between accumulation boundaries except with `inside_window`: then the
+    state is that of the last update, and the training must end.
     """
     copies = copies or HostCopies()
     pieces: list[Piece] = []
     networks: dict[str, Any] = {}
     for name, engine in engines.items():
         engine.refuse_averaged("snapshot")
-        if not engine.at_boundary:
+        if not (engine.at_boundary or inside_window):
             raise RuntimeError(
                 f"snapshot of {name} inside an accumulation window: save after step() has updated"
             )

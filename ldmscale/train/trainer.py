@@ -232,8 +232,9 @@ class Trainer:
         self.checkpoints.wait(uploads=True)
 
     def _save_before_stopping(self) -> None:
+        """Save the last whole step; gradients of micro-batches after it are lost with the process."""
         if self.step > self._saved_step:
-            self._save()
+            self._save(inside_window=True)
         self.checkpoints.wait()
 
     def _one_step(self, sums: MetricSums) -> None:
@@ -337,7 +338,7 @@ class Trainer:
                 self._measured |= values
                 self.tracker.log(self.step, {"images_seen": self.position, **values})
 
-    def _save(self, *, ephemeral: bool = False) -> None:
+    def _save(self, *, ephemeral: bool = False, inside_window: bool = False) -> None:
         """Start a checkpoint."""
         with self._paused("save"):
             begun = time.perf_counter()
@@ -354,7 +355,7 @@ class Trainer:
                 "safety": self.guard.state(),
                 "answer": self._answer(),
             }
-            self.checkpoints.save(self.step, self.stage, state)
+            self.checkpoints.save(self.step, self.stage, state, inside_window=inside_window)
             self._measured = {}
             self._saved_step = self.step
         log.info("saving step %d; the training waited %.2f s", self.step, time.perf_counter() - begun)

@@ -21,11 +21,11 @@ from pydantic import BaseModel, Field
 
 from ldmscale import messages, redact
 from ldmscale.data.conditions.validation import ConditionChecks
+from ldmscale.data.shards.damage import damage_to_json
 from ldmscale.data.shards.scan import (
     CHECKS,
     SPAN,
     Scan,
-    damage_to_json,
     json_line,
     scan_shard,
 )

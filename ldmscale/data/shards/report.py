@@ -10,6 +10,7 @@ import numpy as np
 
 from ldmscale.data.conditions.validation import ConditionChecks
 from ldmscale.data.images.decode import MAX_PIXELS
+from ldmscale.data.shards.damage import Damage, damage_from_json
 from ldmscale.data.shards.records import (
     Record,
     covers,
@@ -19,7 +20,7 @@ from ldmscale.data.shards.records import (
     read_record,
     read_selection,
 )
-from ldmscale.data.shards.scan import CHECKS, Damage, Statistics, damage_from_json, quantile
+from ldmscale.data.shards.scan import CHECKS, Statistics, quantile
 from ldmscale.data.shards.selection import Selection
 from ldmscale.data.shards.urls import run_pipes, shard_states
 from ldmscale.storage.object_store import ShardState, Storage
@@ -186,7 +187,9 @@ def _of_selected(
         return damage, counts
     codes = read_codes(url, selection, record["samples"])
     left_out = {number for number, _ in record["faulty"] if number < len(codes) and codes[number] == 0}
-    others: Counter[str] = Counter(counts) - Counter(kind for number, kind in record["faulty"] if number in left_out)
+    others: Counter[str] = Counter(counts) - Counter(
+        kind for number, kind in record["faulty"] if number in left_out
+    )
     return [item for item in damage if item.sample not in left_out], dict(others)
 
 

@@ -41,7 +41,7 @@ class Member(NamedTuple):
 
 
 class TarFault(Exception):
-    """The archive makes no sense from here on. `kind` is one of scan.KINDS."""
+    """The archive makes no sense from here on. `kind` is one of damage.KINDS."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)

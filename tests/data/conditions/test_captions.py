@@ -24,7 +24,9 @@ def test_captions_come_from_text_or_a_json_key_with_single_spaces() -> None:
         ({"txt": b"caf\xe9"}, "txt", "not UTF-8: byte 3 is 0xe9"),
         ({"txt": b" \n"}, "txt", "is empty"),
         ({"json": b"{"}, "json:alt", "no valid json"),
-        ({"json": b'{"url": "x", "alt": null}'}, "json:alt", r"no text under 'alt' \(it has: alt, url\)"),
+        ({"json": b'{"url": "x", "alt": null}'}, "json:alt", "has null under 'alt'; expected a text"),
+        ({"json": b'{"alt": ["a", "b"]}'}, "json:alt", "has a list under 'alt'; expected a text"),
+        ({"json": b'{"url": "x"}'}, "json:alt", r"no text under 'alt' \(it has: url\)"),
         ({"json": b"[]"}, "json:alt", "no text under 'alt'"),
     ],
 )
