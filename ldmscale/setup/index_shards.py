@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import replace
 
 from ldmscale.config import ClassEmbedderConfig, IndexJob, LayoutConfig
 from ldmscale.data.conditions.validation import Classes, ConditionChecks
 from ldmscale.data.loading.skipped_samples import FREE_FAULTS
-from ldmscale.data.shards.damage import UNUSABLE
 from ldmscale.data.shards.mixture import Mixture
 from ldmscale.data.shards.report import IndexReport, check_shards
 from ldmscale.data.shards.urls import expand
@@ -70,7 +70,9 @@ def index_shards(config: IndexJob, ranks: Ranks) -> int:
     found = report.to_json()
     for damage in found.pop("damage")[:SHOWN]:
         log.warning("%(kind)s: %(shard)s %(key)s: %(detail)s", damage)
-    log.info("%s", json.dumps(found, indent=2))
+    sys.stdout.write(
+        json.dumps(found, indent=2) + "\n"
+    )  # a report to be read by programs; the log goes to stderr
     gone = report.damage_counts.keys() & {"missing_shard", "unreadable_shard"}
     if report.samples and report.selected != 0 and not gone:  # training wants all of them
         Mixture.open(sets, allow_pipe=data.allow_pipe, selection=selection, storage=storage)
@@ -115,8 +117,8 @@ def conditions_of(config: IndexJob) -> ConditionChecks | None:
 
 def _verdict(report: IndexReport, max_bad_share: float) -> str:
     """What training does with such samples: the limit that stops it is compared with what was found."""
-    unusable = sum(count for kind, count in report.damage_counts.items() if kind in UNUSABLE)
-    share = min(1.0, unusable / max(1, report.samples))
+    unusable = report.unusable
+    share = unusable / max(1, report.samples if report.selected is None else report.selected)
     if unusable <= FREE_FAULTS or share <= max_bad_share:
         return "skips such samples and writes them to data_ledger.jsonl"
     captions = report.damage_counts.get("bad_caption", 0) + report.damage_counts.get("empty_member", 0)

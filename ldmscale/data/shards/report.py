@@ -10,7 +10,7 @@ import numpy as np
 
 from ldmscale.data.conditions.validation import ConditionChecks
 from ldmscale.data.images.decode import MAX_PIXELS
-from ldmscale.data.shards.damage import Damage, damage_from_json
+from ldmscale.data.shards.damage import UNUSABLE, Damage, damage_from_json
 from ldmscale.data.shards.records import (
     Record,
     covers,
@@ -34,6 +34,7 @@ class IndexReport:
         self.shards = 0
         self.samples = 0
         self.nbytes = 0
+        self.unusable = 0  # samples that training replaces; records of earlier versions count each damage
         self.looked_through = 0  # shards that were read now; the others were indexed before
         self.damage: list[Damage] = []  # up to 200 a shard
         self.damage_counts: dict[str, int] = {}  # all of it, by kind
@@ -173,6 +174,7 @@ def _report_shard(
     report.samples += record["samples"]
     report.nbytes += record["size"]
     report.add(*_of_selected(url, record, selection if taken is not None else None))
+    report.unusable += _unusable(url, record, selection if taken is not None else None)
     report.statistics.add(Statistics.from_json(record["statistics"]))
     if taken is not None:
         _add_selected(report, taken)
@@ -191,6 +193,17 @@ def _of_selected(
         kind for number, kind in record["faulty"] if number in left_out
     )
     return [item for item in damage if item.sample not in left_out], dict(others)
+
+
+def _unusable(url: str, record: Record, selection: Selection | None) -> int:
+    """Samples of a shard that are selected and cannot be used, each once, however many damages it has."""
+    if "faulty" not in record:
+        return sum(count for kind, count in record["damage_counts"].items() if kind in UNUSABLE)
+    numbers = {number for number, kind in record["faulty"] if kind in UNUSABLE}
+    if selection is None or not numbers:
+        return len(numbers)
+    codes = read_codes(url, selection, record["samples"])
+    return sum(number < len(codes) and codes[number] != 0 for number in numbers)
 
 
 def _add_selected(report: IndexReport, taken: Record) -> None:
