@@ -200,10 +200,12 @@ def _through_hydra(job: str, arguments: list[str], folder: str) -> int:
     from ldmscale.errors import ConfigError
 
     statuses: list[int] = []
+    begun: list[str] = []  # jobs of a sweep
 
     search = [word for word in arguments if word.lstrip("+").startswith(f"{SEARCH_PATH}=")]
 
     def task(_: DictConfig) -> None:
+        begun.append(job)
         statuses.append(_job_function(job)([*search, *HydraConfig.get().overrides.task]))
 
     # Hydra takes the name of the program for usage messages and completion from argv.
@@ -212,6 +214,10 @@ def _through_hydra(job: str, arguments: list[str], folder: str) -> int:
         hydra.main(version_base="1.3", config_path=folder, config_name=job)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip().split("\n")[0]) from None
+    except RecursionError:
+        if begun:
+            raise
+        raise ConfigError("a configuration file is nested too deeply: give another one") from None
     finally:
         sys.argv = before
     return max(statuses, default=FINISHED)

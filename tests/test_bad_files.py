@@ -10,9 +10,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ldmscale.cli import main
+from ldmscale.errors import DataError
 
 BAD: dict[str, bytes | None] = {
     "pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:"
@@ -137,3 +139,32 @@ def test_what_another_user_closed_is_one_message(job: str, kind: str) -> None:
         text = out.read_text()
         assert "Traceback" not in text, text
         assert process.exitcode == 2, text
+
+
+def test_nested_yaml_of_ones_own_is_one_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("a: " + "[" * 5000 + "]" * 5000 + "\n")
+    for flags in ([], ["--cfg", "job"]):
+        status = main(["autoencoder", "--config-dir", str(tmp_path), "experiment=mine", "run.dir=x", *flags])
+        out = "".join(capfd.readouterr())
+        assert status == 2 and "Traceback" not in out and "nested too deeply" in out, out[:3000]
+
+
+def test_what_a_damaged_store_of_captions_raises(tmp_path: Path) -> None:
+    from ldmscale.setup.text import _open
+
+    for content, fault in (
+        (b"PK\x03\x04 cut", "is damaged"),
+        (BAD["pointer of Git LFS"], "git lfs pull"),
+        (b"", "is damaged"),
+        (b"\x93NUMPY\x01", "is damaged"),
+    ):
+        (tmp_path / "encoder.json").write_text('{"digest": "a", "captions": 1}')
+        (tmp_path / "tokens.npy").write_bytes(content or b"")
+        with pytest.raises(DataError, match=fault):
+            _open(tmp_path)
+    np.savez(tmp_path / "x.npz", a=np.zeros(1))
+    (tmp_path / "tokens.npy").write_bytes((tmp_path / "x.npz").read_bytes())
+    np.save(tmp_path / "vectors.npy", np.zeros(1))
+    with pytest.raises(DataError, match="is damaged"):
+        _open(tmp_path)

@@ -167,7 +167,7 @@ def _submissions(folder: Path, found: Findings) -> None:
         if said:
             found.values["Slurm said last"] = said[-1][:300]
     bad = folder / "bad_nodes.txt"
-    if bad.exists() and (names := sorted(set(bad.read_text().split()))):
+    if bad.exists() and (names := sorted(set(bad.read_text(errors="replace").split()))):
         found.warnings.append(f"nodes found bad, left out of requeues: {', '.join(names)} ({bad})")
 
 

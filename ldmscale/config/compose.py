@@ -79,7 +79,10 @@ def compose_valid(job: str, overrides: Sequence[str]) -> tuple[dict[str, Any], l
 
 
 def _composed(job: str, overrides: Sequence[str]) -> dict[str, Any]:
-    config = compose(config_name=job, overrides=list(overrides))
+    try:
+        config = compose(config_name=job, overrides=list(overrides))
+    except RecursionError:
+        raise ValueError("a configuration file is nested too deeply: give another one") from None
     with _environment_read() as variables:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     if variables:

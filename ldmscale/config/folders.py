@@ -86,6 +86,8 @@ def _defaults(path: Path) -> list[Any]:
 def _read(path: Path) -> dict[Any, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply to be a configuration: give another file") from None
     except (OSError, ValueError, yaml.YAMLError):
         return {}  # Hydra reports it
     return found if isinstance(found, dict) else {}

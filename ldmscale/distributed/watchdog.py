@@ -187,7 +187,7 @@ class Heartbeat:
         if "SLURM_JOB_ID" not in os.environ:
             return
         bad = self._folder / "bad_nodes.txt"
-        known = set(bad.read_text().split()) if bad.exists() else set()
+        known = set(bad.read_text(errors="replace").split()) if bad.exists() else set()
         beats = [beat for beat in read_beats(self._folder) if beat.attempt == self._attempt]
         for host in silent_hosts(beats, self._every):
             if host not in known:

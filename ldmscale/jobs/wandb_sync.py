@@ -55,12 +55,18 @@ def main(overrides: Sequence[str]) -> int:
     for line in lines:
         step = int(line.pop("step"))
         run.log(step, {key: float(value) for key, value in line.items()})
+    sent = 0
     for path in pictures:
         if found := _PICTURE.fullmatch(path.name):
-            picture = np.asarray(Image.open(path).convert("RGB"))
+            try:
+                picture = np.asarray(Image.open(path).convert("RGB"))
+            except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of a file that is cut
+                log.warning("%s is not sent: it is no image that can be read (%s)", path, error)
+                continue
+            sent += 1
             run.log_image(int(found["step"]), found["name"] or "samples", picture)
     run.close("finished")
-    log.info("sent %d lines of metrics and %d pictures, %s", len(lines), len(pictures), run.mode)
+    log.info("sent %d lines of metrics and %d pictures, %s", len(lines), sent, run.mode)
     return 0
 
 

@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from ldmscale.models.text_encoder import FrozenTextEncoder, StoredTextEncoder
 from ldmscale.setup.index import open_index
 from ldmscale.setup.run import Run
 from ldmscale.storage.atomic import finished_file, write_json
+from ldmscale.storage.given_files import refuse_lfs_pointer
 from ldmscale.storage.plain_values import checked, parsed_object
 
 log = logging.getLogger(__name__)
@@ -234,10 +236,14 @@ def _write(folder: Path, tokens: np.ndarray, vectors: np.ndarray, digest: str) -
 
 def _open(folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """Rows of token ids, their vectors mapped from the file, and the encoder's digest."""
+    for name in ("encoder.json", "tokens.npy", "vectors.npy"):
+        refuse_lfs_pointer(folder / name)
     try:
         digest = checked(str, parsed_object((folder / "encoder.json").read_bytes()).get("digest"))
         tokens = np.load(folder / "tokens.npy", allow_pickle=False)
         vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        if not (isinstance(tokens, np.ndarray) and isinstance(vectors, np.ndarray)):
+            raise ValueError("an archive of arrays in place of one")
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{folder} is damaged ({error}): delete it, and start again") from error
     return tokens, vectors, str(digest)

@@ -24,8 +24,10 @@ def test_a_run_is_sent_as_its_metrics_file_tells_it(ldmscale, tmp_path, monkeypa
     lines = [{"step": step, "loss/total": 1 / step, "odd": "nan"} for step in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(run / "samples" / "step_00000002.png")
+    (run / "samples" / "step_00000003.png").write_bytes(b"")  # of a save that was cut
     done = ldmscale("wandb-sync", "run.dir=runs/old", "run_id=5a9c0de1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "step_00000003.png is not sent" in done.stderr and "1 pictures" in done.stderr
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     left = read_wandb_file(file)
     losses = [(row["step"], row["loss/total"]) for row in left.history if "loss/total" in row]
